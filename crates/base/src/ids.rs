@@ -1,0 +1,160 @@
+//! Identifiers as newtypes, so that a session can never be mistaken for a pass.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+/// Why a text is not an identifier.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum IdError {
+    /// The text does not have 64 characters.
+    #[error("expected 64 hexadecimal digits, found {found} characters")]
+    Length {
+        /// How many characters the text has.
+        found: usize,
+    },
+    /// The text holds something else than hexadecimal digits.
+    #[error("expected hexadecimal digits, found {found:?}")]
+    Digit {
+        /// The first character that is none.
+        found: char,
+    },
+}
+
+fn parse_hex(text: &str) -> Result<[u8; 32], IdError> {
+    let n = text.chars().count();
+    if n != 64 {
+        return Err(IdError::Length { found: n });
+    }
+    let mut bytes = [0u8; 32];
+    for (i, digit) in text.chars().enumerate() {
+        let value = digit.to_digit(16).ok_or(IdError::Digit { found: digit })? as u8;
+        bytes[i / 2] = bytes[i / 2] << 4 | value;
+    }
+    Ok(bytes)
+}
+
+macro_rules! bytes_id {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        pub struct $name([u8; 32]);
+
+        impl $name {
+            /// Wraps the 32 bytes.
+            pub const fn from_bytes(bytes: [u8; 32]) -> Self {
+                Self(bytes)
+            }
+
+            /// The 32 bytes.
+            pub const fn as_bytes(&self) -> &[u8; 32] {
+                &self.0
+            }
+
+            /// The first eight hexadecimal digits: enough for people, never for a comparison.
+            pub fn short(&self) -> String {
+                self.to_string()[..8].to_owned()
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "{}({})", stringify!($name), self.short())
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = IdError;
+
+            fn from_str(text: &str) -> Result<Self, IdError> {
+                parse_hex(text).map(Self)
+            }
+        }
+    };
+}
+
+bytes_id!(
+    /// A machine that takes part: its Ed25519 public key.
+    NodeId
+);
+bytes_id!(
+    /// A model: BLAKE3 over its header and the hashes of its tensors, so that equal ids mean equal weights.
+    ModelId
+);
+bytes_id!(
+    /// A BLAKE3 hash.
+    Hash
+);
+
+macro_rules! number_id {
+    ($(#[$doc:meta])* $name:ident, $inner:ty) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
+        pub struct $name(pub $inner);
+
+        impl $name {
+            /// The identifier after this one.
+            #[must_use]
+            pub const fn next(self) -> Self {
+                Self(self.0 + 1)
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                self.0.fmt(f)
+            }
+        }
+    };
+}
+
+number_id!(
+    /// A model placed on nodes. Unique within its coordinator.
+    DeploymentId,
+    u64
+);
+number_id!(
+    /// Counts the placements of a deployment; rises at each change, so that frames of an old one can be dropped.
+    Epoch,
+    u64
+);
+number_id!(
+    /// One sequence of tokens with its KV cache. Never used twice in the life of a coordinator.
+    SessionId,
+    u64
+);
+number_id!(
+    /// One batch that travels through all stages. Never used twice in an epoch.
+    PassId,
+    u64
+);
+number_id!(
+    /// The place of a stage in the ring, from 0 for the first layers.
+    StageId,
+    u16
+);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_survives_its_text() {
+        let id = NodeId::from_bytes(std::array::from_fn(|i| i as u8 * 7));
+        assert_eq!(id.to_string().parse(), Ok(id));
+        assert_eq!(id.short(), "00070e15");
+    }
+
+    #[test]
+    fn a_text_that_is_no_id_is_refused() {
+        assert_eq!("abc".parse::<NodeId>(), Err(IdError::Length { found: 3 }));
+        assert_eq!("é".repeat(64).parse::<NodeId>(), Err(IdError::Digit { found: 'é' }));
+    }
+}

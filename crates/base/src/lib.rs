@@ -1,0 +1,14 @@
+//! Identifiers, units and layer ranges: the words that every crate of Brigade shares.
+//!
+//! Nothing here does I/O. Each type is checked where it is made, so that code which holds one need not check again.
+
+mod ids;
+mod layers;
+mod units;
+
+pub use ids::{DeploymentId, Epoch, Hash, IdError, ModelId, NodeId, PassId, SessionId, StageId};
+pub use layers::{LayerRange, LayerRangeError};
+pub use units::{ByteSize, ByteSizeError};
+
+/// A token of a model's vocabulary, as libllama numbers them. Negative values never name a token.
+pub type Token = i32;

@@ -1,0 +1,3 @@
+//! The `brigade` command.
+
+fn main() {}
