@@ -1,0 +1,283 @@
+//! What a coordinator offers to whoever faces users: submit tokens, receive text, ask how things stand.
+//!
+//! `api` is written against [`Serving`] alone, so it can be tested with a model that is not there.
+
+use std::time::Duration;
+
+use brigade_base::{ByteSize, LayerRange, ModelId, NodeId, Token};
+use brigade_engine::Sampling;
+use serde::Serialize;
+use tokio::sync::mpsc;
+
+/// A model that answers, wherever its layers are.
+pub trait Serving: Send + Sync + 'static {
+    /// What is served.
+    fn model(&self) -> &ModelCard;
+
+    /// Whether a request would be answered now.
+    fn readiness(&self) -> Readiness;
+
+    /// The tokens of `text`. With `parse_special` the text of a control token becomes that token;
+    /// with `add_special` the model's own start token is put before, where it has one.
+    ///
+    /// # Errors
+    /// If the text is too long to be any prompt of this model.
+    fn tokenize(&self, text: &str, add_special: bool, parse_special: bool) -> Result<Vec<Token>, SubmitError>;
+
+    /// The bytes that `token` stands for; not always whole characters. Empty for an unknown token.
+    fn token_bytes(&self, token: Token) -> Vec<u8>;
+
+    /// Starts a session. Dropping the receiver cancels it everywhere within one pass.
+    ///
+    /// # Errors
+    /// If the request can never be answered, or not now.
+    fn submit(&self, request: Request) -> Result<mpsc::UnboundedReceiver<Event>, SubmitError>;
+
+    /// The cluster as it stands.
+    fn status(&self) -> ClusterStatus;
+
+    /// Makes a ticket that admits nodes for `ttl`; the text is what `brigade join` takes.
+    ///
+    /// # Errors
+    /// If it could not be stored, in words for the operator.
+    fn create_ticket(&self, ttl: Duration) -> Result<TicketInfo, String>;
+
+    /// The tickets that are still valid, without their secrets.
+    fn tickets(&self) -> Vec<TicketInfo>;
+
+    /// Makes a ticket void. False if there is none of this id.
+    ///
+    /// # Errors
+    /// If it could not be stored, in words for the operator.
+    fn revoke_ticket(&self, id: &str) -> Result<bool, String>;
+}
+
+/// What is served.
+#[derive(Debug, Clone)]
+pub struct ModelCard {
+    /// The name that requests use.
+    pub name: String,
+    /// Identity of the weights.
+    pub id: ModelId,
+    /// Seconds since 1970 when it was first served.
+    pub created: u64,
+    /// Most tokens of one session, prompt and answer together.
+    pub context: u32,
+    /// Size of the vocabulary; a token id at or above it is refused.
+    pub n_vocab: u32,
+    /// The model's own chat template (Jinja), if it has one.
+    pub chat_template: Option<String>,
+    /// Text of the start token, for templates.
+    pub bos_text: String,
+    /// Text of the end token, for templates.
+    pub eos_text: String,
+}
+
+/// Whether requests are answered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Readiness {
+    /// A token has gone around the ring of the present placement.
+    Ready,
+    /// Not yet, or no more; the text says what is missing.
+    NotReady(String),
+}
+
+/// One completion to make.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// The prompt's tokens; at least one.
+    pub prompt: Vec<Token>,
+    /// Most tokens to generate; `None` lets the context be the bound. Zero is allowed: the answer is empty.
+    pub max_tokens: Option<u32>,
+    /// How to choose tokens.
+    pub sampling: Sampling,
+    /// The answer ends before the first of these; none is empty.
+    pub stop: Vec<String>,
+    /// `Some(n)` asks for each token's log probability and those of the `n` likeliest.
+    pub logprobs: Option<u8>,
+    /// Go on after the model's end token.
+    pub ignore_end: bool,
+}
+
+/// What a session tells its caller, in order; `Done` or `Failed` is the last.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// More of the answer.
+    Delta {
+        /// Text that no stop string can take back; may be empty.
+        text: String,
+        /// The tokens behind it, where log probabilities were asked for.
+        logprobs: Vec<TokenLogprob>,
+    },
+    /// The answer is complete.
+    Done {
+        /// Why it ended.
+        reason: FinishReason,
+        /// What it took.
+        usage: Usage,
+    },
+    /// The answer cannot be completed.
+    Failed(Failure),
+}
+
+/// One token with its log probability under the model, before temperature and filters.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenLogprob {
+    /// The chosen token.
+    pub token: Token,
+    /// The bytes it stands for.
+    pub bytes: Vec<u8>,
+    /// Natural logarithm of its probability.
+    pub logprob: f32,
+    /// The likeliest tokens, best first.
+    pub top: Vec<(Token, Vec<u8>, f32)>,
+}
+
+/// Why an answer ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FinishReason {
+    /// The model's end token or a stop string.
+    Stop,
+    /// `max_tokens` or the end of the context.
+    Length,
+}
+
+/// Tokens read and written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Usage {
+    /// Tokens of the prompt.
+    pub prompt_tokens: u32,
+    /// Tokens generated, the end token included.
+    pub completion_tokens: u32,
+}
+
+/// Why an answer broke off.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Failure {
+    /// A machine that held part of the model is gone.
+    #[error("the answer was cut off because {0}; send the request again once the model is placed anew")]
+    PlacementLost(String),
+    /// The coordinator is stopping.
+    #[error("the server is stopping")]
+    Stopping,
+    /// The engine refused to go on.
+    #[error("the engine failed: {0}")]
+    Engine(String),
+}
+
+/// Why a request was not taken.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SubmitError {
+    /// No model is placed at the moment.
+    #[error("the model is not ready: {0}")]
+    NotReady(String),
+    /// Too many requests wait already.
+    #[error("{waiting} requests are waiting already; try again in a moment")]
+    Busy {
+        /// How many wait.
+        waiting: usize,
+    },
+    /// The prompt leaves no room.
+    #[error("the prompt has {tokens} tokens, but a session holds {context} and needs room for at least one more; shorten it or serve with a larger --context")]
+    PromptTooLong {
+        /// Tokens of the prompt.
+        tokens: usize,
+        /// Tokens of a session.
+        context: u32,
+    },
+    /// The prompt has no tokens.
+    #[error("the prompt is empty")]
+    PromptEmpty,
+    /// A token id is outside the vocabulary.
+    #[error("token {token} is not in the vocabulary of {n_vocab} tokens")]
+    UnknownToken {
+        /// The id.
+        token: i64,
+        /// Size of the vocabulary.
+        n_vocab: u32,
+    },
+    /// A sampling parameter is out of its range.
+    #[error("{0}")]
+    Sampling(String),
+    /// The coordinator is stopping.
+    #[error("the server is stopping")]
+    Stopping,
+}
+
+/// A ticket as an operator sees it.
+#[derive(Debug, Clone, Serialize)]
+pub struct TicketInfo {
+    /// Names the ticket; not secret.
+    pub id: String,
+    /// Seconds until it expires.
+    pub expires_in_s: u64,
+    /// The whole ticket with its secret; only when it was just made.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ticket: Option<String>,
+}
+
+/// The cluster as it stands; what `brigade status` prints.
+#[derive(Debug, Clone, Serialize)]
+pub struct ClusterStatus {
+    /// The coordinator.
+    pub coordinator: NodeId,
+    /// Name of the served model.
+    pub model: String,
+    /// Identity of its weights.
+    pub model_id: ModelId,
+    /// Layers of the model.
+    pub n_layers: u32,
+    /// `ready`, or what is missing.
+    pub state: String,
+    /// Rises with each placement.
+    pub epoch: u64,
+    /// Tokens of one session.
+    pub context: u32,
+    /// Sessions that fit at once.
+    pub parallel: u32,
+    /// Sessions that generate now.
+    pub running: usize,
+    /// Requests that wait for a session.
+    pub waiting: usize,
+    /// Tokens generated since the start.
+    pub tokens_generated: u64,
+    /// Decode speed over the last passes, all sessions together, in tokens per second; 0 before the first.
+    pub tokens_per_second: f32,
+    /// All nodes, those without a stage too, in ring order with the coordinator last.
+    pub nodes: Vec<NodeStatus>,
+}
+
+/// One node as it stands.
+#[derive(Debug, Clone, Serialize)]
+pub struct NodeStatus {
+    /// Its key.
+    pub id: NodeId,
+    /// Its name for people.
+    pub name: String,
+    /// `coordinator` or `worker`.
+    pub role: String,
+    /// Whether its control link is up.
+    pub connected: bool,
+    /// Where its links listen.
+    pub address: String,
+    /// Its layers, if it has a stage.
+    pub layers: Option<LayerRange>,
+    /// `idle`, `loading`, `ready` or `gone`.
+    pub state: String,
+    /// Share of the stage's weights that it holds, 0 to 1.
+    pub loaded: f32,
+    /// What it offered.
+    pub memory_offered: ByteSize,
+    /// Weights and KV cache of its stage.
+    pub memory_stage: ByteSize,
+    /// Resident memory of its process.
+    pub memory_resident: ByteSize,
+    /// Threads that compute.
+    pub threads: u32,
+    /// Median time of its part of a decode pass, in milliseconds; 0 before the first.
+    pub pass_ms: f32,
+    /// Bytes per token that its outgoing link carries in a decode pass; 0 where it has none.
+    pub bytes_per_token: u64,
+    /// Round trip of its control link in milliseconds; 0 for the coordinator itself.
+    pub rtt_ms: f32,
+}
