@@ -1,1 +1,187 @@
-//! Placeholder.
+//! Places a model's layers on nodes, and explains the choice.
+//!
+//! Flow: profiles of the model and of the nodes go in, a [`Plan`] or a reason why there is none comes out. Nothing is
+//! measured, read or timed here; what a profile says is taken as true. Today the only measurement that counts is free
+//! memory: each node's share of the model follows its share of the memory. Measured speeds will enter through
+//! [`NodeProfile`], and predictions leave through [`Plan`], without a change for those who call [`place`].
+
+mod memory;
+mod place;
+
+pub use memory::{StageMemory, COMPUTE_FLOOR, HEADROOM_DIVISOR};
+pub use place::place;
+
+use std::fmt;
+
+use brigade_base::{ByteSize, LayerRange, NodeId};
+use serde::Serialize;
+
+/// What a model costs, layer by layer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModelProfile {
+    /// Bytes of the weights of each layer; its length is the number of layers.
+    pub layer_bytes: Vec<u64>,
+    /// Bytes of KV cache per token of each layer; as long as `layer_bytes`.
+    pub kv_bytes_per_token: Vec<u64>,
+    /// Bytes that the coordinator holds beside its layers: the head, and what the token embedding needs.
+    pub head_bytes: u64,
+    /// Layers before which the model may be cut, ascending, without 0 and the number of layers.
+    pub cut_points: Vec<u32>,
+    /// Width of the hidden state.
+    pub n_embd: u32,
+    /// Width of the widest feed-forward activation.
+    pub n_ff: u32,
+    /// Size of the vocabulary.
+    pub n_vocab: u32,
+}
+
+impl ModelProfile {
+    /// Number of layers.
+    pub fn n_layers(&self) -> u32 {
+        self.layer_bytes.len() as u32
+    }
+}
+
+/// What a node offers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NodeProfile {
+    /// The node.
+    pub id: NodeId,
+    /// Its name for people.
+    pub name: String,
+    /// Memory that it gives.
+    pub memory: ByteSize,
+}
+
+/// What the deployment must be able to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Demand {
+    /// Tokens of one session.
+    pub context: u32,
+    /// Sessions at once.
+    pub parallel: u32,
+    /// Most rows of one batch.
+    pub max_rows: u32,
+    /// Use every node, even where fewer would do.
+    pub spread: bool,
+    /// Pinned number of layers of each stage, in ring order: workers in the order given, the coordinator last.
+    pub split: Option<Vec<u32>>,
+}
+
+/// Where each layer goes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Plan {
+    /// The stages in ring order; the last one is the coordinator's.
+    pub stages: Vec<PlannedStage>,
+    /// Why this plan, one thought per line.
+    pub explanation: Vec<String>,
+}
+
+/// One stage of a plan.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct PlannedStage {
+    /// The node that holds it.
+    pub node: NodeId,
+    /// Name of that node.
+    pub name: String,
+    /// Its layers.
+    pub layers: LayerRange,
+    /// What it costs there.
+    pub memory: StageMemory,
+    /// What the node gives, headroom included.
+    pub offered: ByteSize,
+}
+
+/// Why a model cannot be placed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PlanError {
+    /// The nodes together, or the largest of them, hold too little.
+    #[error("{}", does_not_fit(*.needed, *.offered, *.missing, *.n_nodes))]
+    DoesNotFit {
+        /// Bytes that the model needs with KV cache and working memory.
+        needed: ByteSize,
+        /// Bytes that the nodes can use, headroom taken off.
+        offered: ByteSize,
+        /// Bytes of further memory that would make it fit.
+        missing: ByteSize,
+        /// How many nodes are there.
+        n_nodes: usize,
+    },
+    /// The pinned split does not add up.
+    #[error("--layers {split:?} has {} layers, but the model has {n_layers}", .split.iter().map(|&n| u64::from(n)).sum::<u64>())]
+    SplitSum {
+        /// What was asked for.
+        split: Vec<u32>,
+        /// Layers of the model.
+        n_layers: u32,
+    },
+    /// The pinned split names a stage without layers.
+    #[error("--layers {split:?} has a stage without layers; every stage needs at least one")]
+    SplitEmpty {
+        /// What was asked for.
+        split: Vec<u32>,
+    },
+    /// The pinned split cuts where the model cannot be cut.
+    #[error("--layers cuts before layer {at}, but this model can be cut only before {}", list(.allowed))]
+    SplitCut {
+        /// The cut.
+        at: u32,
+        /// Where it may be cut.
+        allowed: Vec<u32>,
+    },
+    /// The pinned split has more stages than there are nodes.
+    #[error("--layers names {stages} stages, but {nodes} nodes are here; {} more must join", .stages - .nodes)]
+    SplitNodes {
+        /// Stages asked for.
+        stages: usize,
+        /// Nodes present.
+        nodes: usize,
+    },
+    /// A pinned stage is larger than its node.
+    #[error("{layers} layers need {needed} on {name}, which can use {usable}: {} are missing", ByteSize(.needed.0 - .usable.0))]
+    SplitTooLarge {
+        /// The node.
+        name: String,
+        /// Layers of the stage.
+        layers: u32,
+        /// What they need.
+        needed: ByteSize,
+        /// What the node can use.
+        usable: ByteSize,
+    },
+}
+
+fn does_not_fit(needed: ByteSize, offered: ByteSize, missing: ByteSize, n_nodes: usize) -> String {
+    let who = if n_nodes == 1 { "this node".to_owned() } else { format!("the {n_nodes} nodes here") };
+    format!(
+        "the model needs {needed} with its KV cache, and {who} can use {offered}: {missing} are missing. \
+         Let another machine join, raise --memory, or lower --context or --parallel"
+    )
+}
+
+fn list(cuts: &[u32]) -> String {
+    if cuts.is_empty() {
+        return "nothing (it must stay whole)".to_owned();
+    }
+    cuts.iter().map(u32::to_string).collect::<Vec<_>>().join(", ")
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{:<20} {:>9} {:>12} {:>12} {:>12} {:>12}", "node", "layers", "weights", "KV cache", "work", "of")?;
+        for stage in &self.stages {
+            let memory = &stage.memory;
+            writeln!(
+                f,
+                "{:<20} {:>9} {:>12} {:>12} {:>12} {:>12}",
+                stage.name,
+                stage.layers.to_string(),
+                memory.weights,
+                memory.kv,
+                memory.compute,
+                stage.offered
+            )?;
+        }
+        self.explanation.iter().try_for_each(|line| writeln!(f, "{line}"))
+    }
+}

@@ -1,1 +1,57 @@
-//! Placeholder.
+//! What nodes say to each other, and the state machines that decide what to say; without I/O.
+//!
+//! - [`control`]: messages between the coordinator and a worker, on the control link.
+//! - [`frame`]: a pass on one link, from stage to stage.
+//! - [`weights`]: tensors asked for and sent, on links of their own.
+//! - [`cluster`]: who is here, and what is placed where. Events in, actions out.
+//! - [`passes`]: which rows of which sessions travel in the next pass, and what has come back.
+//!
+//! Time is an argument everywhere and nothing here is random, so every state can be reached again in a test.
+
+pub mod cluster;
+pub mod control;
+pub mod frame;
+pub mod passes;
+pub mod weights;
+
+/// Kinds of frames on a link; the first byte that a reader looks at.
+pub mod kind {
+    /// A [`crate::control::ToWorker`] or [`crate::control::ToCoordinator`].
+    pub const CONTROL: u8 = 0x10;
+    /// A [`crate::frame::Frame`].
+    pub const FRAME: u8 = 0x20;
+    /// A [`crate::weights::Fetch`].
+    pub const FETCH: u8 = 0x30;
+    /// A piece of a tensor.
+    pub const CHUNK: u8 = 0x31;
+    /// The tensor asked for cannot be sent; the payload says why.
+    pub const FETCH_FAILED: u8 = 0x32;
+}
+
+/// A message could not be read.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DecodeError {
+    /// The bytes are no message of this version.
+    #[error("malformed {what}: {why}")]
+    Malformed {
+        /// Which message.
+        what: &'static str,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// A number in it is beyond its cap.
+    #[error("{what} of {found} is beyond the limit of {limit}")]
+    TooMany {
+        /// What is counted.
+        what: &'static str,
+        /// How many are claimed.
+        found: u64,
+        /// How many are allowed.
+        limit: u64,
+    },
+}
+
+/// Fails unless `found <= limit`.
+pub(crate) fn cap(what: &'static str, found: u64, limit: u64) -> Result<(), DecodeError> {
+    if found <= limit { Ok(()) } else { Err(DecodeError::TooMany { what, found, limit }) }
+}

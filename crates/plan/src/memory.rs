@@ -1,0 +1,57 @@
+//! What a stage costs in memory.
+
+use brigade_base::{ByteSize, LayerRange};
+use serde::Serialize;
+
+use crate::{Demand, ModelProfile};
+
+/// One part in so many of a node's memory is kept free: allocator slack, page tables, and the libraries' own needs
+/// grow with what is loaded, measured below 3 %, so one sixteenth leaves as much again.
+pub const HEADROOM_DIVISOR: u64 = 16;
+
+/// What a node's process needs before it holds a single weight: code, TLS, thread stacks and libllama's own tables.
+/// Measured between 20 and 40 MiB; rounded up.
+pub const COMPUTE_FLOOR: u64 = 48 << 20;
+
+/// libllama rounds each session's KV cache up to so many tokens.
+const KV_PADDING: u32 = 256;
+
+/// Bytes that a stage takes on its node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct StageMemory {
+    /// Its layers, and on the coordinator the head and the embedding.
+    pub weights: ByteSize,
+    /// KV cache of all sessions at full context.
+    pub kv: ByteSize,
+    /// Activations of one batch, and the process itself.
+    pub compute: ByteSize,
+}
+
+impl StageMemory {
+    /// All of it.
+    pub fn total(&self) -> ByteSize {
+        ByteSize(self.weights.0.saturating_add(self.kv.0).saturating_add(self.compute.0))
+    }
+}
+
+/// What `layers` take; `is_tail` adds what only the coordinator holds.
+pub(crate) fn stage_memory(model: &ModelProfile, demand: &Demand, layers: LayerRange, is_tail: bool) -> StageMemory {
+    let of = |bytes: &[u64]| {
+        bytes[layers.start() as usize..layers.end() as usize].iter().fold(0u64, |sum, &b| sum.saturating_add(b))
+    };
+    let tokens = u64::from(demand.context.next_multiple_of(KV_PADDING)) * u64::from(demand.parallel);
+    // Activations of a layer live one after the other: the hidden state and its residual, the widest product, and
+    // what attention holds; all in F32. Logits exist only where tokens are chosen, for one row of each session.
+    let row = 4 * (6 * u64::from(model.n_embd) + 3 * u64::from(model.n_ff));
+    let logits = if is_tail { 4 * u64::from(model.n_vocab) * u64::from(demand.parallel.max(1)) } else { 0 };
+    StageMemory {
+        weights: ByteSize(of(&model.layer_bytes).saturating_add(if is_tail { model.head_bytes } else { 0 })),
+        kv: ByteSize(of(&model.kv_bytes_per_token).saturating_mul(tokens)),
+        compute: ByteSize(COMPUTE_FLOOR + row.saturating_mul(u64::from(demand.max_rows)) + logits),
+    }
+}
+
+/// What of a node's memory may be used.
+pub(crate) fn usable(offered: ByteSize) -> ByteSize {
+    ByteSize(offered.0 - offered.0 / HEADROOM_DIVISOR)
+}
