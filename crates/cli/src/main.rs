@@ -1,3 +1,69 @@
-//! The `brigade` command.
+//! The `brigade` command: arguments in, one verb run, an exit code out.
+//!
+//! Each verb is a module with one `run`; what they have in common is in [`args`], [`config`] and [`endpoint`]. A verb
+//! that fails says so in one line on standard error; a reader that closes our output early is no failure.
 
-fn main() {}
+mod args;
+mod chat;
+mod config;
+mod doctor;
+mod embedded;
+mod endpoint;
+mod error;
+mod inspect;
+mod join;
+mod output;
+mod plan;
+mod progress;
+mod serve;
+mod status;
+mod ticket;
+
+use std::process::ExitCode;
+
+use args::Verb;
+use error::Failure;
+
+fn main() -> ExitCode {
+    let args = match config::parse(std::env::args_os()) {
+        Ok(args) => args,
+        Err(config::ParseError::Usage(error)) => error.exit(),
+        Err(config::ParseError::Config(error)) => return fail(&Failure::usage(error)),
+    };
+    start_log(args.verbose);
+    let result = match args.verb {
+        Verb::Serve(args) => serve::run(&args),
+        Verb::Join(args) => join::run(&args),
+        Verb::Chat(args) => chat::run(&args),
+        Verb::Status(args) => status::run(&args),
+        Verb::Inspect(args) => inspect::run(&args),
+        Verb::Plan(args) => plan::run(&args),
+        Verb::Ticket(args) => ticket::run(&args),
+        Verb::Doctor(args) => doctor::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) if failure.is_broken_pipe() => ExitCode::SUCCESS,
+        Err(failure) => fail(&failure),
+    }
+}
+
+fn fail(failure: &Failure) -> ExitCode {
+    // One line, whatever libraries put into their messages.
+    let text = failure.to_string().lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ");
+    output::error(&format!("brigade: {text}"));
+    ExitCode::from(failure.exit_code())
+}
+
+/// Log lines go to standard error. `-v` shows what happens, `-vv` details; `BRIGADE_LOG` takes filters as `RUST_LOG`.
+fn start_log(verbose: u8) {
+    use tracing_subscriber::EnvFilter;
+    let default = match verbose {
+        0 => "error",
+        1 => "info,llama=warn",
+        2 => "debug,llama=info",
+        _ => "trace",
+    };
+    let filter = EnvFilter::try_from_env("BRIGADE_LOG").unwrap_or_else(|_| EnvFilter::new(default));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+}

@@ -243,6 +243,12 @@ pub struct ClusterStatus {
     pub tokens_generated: u64,
     /// Decode speed over the last passes, all sessions together, in tokens per second; 0 before the first.
     pub tokens_per_second: f32,
+    /// Median of what software and links cost per hop of a lone stream, in microseconds; 0 before the first token.
+    pub hop_us_p50: f32,
+    /// The 99th percentile of the same.
+    pub hop_us_p99: f32,
+    /// Seconds since the start.
+    pub uptime_s: u64,
     /// All nodes, those without a stage too, in ring order with the coordinator last.
     pub nodes: Vec<NodeStatus>,
 }

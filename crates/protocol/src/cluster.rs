@@ -184,6 +184,7 @@ pub struct Cluster {
     epoch: Epoch,
     plan: Option<Plan>,
     tail_loaded: bool,
+    tail_memory: ByteSize,
     settle_until: Option<Instant>,
     placed_before: bool,
     given_up: bool,
@@ -199,6 +200,7 @@ impl Cluster {
             epoch: Epoch(0),
             plan: None,
             tail_loaded: false,
+            tail_memory: ByteSize(0),
             settle_until: None,
             placed_before: false,
             given_up: false,
@@ -225,9 +227,14 @@ impl Cluster {
         &self.members
     }
 
-    /// Whether the coordinator's own stage of this placement is loaded.
-    pub fn tail_loaded(&self) -> bool {
-        self.tail_loaded
+    /// What the coordinator's own stage takes, once loaded.
+    pub fn tail_memory(&self) -> ByteSize {
+        self.tail_memory
+    }
+
+    /// The deployment.
+    pub fn deployment(&self) -> DeploymentId {
+        self.settings.deployment
     }
 
     /// When [`Input::Tick`] is due.
@@ -252,8 +259,8 @@ impl Cluster {
                 }
             }
             Input::Loaded(id, epoch, memory) if id == self.settings.coordinator.id => {
-                let _ = memory;
                 if epoch == self.epoch && self.phase == Phase::Loading {
+                    self.tail_memory = memory;
                     self.tail_loaded = true;
                     self.advance(&mut actions);
                 }
@@ -277,7 +284,7 @@ impl Cluster {
             }
             Input::StageFailed(id, epoch, reason) => self.stage_failed(id, epoch, &reason, &mut actions),
             Input::WentAround(epoch) => {
-                if epoch == self.epoch && self.phase == Phase::Probing {
+                if epoch == self.epoch && matches!(self.phase, Phase::Joining | Phase::Probing) {
                     self.phase = Phase::Ready;
                     actions.push(Action::Ready { epoch });
                 }

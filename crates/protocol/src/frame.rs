@@ -60,6 +60,38 @@ pub struct Timing {
     pub software_us: u32,
 }
 
+/// Says which placement a data link belongs to; the dialer sends it first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Attach {
+    /// The deployment.
+    pub deployment: DeploymentId,
+    /// Its epoch.
+    pub epoch: Epoch,
+}
+
+impl Attach {
+    /// Both numbers as u64, little endian.
+    pub fn encode(self) -> [u8; 16] {
+        let mut bytes = [0; 16];
+        bytes[..8].copy_from_slice(&self.deployment.0.to_le_bytes());
+        bytes[8..].copy_from_slice(&self.epoch.0.to_le_bytes());
+        bytes
+    }
+
+    /// Reads a message.
+    ///
+    /// # Errors
+    /// If it has another length.
+    pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
+        if bytes.len() != 16 {
+            let why = format!("{} bytes instead of 16", bytes.len());
+            return Err(DecodeError::Malformed { what: "attach", why });
+        }
+        let mut fields = Fields(bytes);
+        Ok(Self { deployment: DeploymentId(fields.u64()), epoch: Epoch(fields.u64()) })
+    }
+}
+
 /// What a frame carries beside its rows.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct FrameHead {

@@ -20,6 +20,8 @@ pub mod kind {
     pub const CONTROL: u8 = 0x10;
     /// A [`crate::frame::Frame`].
     pub const FRAME: u8 = 0x20;
+    /// A [`crate::frame::Attach`]: the first frame on a data link.
+    pub const ATTACH: u8 = 0x21;
     /// A [`crate::weights::Fetch`].
     pub const FETCH: u8 = 0x30;
     /// A piece of a tensor.

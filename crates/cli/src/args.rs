@@ -1,0 +1,354 @@
+//! The command line. Each long flag is also an environment variable `BRIGADE_…` and a key of `config.toml`.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use brigade_base::ByteSize;
+use clap::{ArgAction, Args, Parser, Subcommand};
+
+/// Pools the machines you own and serves one language model that none of them can hold.
+#[derive(Debug, Parser)]
+#[command(name = "brigade", version, max_term_width = 110, disable_help_subcommand = true)]
+pub struct Cli {
+    /// Say more on standard error; twice for details
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    pub verbose: u8,
+    /// Read settings from this file [default: config.toml in the state directory]
+    #[arg(long, global = true, value_name = "FILE", env = "BRIGADE_CONFIG")]
+    pub config: Option<PathBuf>,
+    /// What to do
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Serve a model: print the join command and the endpoint's URL
+    Serve(ServeArgs),
+    /// Give this machine's memory and cores to a coordinator
+    Join(JoinArgs),
+    /// Ask the model something; without a prompt, talk to it line by line
+    Chat(ChatArgs),
+    /// Show nodes, their stages and layers, memory and speed
+    Status(StatusArgs),
+    /// Show what is in a model file: architecture, quantisation, layers, cut points
+    Inspect(InspectArgs),
+    /// Say how a model would be placed on machines, before running it
+    Plan(PlanArgs),
+    /// Make, list or revoke tickets of the coordinator that runs here
+    Ticket(TicketArgs),
+    /// Check this machine and its links, and say what to fix
+    Doctor(DoctorArgs),
+}
+
+/// Where a node keeps what it must remember.
+#[derive(Debug, Clone, Args)]
+pub struct StateArgs {
+    /// Keys, membership and cache; several nodes on one machine differ by it [default: ~/.local/state/brigade]
+    #[arg(long, value_name = "DIR", env = "BRIGADE_STATE_DIR")]
+    pub state_dir: Option<PathBuf>,
+}
+
+/// What a node is and gives.
+#[derive(Debug, Clone, Args)]
+pub struct NodeArgs {
+    #[command(flatten)]
+    pub state: StateArgs,
+    /// Name of this node for people [default: the host name]
+    #[arg(long, env = "BRIGADE_NAME", value_parser = node_name)]
+    pub name: Option<String>,
+    /// Where links from other nodes come in; port 0 picks one
+    /// [default: all addresses, port 7411 for serve and any port for join]
+    #[arg(long, value_name = "ADDR", env = "BRIGADE_LISTEN", value_parser = listen_address)]
+    pub listen: Option<SocketAddr>,
+    /// Threads that compute [default: one per core]
+    #[arg(long, value_name = "N", env = "BRIGADE_THREADS", value_parser = clap::value_parser!(u32).range(1..=512))]
+    pub threads: Option<u32>,
+    /// Memory that this node gives, for example 8GiB [default: what is free now]
+    #[arg(long, value_name = "SIZE", env = "BRIGADE_MEMORY")]
+    pub memory: Option<ByteSize>,
+}
+
+/// `brigade serve`
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    /// The model, a GGUF file (of a split one, any part) [default: abacus, a tiny model inside this program]
+    #[arg(value_name = "MODEL", env = "BRIGADE_MODEL")]
+    pub model: Option<PathBuf>,
+    #[command(flatten)]
+    pub node: NodeArgs,
+    /// Port of the HTTP endpoint; 0 picks one and prints it
+    #[arg(long, default_value_t = 8080, env = "BRIGADE_PORT")]
+    pub port: u16,
+    /// Address of the HTTP endpoint; anything but loopback needs an API key
+    #[arg(long, value_name = "IP", default_value = "127.0.0.1", env = "BRIGADE_BIND")]
+    pub bind: IpAddr,
+    /// Key that clients must send as `Authorization: Bearer KEY`; may be given several times
+    #[arg(long, value_name = "KEY", env = "BRIGADE_API_KEY", hide_env_values = true)]
+    pub api_key: Vec<String>,
+    /// File with one such key per line
+    #[arg(long, value_name = "FILE", env = "BRIGADE_API_KEY_FILE")]
+    pub api_key_file: Option<PathBuf>,
+    /// Tokens of one session, prompt and answer together [default: what the model was trained for, at most 4096]
+    #[arg(long, value_name = "N", env = "BRIGADE_CONTEXT", value_parser = clap::value_parser!(u32).range(1..=16_777_216))]
+    pub context: Option<u32>,
+    /// Sessions at once
+    #[arg(long, value_name = "N", default_value_t = 4, env = "BRIGADE_PARALLEL", value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub parallel: u32,
+    /// Place the model once N nodes are here, this one counted
+    #[arg(long, value_name = "N", default_value_t = 1, env = "BRIGADE_NODES", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub nodes: u32,
+    /// Use every node, even where fewer would do
+    #[arg(long, env = "BRIGADE_SPREAD")]
+    pub spread: bool,
+    /// Pin the split: layers of each stage, workers in the order of joining and this node last
+    #[arg(long, value_name = "A,B,C", value_delimiter = ',', env = "BRIGADE_LAYERS")]
+    pub layers: Option<Vec<u32>>,
+    /// How long the printed ticket admits nodes, for example 30m or 2h
+    #[arg(long, value_name = "TIME", default_value = "1h", env = "BRIGADE_TICKET_TTL", value_parser = ticket_ttl)]
+    pub ticket_ttl: Duration,
+    /// Also write the ticket to this file (readable by you alone)
+    #[arg(long, value_name = "FILE", env = "BRIGADE_TICKET_FILE")]
+    pub ticket_file: Option<PathBuf>,
+}
+
+/// `brigade join`
+#[derive(Debug, Args)]
+pub struct JoinArgs {
+    /// The ticket that `brigade serve` printed; a node that was admitted before needs none
+    #[arg(value_name = "TICKET", env = "BRIGADE_TICKET", hide_env_values = true)]
+    pub ticket: Option<String>,
+    /// Read the ticket from this file
+    #[arg(long, value_name = "FILE", env = "BRIGADE_TICKET_FILE", conflicts_with = "ticket")]
+    pub ticket_file: Option<PathBuf>,
+    #[command(flatten)]
+    pub node: NodeArgs,
+    /// This node's own copy of the model, so that no weights need to be fetched
+    #[arg(long, value_name = "FILE", env = "BRIGADE_MODEL")]
+    pub model: Option<PathBuf>,
+    /// Most bytes of fetched weights that are kept on disk
+    #[arg(long, value_name = "SIZE", default_value = "100GiB", env = "BRIGADE_CACHE_SIZE")]
+    pub cache_size: ByteSize,
+}
+
+/// Which endpoint to talk to.
+#[derive(Debug, Clone, Args)]
+pub struct EndpointArgs {
+    #[command(flatten)]
+    pub state: StateArgs,
+    /// Endpoint, for example http://127.0.0.1:8080 [default: the coordinator that runs here]
+    #[arg(long, env = "BRIGADE_URL")]
+    pub url: Option<String>,
+    /// Key to send, if the endpoint wants one
+    #[arg(long, value_name = "KEY", env = "BRIGADE_API_KEY", hide_env_values = true)]
+    pub api_key: Option<String>,
+}
+
+/// `brigade chat`
+#[derive(Debug, Args)]
+pub struct ChatArgs {
+    /// What to ask
+    pub prompt: Option<String>,
+    #[command(flatten)]
+    pub endpoint: EndpointArgs,
+    /// What the model is told first
+    #[arg(long, env = "BRIGADE_SYSTEM")]
+    pub system: Option<String>,
+    /// Randomness; 0 always takes the likeliest token
+    #[arg(long, default_value_t = 0.0, env = "BRIGADE_TEMPERATURE")]
+    pub temperature: f32,
+    /// Most tokens of an answer
+    #[arg(long, value_name = "N", env = "BRIGADE_MAX_TOKENS")]
+    pub max_tokens: Option<u32>,
+}
+
+/// `brigade status`
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    #[command(flatten)]
+    pub endpoint: EndpointArgs,
+    /// Print JSON
+    #[arg(long, env = "BRIGADE_JSON")]
+    pub json: bool,
+}
+
+/// `brigade inspect`
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// The model, a GGUF file
+    pub model: PathBuf,
+    /// Print JSON
+    #[arg(long, env = "BRIGADE_JSON")]
+    pub json: bool,
+    /// List every tensor
+    #[arg(long, env = "BRIGADE_TENSORS")]
+    pub tensors: bool,
+}
+
+/// `brigade plan`
+#[derive(Debug, Args)]
+pub struct PlanArgs {
+    /// The model, a GGUF file
+    pub model: PathBuf,
+    /// A machine and its memory, for example tower=16GiB; the last one is the coordinator [default: this machine]
+    #[arg(long = "node", value_name = "NAME=SIZE", value_parser = named_size, env = "BRIGADE_NODE", value_delimiter = ',')]
+    pub nodes: Vec<(String, ByteSize)>,
+    /// Tokens of one session
+    #[arg(long, value_name = "N", default_value_t = 4096, env = "BRIGADE_CONTEXT", value_parser = clap::value_parser!(u32).range(1..=16_777_216))]
+    pub context: u32,
+    /// Sessions at once
+    #[arg(long, value_name = "N", default_value_t = 4, env = "BRIGADE_PARALLEL", value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub parallel: u32,
+    /// Use every node, even where fewer would do
+    #[arg(long, env = "BRIGADE_SPREAD")]
+    pub spread: bool,
+    /// Pin the split: layers of each stage, the coordinator's last
+    #[arg(long, value_name = "A,B,C", value_delimiter = ',', env = "BRIGADE_LAYERS")]
+    pub layers: Option<Vec<u32>>,
+    /// Print JSON
+    #[arg(long, env = "BRIGADE_JSON")]
+    pub json: bool,
+}
+
+/// `brigade ticket`
+#[derive(Debug, Args)]
+pub struct TicketArgs {
+    #[command(flatten)]
+    pub state: StateArgs,
+    /// What to do with tickets [default: create]
+    #[command(subcommand)]
+    pub action: Option<TicketAction>,
+}
+
+/// What to do with tickets.
+#[derive(Debug, Subcommand)]
+pub enum TicketAction {
+    /// Make one and print it
+    Create {
+        /// How long it admits nodes
+        #[arg(long, value_name = "TIME", default_value = "1h", env = "BRIGADE_TICKET_TTL", value_parser = ticket_ttl)]
+        ticket_ttl: Duration,
+    },
+    /// Show the valid ones, without their secrets
+    List,
+    /// Make one void; nodes that it admitted stay members
+    Revoke {
+        /// Its id, as `list` shows it
+        id: String,
+    },
+}
+
+/// `brigade doctor`
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    #[command(flatten)]
+    pub state: StateArgs,
+    /// Print JSON
+    #[arg(long, env = "BRIGADE_JSON")]
+    pub json: bool,
+}
+
+/// A year: beyond it a ticket is no ticket but an open door.
+const TICKET_TTL_MAX: Duration = Duration::from_secs(366 * 24 * 3600);
+
+fn ticket_ttl(text: &str) -> Result<Duration, String> {
+    let ttl = humantime::parse_duration(text).map_err(|_| "write a time such as 30m, 1h or 2days".to_owned())?;
+    if ttl < Duration::from_secs(1) || ttl > TICKET_TTL_MAX {
+        return Err("a ticket lives from 1s to 366days".to_owned());
+    }
+    Ok(ttl)
+}
+
+fn node_name(text: &str) -> Result<String, String> {
+    let n = text.chars().count();
+    if n == 0 || n > 64 || text.chars().any(char::is_control) {
+        return Err("a name has 1 to 64 printable characters".to_owned());
+    }
+    Ok(text.to_owned())
+}
+
+/// `IP:PORT`, or `:PORT` for all addresses.
+fn listen_address(text: &str) -> Result<SocketAddr, String> {
+    let whole = if text.starts_with(':') { format!("[::]{text}") } else { text.to_owned() };
+    whole.parse().map_err(|_| "write IP:PORT, for example 192.168.1.5:7411, [::]:0 or :7411".to_owned())
+}
+
+fn named_size(text: &str) -> Result<(String, ByteSize), String> {
+    let (name, size) = text.split_once('=').ok_or("write NAME=SIZE, for example tower=16GiB")?;
+    Ok((node_name(name)?, size.parse().map_err(|error: brigade_base::ByteSizeError| error.to_string())?))
+}
+
+impl StateArgs {
+    /// The state directory: as given, else where the system keeps a user's state.
+    pub fn dir(&self) -> PathBuf {
+        let from_env = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+        self.state_dir
+            .clone()
+            .or_else(|| from_env("XDG_STATE_HOME").map(|dir| dir.join("brigade")))
+            .or_else(|| from_env("HOME").map(|home| home.join(".local/state/brigade")))
+            .unwrap_or_else(|| PathBuf::from(".brigade"))
+    }
+}
+
+impl NodeArgs {
+    /// The node's name for people.
+    pub fn name(&self) -> String {
+        self.name.clone().unwrap_or_else(brigade_node::system::host_name)
+    }
+
+    /// Where links come in, with `port` unless told otherwise.
+    pub fn listen(&self, port: u16) -> SocketAddr {
+        self.listen.unwrap_or_else(|| {
+            let has_ipv6 = std::net::UdpSocket::bind("[::1]:0").is_ok();
+            let all: IpAddr = if has_ipv6 { [0u16; 8].into() } else { [0u8; 4].into() };
+            SocketAddr::new(all, port)
+        })
+    }
+
+    /// Threads that compute.
+    pub fn threads(&self) -> u32 {
+        self.threads.unwrap_or_else(brigade_node::system::default_threads)
+    }
+
+    /// Memory that the node gives.
+    pub fn memory(&self) -> ByteSize {
+        self.memory.unwrap_or_else(brigade_node::system::available_memory)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_flag_is_an_environment_variable_and_has_help() {
+        fn check(command: &clap::Command) {
+            for arg in command.get_arguments().filter(|a| !["help", "version", "verbose"].contains(&a.get_id().as_str())) {
+                assert!(arg.get_help().is_some(), "{} {} has no help", command.get_name(), arg.get_id());
+                if arg.get_long().is_some() {
+                    let env = arg.get_env().map(|env| env.to_string_lossy().into_owned()).unwrap_or_default();
+                    assert!(env.starts_with("BRIGADE_"), "{} --{}", command.get_name(), arg.get_id());
+                }
+            }
+            command.get_subcommands().for_each(check);
+        }
+        check(&Cli::command());
+    }
+
+    #[test]
+    fn addresses_and_times_are_read() {
+        assert_eq!(listen_address(":7411").unwrap().to_string(), "[::]:7411");
+        assert!(listen_address("tower").is_err());
+        assert_eq!(ticket_ttl("90m"), Ok(Duration::from_secs(5400)));
+        assert!(ticket_ttl("0s").is_err() && ticket_ttl("9y").is_err());
+        assert_eq!(named_size("a=2GiB"), Ok(("a".into(), ByteSize::gib(2))));
+    }
+}

@@ -1,0 +1,157 @@
+//! `brigade inspect`: what is in a model file.
+
+use brigade_base::ByteSize;
+use brigade_gguf::{Architecture, Catalog, ModelFile};
+use serde::Serialize;
+
+use crate::args::InspectArgs;
+use crate::error::Failure;
+use crate::output;
+
+#[derive(Serialize)]
+struct Report {
+    name: Option<String>,
+    architecture: String,
+    /// Why Brigade cannot split it, if it cannot.
+    unsupported: Option<String>,
+    parameters: u64,
+    quantisation: String,
+    bytes: u64,
+    layers: u64,
+    embedding_length: u64,
+    heads: Vec<u32>,
+    kv_heads: Vec<u32>,
+    vocabulary: u64,
+    context: u64,
+    experts: u32,
+    tied_head: bool,
+    embedding_bytes: u64,
+    head_bytes: u64,
+    bytes_per_layer: Vec<u64>,
+    kv_bytes_per_token: u64,
+    cut_points: Vec<u32>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    tensors: Vec<TensorLine>,
+}
+
+#[derive(Serialize)]
+struct TensorLine {
+    name: String,
+    dims: Vec<u64>,
+    #[serde(rename = "type")]
+    type_name: &'static str,
+    bytes: u64,
+}
+
+/// Prints the report.
+pub fn run(args: &InspectArgs) -> Result<(), Failure> {
+    let file = ModelFile::open(&args.model).map_err(Failure::run)?;
+    let report = report(file.catalog(), args.tensors);
+    if args.json { output::json(&report) } else { print(&report) }
+}
+
+fn report(catalog: &Catalog, with_tensors: bool) -> Report {
+    let metadata = catalog.metadata();
+    let name = metadata.str("general.architecture").unwrap_or("unknown").to_owned();
+    let key = |suffix: &str| metadata.u64(&format!("{name}.{suffix}")).unwrap_or(0);
+    let resolved = Architecture::of(catalog);
+    let a = resolved.as_ref().ok();
+    let tensors = catalog.tensors().iter().filter(|_| with_tensors).map(|t| TensorLine {
+        name: t.name.clone(),
+        dims: t.dims.clone(),
+        type_name: t.ty.name(),
+        bytes: t.n_bytes,
+    });
+    Report {
+        name: metadata.str("general.name").map(str::to_owned),
+        unsupported: resolved.as_ref().err().map(ToString::to_string),
+        parameters: catalog.n_parameters(),
+        quantisation: catalog.quantisation(),
+        bytes: catalog.weight_bytes(),
+        layers: a.map_or_else(|| key("block_count"), |a| a.n_layers.into()),
+        embedding_length: a.map_or_else(|| key("embedding_length"), |a| a.n_embd.into()),
+        heads: a.map(|a| a.n_head.clone()).unwrap_or_default(),
+        kv_heads: a.map(|a| a.n_head_kv.clone()).unwrap_or_default(),
+        vocabulary: a.map_or_else(|| key("vocab_size"), |a| a.n_vocab.into()),
+        context: key("context_length"),
+        experts: a.map_or(0, |a| a.n_experts),
+        tied_head: a.is_some_and(|a| a.tied_head),
+        embedding_bytes: a.map_or(0, Architecture::embedding_bytes),
+        head_bytes: a.map_or(0, Architecture::head_bytes),
+        bytes_per_layer: catalog.bytes_per_layer(),
+        kv_bytes_per_token: a.map_or(0, |a| (0..a.n_layers).map(|i| a.kv_bytes_per_token(i)).sum()),
+        cut_points: a.map(Architecture::cut_points).unwrap_or_default(),
+        tensors: tensors.collect(),
+        architecture: name,
+    }
+}
+
+/// A list of numbers in short: `4` where all are equal.
+fn short(numbers: &[u32]) -> String {
+    match numbers {
+        [] => "-".to_owned(),
+        [first, rest @ ..] if rest.iter().all(|n| n == first) => first.to_string(),
+        all => all.iter().map(u32::to_string).collect::<Vec<_>>().join(" "),
+    }
+}
+
+fn print(report: &Report) -> Result<(), Failure> {
+    let field = |name: &str, value: &dyn std::fmt::Display| output::line(format_args!("{name:<14} {value}"));
+    if let Some(name) = &report.name {
+        field("name", name)?;
+    }
+    field("architecture", &report.architecture)?;
+    if let Some(why) = &report.unsupported {
+        field("cannot split", why)?;
+    }
+    field("parameters", &format_args!("{:.2} million", report.parameters as f64 / 1e6))?;
+    field("quantisation", &report.quantisation)?;
+    field("weights", &ByteSize(report.bytes))?;
+    field("layers", &report.layers)?;
+    field("width", &report.embedding_length)?;
+    field("heads", &format_args!("{}, of keys and values {}", short(&report.heads), short(&report.kv_heads)))?;
+    if report.experts > 0 {
+        field("experts", &report.experts)?;
+    }
+    field("vocabulary", &report.vocabulary)?;
+    field("trained for", &format_args!("{} tokens", report.context))?;
+    field("embedding", &ByteSize(report.embedding_bytes))?;
+    let head = if report.tied_head { " (the embedding itself)" } else { "" };
+    field("head", &format_args!("{}{head}", ByteSize(report.head_bytes)))?;
+    let layer = report.bytes_per_layer.iter();
+    if let (Some(&least), Some(&most)) = (layer.clone().min(), layer.max()) {
+        let range = if least == most { ByteSize(most).to_string() } else { format!("{} to {}", ByteSize(least), ByteSize(most)) };
+        field("per layer", &range)?;
+    }
+    field("KV cache", &format_args!("{} per token", ByteSize(report.kv_bytes_per_token)))?;
+    field("cut points", &if report.cut_points.is_empty() { "none".to_owned() } else { spans(&report.cut_points) })?;
+    report.tensors.iter().try_for_each(|t| {
+        let dims = t.dims.iter().map(u64::to_string).collect::<Vec<_>>().join(" x ");
+        output::line(format_args!("{:<40} {:<8} {:>20} {:>12}", t.name, t.type_name, dims, ByteSize(t.bytes).to_string()))
+    })
+}
+
+/// Ascending numbers with runs drawn together: `1-7, 10`.
+fn spans(numbers: &[u32]) -> String {
+    let mut parts: Vec<(u32, u32)> = Vec::new();
+    for &n in numbers {
+        match parts.last_mut() {
+            Some((_, end)) if *end + 1 == n => *end = n,
+            _ => parts.push((n, n)),
+        }
+    }
+    let text = |(a, b): &(u32, u32)| if a == b { a.to_string() } else { format!("{a}-{b}") };
+    parts.iter().map(text).collect::<Vec<_>>().join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_are_drawn_together() {
+        assert_eq!(spans(&[1, 2, 3, 7, 9, 10]), "1-3, 7, 9-10");
+        assert_eq!(short(&[4, 4]), "4");
+        assert_eq!(short(&[4, 2]), "4 2");
+    }
+}

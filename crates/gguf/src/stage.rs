@@ -1,0 +1,334 @@
+//! A stage view: the layers `start..end` of a model as a model of its own.
+//!
+//! ```text
+//! header    same metadata, but: block_count, per-layer arrays, vocabulary (none, only its size)
+//! tensors   token_embd.weight    final stage: real if the head is tied to it, else zeros; others: 32 rows of zeros
+//!           output_norm, output  final stage: real; others: a norm of zeros (the graph is stopped before it)
+//!           rope factors         real, in every stage
+//!           blk.N.*              layers start..end, renumbered from 0
+//! ```
+//!
+//! Nothing is copied: a view knows for each of its tensors which source tensor holds the bytes, and a
+//! [`StageReader`] fetches them when they are read. Rows are embedded outside of the stage (by whoever feeds the first
+//! one), so no stage needs the vocabulary.
+
+use std::sync::Arc;
+
+use brigade_base::LayerRange;
+
+use crate::architecture::{Architecture, ArchitectureError};
+use crate::builder::{BuildError, Builder};
+use crate::catalog::{Catalog, TensorRole, TensorSource, layer_and_rest};
+use crate::ggml_type::GgmlType;
+use crate::header::TensorInfo;
+use crate::reader::StageReader;
+use crate::rules::EmbeddingScale;
+use crate::value::{Array, Metadata, Value};
+
+/// Vocabulary of a stage that is not the last: as small as possible, since libllama reserves a row of logits for every
+/// row of a pass.
+pub const PLACEHOLDER_VOCAB: u32 = 32;
+
+/// Keys with one value per layer, where they are arrays.
+const PER_LAYER_KEYS: [&str; 6] = [
+    "attention.head_count",
+    "attention.head_count_kv",
+    "feed_forward_length",
+    "expert_feed_forward_length",
+    "expert_used_count",
+    "attention.sliding_window_pattern",
+];
+
+/// Types for tensors of zeros that are never computed with, smallest first: the first whose block divides a row is
+/// taken.
+const ZERO_TYPES: [GgmlType; 4] = [GgmlType::Q1_0, GgmlType::Q2_0, GgmlType::Q4_0, GgmlType::F16];
+
+/// Why there is no such stage.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[expect(missing_docs, reason = "the messages explain the fields")]
+pub enum StageViewError {
+    #[error(transparent)]
+    Architecture(#[from] ArchitectureError),
+    #[error("layers {layers} were asked of a model with {n_layers} layers")]
+    NoSuchLayers { layers: LayerRange, n_layers: u32 },
+    #[error("layers {layers} of this {architecture} model cannot be a stage; it can be cut before the layers {cuts:?}")]
+    NotCuttable { layers: LayerRange, architecture: &'static str, cuts: Vec<u32> },
+    #[error("the tensor {name:?} is stored as {ty}, but a stage of this model must rescale it, which needs F32")]
+    NotRescalable { name: String, ty: GgmlType },
+    #[error(transparent)]
+    Build(#[from] BuildError),
+}
+
+/// Where the bytes of a view's tensor come from.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Origin {
+    Zeros,
+    Tensor(usize),
+    /// A small F32 tensor, each element multiplied by the factor.
+    Scaled(usize, f64),
+}
+
+/// A tensor's place in the virtual file.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Segment {
+    pub start: u64,
+    pub n_bytes: u64,
+    pub origin: Origin,
+}
+
+/// The virtual file itself, shared by a view and its readers.
+#[derive(Debug)]
+pub(crate) struct VirtualFile {
+    pub header: Vec<u8>,
+    /// Ascending and without overlap; zeros between them.
+    pub segments: Vec<Segment>,
+    pub n_bytes: u64,
+}
+
+/// Layers `start..end` of a model as a GGUF file that exists only when it is read.
+#[derive(Debug, Clone)]
+pub struct StageView {
+    layers: LayerRange,
+    is_final: bool,
+    n_embd: u32,
+    n_vocab: u32,
+    input_scale: f32,
+    tensors: Vec<usize>,
+    weight_bytes: u64,
+    file: Arc<VirtualFile>,
+}
+
+impl StageView {
+    /// The view of `layers`.
+    ///
+    /// # Errors
+    /// If the model cannot be run (see [`Architecture::of`]), has no such layers, or cannot be cut there.
+    pub fn new(catalog: &Catalog, layers: LayerRange) -> Result<Self, StageViewError> {
+        let architecture = Architecture::of(catalog)?;
+        let n_layers = architecture.n_layers;
+        if layers.end() > n_layers {
+            return Err(StageViewError::NoSuchLayers { layers, n_layers });
+        }
+        let cuts = architecture.cut_points();
+        let may_cut = |layer| layer == 0 || layer == n_layers || cuts.contains(&layer);
+        if !may_cut(layers.start()) || !may_cut(layers.end()) {
+            return Err(StageViewError::NotCuttable { layers, architecture: architecture.name, cuts });
+        }
+        Draft::new(catalog, &architecture, layers).finish()
+    }
+
+    /// The view of all layers: a pipeline of one stage.
+    ///
+    /// # Errors
+    /// If the model cannot be run.
+    pub fn whole(catalog: &Catalog) -> Result<Self, StageViewError> {
+        let n_layers = Architecture::of(catalog)?.n_layers;
+        let layers =
+            LayerRange::new(0, n_layers).map_err(|_| ArchitectureError::Missing { key: "block_count".to_owned() })?;
+        Self::new(catalog, layers)
+    }
+
+    /// Whether this stage has the head and yields logits; else it yields hidden states.
+    pub fn is_final(&self) -> bool {
+        self.is_final
+    }
+
+    /// The layers of the model that this stage holds.
+    pub fn layers(&self) -> LayerRange {
+        self.layers
+    }
+
+    /// The graph node whose value is this stage's output and behind which nothing need be computed; `None` for the
+    /// final stage.
+    pub fn stop_node(&self) -> Option<String> {
+        (!self.is_final).then(|| format!("l_out-{}", self.layers.len() - 1))
+    }
+
+    /// What each input row must be multiplied by before libllama gets it as an embedding: rows of the token embedding
+    /// in the first stage, hidden states in all others.
+    ///
+    /// Where it is neither 1 nor undone exactly by the graph (gemma2's later stages, whose graph multiplies by
+    /// `sqrt(n_embd)` again, unless that is a power of two) the hidden state is rounded once more in its last bit.
+    pub fn input_scale(&self) -> f32 {
+        self.input_scale
+    }
+
+    /// Width of a hidden state.
+    pub fn n_embd(&self) -> u32 {
+        self.n_embd
+    }
+
+    /// Size of the vocabulary that the loaded stage has: the model's in the final stage, else [`PLACEHOLDER_VOCAB`].
+    pub fn n_vocab(&self) -> u32 {
+        self.n_vocab
+    }
+
+    /// Indices of the source tensors that this stage needs, ascending.
+    pub fn tensors(&self) -> &[usize] {
+        &self.tensors
+    }
+
+    /// Bytes of the virtual file.
+    pub fn n_bytes(&self) -> u64 {
+        self.file.n_bytes
+    }
+
+    /// The virtual file up to where tensor data starts.
+    pub fn header_bytes(&self) -> &[u8] {
+        &self.file.header
+    }
+
+    /// Bytes of all tensors in the view, those of zeros too: what they take in memory.
+    pub fn weight_bytes(&self) -> u64 {
+        self.weight_bytes
+    }
+
+    /// A reader of the virtual file. `source` must hold the model of the catalog that the view was made of.
+    pub fn reader(&self, source: Arc<dyn TensorSource>) -> StageReader {
+        StageReader::new(Arc::clone(&self.file), source)
+    }
+}
+
+/// A view in the making.
+struct Draft<'a> {
+    catalog: &'a Catalog,
+    architecture: &'a Architecture,
+    layers: LayerRange,
+    is_final: bool,
+    n_vocab: u32,
+    builder: Builder,
+    origins: Vec<Origin>,
+}
+
+impl<'a> Draft<'a> {
+    fn new(catalog: &'a Catalog, architecture: &'a Architecture, layers: LayerRange) -> Self {
+        let is_final = layers.end() == architecture.n_layers;
+        let n_vocab = if is_final { architecture.n_vocab } else { PLACEHOLDER_VOCAB };
+        let metadata = stage_metadata(catalog.metadata(), architecture, layers, n_vocab);
+        let builder = Builder::new(&metadata);
+        Self { catalog, architecture, layers, is_final, n_vocab, builder, origins: Vec::new() }
+    }
+
+    fn finish(mut self) -> Result<StageView, StageViewError> {
+        self.add_embedding()?;
+        if !self.is_final {
+            self.add("output_norm.weight", &[self.architecture.n_embd.into()], GgmlType::F32, Origin::Zeros)?;
+        }
+        let catalog = self.catalog;
+        for (idx, tensor) in catalog.tensors().iter().enumerate() {
+            match TensorRole::of(&tensor.name) {
+                TensorRole::Layer(layer) if self.layers.contains(layer) => self.add_layer_tensor(idx, tensor)?,
+                TensorRole::Head if self.is_final => self.add_source(idx, &tensor.name, tensor)?,
+                TensorRole::EveryStage => self.add_source(idx, &tensor.name, tensor)?,
+                _ => {}
+            }
+        }
+        let mut tensors: Vec<usize> = self.origins.iter().filter_map(|origin| origin.tensor_idx()).collect();
+        tensors.sort_unstable();
+        let header = self.builder.header_bytes();
+        let data_start = header.len() as u64;
+        let segment = |(placed, origin): (&crate::builder::Placed, &Origin)| Segment {
+            start: data_start + placed.offset,
+            n_bytes: placed.n_bytes,
+            origin: *origin,
+        };
+        let segments: Vec<_> = self.builder.placed().iter().zip(&self.origins).map(segment).collect();
+        Ok(StageView {
+            layers: self.layers,
+            is_final: self.is_final,
+            n_embd: self.architecture.n_embd,
+            n_vocab: self.n_vocab,
+            input_scale: input_scale(self.architecture, self.layers),
+            tensors,
+            weight_bytes: segments.iter().map(|segment| segment.n_bytes).sum(),
+            file: Arc::new(VirtualFile { header, segments, n_bytes: data_start + self.builder.n_data_bytes() }),
+        })
+    }
+
+    fn add(&mut self, name: &str, dims: &[u64], ty: GgmlType, origin: Origin) -> Result<(), StageViewError> {
+        self.builder.tensor(name, dims, ty)?;
+        self.origins.push(origin);
+        Ok(())
+    }
+
+    fn add_source(&mut self, idx: usize, name: &str, tensor: &TensorInfo) -> Result<(), StageViewError> {
+        self.add(name, &tensor.dims, tensor.ty, Origin::Tensor(idx))
+    }
+
+    /// libllama insists on a token embedding with a row per token. Only a tied head ever reads it.
+    fn add_embedding(&mut self) -> Result<(), StageViewError> {
+        let name = "token_embd.weight";
+        if self.is_final && self.architecture.tied_head {
+            let missing = || ArchitectureError::MissingTensor { name: name.to_owned() };
+            let idx = self.catalog.tensor_idx(name).ok_or_else(missing)?;
+            return self.add_source(idx, name, &self.catalog.tensors()[idx]);
+        }
+        let n_embd = u64::from(self.architecture.n_embd);
+        let ty = ZERO_TYPES.into_iter().find(|ty| n_embd.is_multiple_of(ty.n_block_elements()));
+        self.add(name, &[n_embd, self.n_vocab.into()], ty.unwrap_or(GgmlType::F16), Origin::Zeros)
+    }
+
+    fn add_layer_tensor(&mut self, idx: usize, tensor: &TensorInfo) -> Result<(), StageViewError> {
+        let Some((layer, rest)) = layer_and_rest(&tensor.name) else { return Ok(()) };
+        let name = format!("blk.{}.{rest}", layer - self.layers.start());
+        let factor = self.architecture.attention_scale_ratio(self.layers.len());
+        if factor == 1.0 || rest != "attn_q_norm.weight" {
+            return self.add_source(idx, &name, tensor);
+        }
+        if tensor.ty != GgmlType::F32 || tensor.dims != [u64::from(self.architecture.key_length)] {
+            return Err(StageViewError::NotRescalable { name: tensor.name.clone(), ty: tensor.ty });
+        }
+        self.add(&name, &tensor.dims, tensor.ty, Origin::Scaled(idx, factor))
+    }
+}
+
+impl Origin {
+    fn tensor_idx(self) -> Option<usize> {
+        match self {
+            Self::Zeros => None,
+            Self::Tensor(idx) | Self::Scaled(idx, _) => Some(idx),
+        }
+    }
+}
+
+/// The model's metadata with what differs in a stage of `layers`.
+fn stage_metadata(source: &Metadata, architecture: &Architecture, layers: LayerRange, n_vocab: u32) -> Metadata {
+    let mut metadata = source.filtered(|key, _| !key.starts_with("tokenizer."));
+    let name = |key: &str| format!("{}.{key}", architecture.name);
+    metadata.set("tokenizer.ggml.model", "no_vocab");
+    metadata.set(name("block_count"), layers.len());
+    metadata.set(name("vocab_size"), n_vocab);
+    for key in PER_LAYER_KEYS {
+        if let Some(Array::Scalars(scalars)) = source.array(&name(key))
+            && let Some(slice) = scalars.slice(layers.start() as usize, layers.end() as usize)
+        {
+            metadata.set(name(key), Array::Scalars(slice));
+        }
+    }
+    if let Some(window) = &architecture.sliding_window {
+        let (window_key, pattern_key) = (name("attention.sliding_window"), name("attention.sliding_window_pattern"));
+        let slides = &window.slides[layers.start() as usize..layers.end() as usize];
+        if slides.contains(&true) {
+            // Told layer by layer, so that it does not matter where in the pattern a stage begins.
+            metadata.set(pattern_key, Array::of_bool(slides));
+        } else {
+            // libllama insists on a sliding layer where there is a window; full layers compute the same without.
+            metadata = metadata.filtered(|key, _| key != pattern_key);
+            metadata.set(window_key, 0);
+        }
+    }
+    let leading = name("leading_dense_block_count");
+    if let Some(n_dense) = source.u32(&leading) {
+        metadata.set(leading, Value::U32(n_dense.saturating_sub(layers.start()).min(layers.len())));
+    }
+    metadata
+}
+
+fn input_scale(architecture: &Architecture, layers: LayerRange) -> f32 {
+    let root = (architecture.n_embd as f32).sqrt();
+    match (architecture.rules.embedding_scale, layers.start()) {
+        (EmbeddingScale::TokensOnly, 0) => root,
+        (EmbeddingScale::AllRows, 1..) => root.recip(),
+        _ => 1.0,
+    }
+}

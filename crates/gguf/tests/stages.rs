@@ -1,0 +1,371 @@
+//! Stage views: what they hold, and that they hold all of the model between them.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failed test is to panic")]
+
+mod support;
+
+use std::collections::HashMap;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use brigade_base::LayerRange;
+use brigade_gguf::{
+    Architecture, ArchitectureError, Array, Catalog, GgmlType, ModelFile, PLACEHOLDER_VOCAB, StageView, StageViewError,
+    TensorRole, TensorSource, Value,
+};
+use proptest::prelude::*;
+use support::{Model, Recipe, every_architecture};
+
+fn range(start: u32, end: u32) -> LayerRange {
+    LayerRange::new(start, end).unwrap()
+}
+
+/// The virtual file of a view, read in pieces of odd sizes.
+fn read_all(view: &StageView, source: &Arc<dyn TensorSource>) -> Vec<u8> {
+    let mut reader = view.reader(Arc::clone(source));
+    let (mut bytes, mut piece) = (Vec::new(), 1);
+    loop {
+        let mut buf = vec![0xaa; piece % 4099 + 1];
+        match reader.read(&mut buf).unwrap() {
+            0 => break,
+            n => bytes.extend_from_slice(&buf[..n]),
+        }
+        piece = piece * 7 + 3;
+    }
+    assert_eq!(bytes.len() as u64, view.n_bytes());
+    bytes
+}
+
+/// A view as the model that libllama would find in it.
+fn materialise(view: &StageView, source: &Arc<dyn TensorSource>) -> Model {
+    let bytes = read_all(view, source);
+    let catalog = Catalog::parse(&bytes, bytes.len() as u64).unwrap();
+    Model { bytes, catalog }
+}
+
+/// Checks one stage against the model that it was cut from.
+fn check(model: &Arc<Model>, layers: LayerRange) -> StageView {
+    let source: Arc<dyn TensorSource> = Arc::<Model>::clone(model);
+    let view = StageView::new(&model.catalog, layers).unwrap();
+    let stage = materialise(&view, &source);
+    let whole = Architecture::of(&model.catalog).unwrap();
+    let cut = Architecture::of(&stage.catalog).unwrap();
+    let is_final = layers.end() == whole.n_layers;
+    assert_eq!((view.is_final(), cut.n_layers, cut.n_embd), (is_final, layers.len(), whole.n_embd));
+    assert_eq!(cut.n_vocab, view.n_vocab());
+    assert_eq!(cut.n_vocab, if is_final { whole.n_vocab } else { PLACEHOLDER_VOCAB });
+    assert_eq!(stage.catalog.weight_bytes(), view.weight_bytes());
+    assert_eq!(stage.catalog.metadata().str("tokenizer.ggml.model"), Some("no_vocab"));
+    assert_eq!(stage.catalog.metadata().iter().filter(|(key, _)| key.starts_with("tokenizer.")).count(), 1);
+    for layer in layers.iter() {
+        let here = (layer - layers.start()) as usize;
+        assert_eq!(cut.n_head_kv[here], whole.n_head_kv[layer as usize]);
+        assert_eq!(cut.n_ff[here], whole.n_ff[layer as usize]);
+        let slides = |architecture: &Architecture, idx: usize| {
+            architecture.sliding_window.as_ref().filter(|w| w.slides[idx]).map(|window| window.n_tokens)
+        };
+        assert_eq!(slides(&cut, here), slides(&whole, layer as usize), "layer {layer} of {layers}");
+    }
+    for tensor in model.catalog.tensors() {
+        let name = match TensorRole::of(&tensor.name) {
+            TensorRole::Layer(layer) if layers.contains(layer) => {
+                tensor.name.replacen(&format!("blk.{layer}."), &format!("blk.{}.", layer - layers.start()), 1)
+            }
+            TensorRole::EveryStage => tensor.name.clone(),
+            TensorRole::Head if is_final => tensor.name.clone(),
+            TensorRole::TokenEmbedding if is_final && whole.tied_head => tensor.name.clone(),
+            _ => continue,
+        };
+        assert_eq!(stage.tensor_bytes(&name), model.tensor_bytes(&tensor.name), "{}", tensor.name);
+    }
+    if !(is_final && whole.tied_head) {
+        assert!(stage.tensor_bytes("token_embd.weight").iter().all(|byte| *byte == 0));
+    }
+    view
+}
+
+#[test]
+fn every_stage_of_every_architecture_holds_its_layers() {
+    for recipe in every_architecture() {
+        let model = recipe.model();
+        let legal = Architecture::of(&model.catalog).unwrap().cut_points();
+        let may_cut = |layer| layer == 0 || layer == 13 || legal.contains(&layer);
+        let all = [(0, 13), (0, 1), (0, 6), (1, 7), (2, 4), (5, 6), (5, 12), (6, 13), (12, 13)];
+        for (start, end) in all.into_iter().filter(|(start, end)| may_cut(*start) && may_cut(*end)) {
+            check(&model, range(start, end));
+        }
+    }
+}
+
+#[test]
+fn a_stage_is_stopped_behind_its_last_layer_unless_it_is_final() {
+    let model = Recipe::new("llama", 8).model();
+    let stop = |start, end| StageView::new(&model.catalog, range(start, end)).unwrap().stop_node();
+    assert_eq!(stop(0, 3), Some("l_out-2".to_owned()));
+    assert_eq!(stop(3, 7), Some("l_out-3".to_owned()));
+    assert_eq!(stop(7, 8), None);
+    assert!(StageView::whole(&model.catalog).unwrap().is_final());
+}
+
+#[test]
+fn input_is_scaled_where_the_graph_does_not_or_should_not() {
+    for (architecture, first, later) in
+        [("llama", 1.0, 1.0), ("qwen3", 1.0, 1.0), ("gemma2", 1.0, 0.125), ("gemma3", 8.0, 1.0), ("phi3", 1.0, 1.0)]
+    {
+        let model = Recipe::new(architecture, 8).model();
+        let scale = |start, end| StageView::new(&model.catalog, range(start, end)).unwrap().input_scale();
+        assert_eq!((scale(0, 4), scale(4, 8), scale(0, 8)), (first, later, first), "{architecture}");
+    }
+}
+
+#[test]
+fn layers_that_are_not_there_are_refused() {
+    let model = Recipe::new("llama", 8).model();
+    let error = StageView::new(&model.catalog, range(4, 9)).unwrap_err();
+    assert!(matches!(error, StageViewError::NoSuchLayers { n_layers: 8, .. }));
+}
+
+#[test]
+fn sliding_layers_follow_from_window_period_and_pattern() {
+    let slides = |recipe: &Recipe| {
+        let window = Architecture::of(&recipe.model().catalog).unwrap().sliding_window;
+        window.map(|window| window.slides.iter().map(|slides| if *slides { 's' } else { 'f' }).collect::<String>())
+    };
+    let pattern = "attention.sliding_window_pattern";
+    let flags = |text: &str| Array::of_bool(&text.chars().map(|c| c == 's').collect::<Vec<_>>());
+    for (recipe, expected) in [
+        (Recipe::new("gemma2", 5), Some("sfsfs")),
+        (Recipe::new("gemma3", 8), Some("sssssfss")),
+        (Recipe::new("gemma3", 8).with(pattern, 3), Some("ssfssfss")),
+        (Recipe::new("gemma3", 4).with(pattern, flags("ffsf")), Some("ffsf")),
+        (Recipe::new("gemma3", 4).with(pattern, Array::of_i32(&[1, 0, 0, 1])), Some("sffs")),
+        (Recipe::new("gemma3", 4).with("attention.sliding_window", 0), None),
+        (Recipe::new("phi3", 4).with("attention.sliding_window", 32), None),
+        (Recipe::new("llama", 4), None),
+    ] {
+        assert_eq!(slides(&recipe).as_deref(), expected, "{}", recipe.architecture);
+    }
+}
+
+#[test]
+fn every_stage_of_a_model_that_must_slide_has_a_sliding_layer() {
+    let cuts = |recipe: Recipe| Architecture::of(&recipe.model().catalog).unwrap().cut_points();
+    let pattern = |flags: &[bool]| {
+        Recipe::new("gemma2", flags.len() as u32).with("attention.sliding_window_pattern", Array::of_bool(flags))
+    };
+    assert_eq!(cuts(Recipe::new("gemma2", 7)), [2, 4, 6]);
+    assert_eq!(cuts(pattern(&[false, false, true, true, false])), [3]);
+    assert_eq!(cuts(pattern(&[true, false, false])), []);
+    assert_eq!(cuts(Recipe::new("gemma3", 4)), [1, 2, 3]);
+    let model = Recipe::new("gemma2", 7).model();
+    assert!(StageView::new(&model.catalog, range(1, 7)).is_err());
+    // Layer 5 of gemma3 is a full one: alone it is a model without a window.
+    let model = Recipe::new("gemma3", 12).model();
+    let view = check(&model, range(5, 6));
+    let stage = Catalog::parse(view.header_bytes(), view.n_bytes()).unwrap();
+    assert_eq!(stage.metadata().u32("gemma3.attention.sliding_window"), Some(0));
+}
+
+#[test]
+fn a_stage_that_changes_the_attention_scale_makes_up_for_it_or_is_refused() {
+    // 64 / 4 heads = 16 wide; with keys of another length the two formulas differ.
+    let odd = |architecture, n_layers| {
+        let recipe = Recipe::new(architecture, n_layers).with("attention.head_count", 2);
+        recipe.with("attention.head_count_kv", 1).model()
+    };
+    let model = odd("gemma3", 62);
+    let source: Arc<dyn TensorSource> = Arc::<Model>::clone(&model);
+    let view = StageView::new(&model.catalog, range(30, 62)).unwrap();
+    let stage = materialise(&view, &source);
+    let floats = |bytes: &[u8]| bytes.as_chunks().0.iter().map(|chunk| f32::from_le_bytes(*chunk)).collect::<Vec<_>>();
+    let whole = floats(model.tensor_bytes("blk.31.attn_q_norm.weight"));
+    let ratio = (16f64 / 32.0).sqrt();
+    let expected: Vec<f32> = whole.iter().map(|x| (f64::from(*x) * ratio) as f32).collect();
+    assert_eq!(floats(stage.tensor_bytes("blk.1.attn_q_norm.weight")), expected);
+    assert_eq!(stage.tensor_bytes("blk.1.attn_norm.weight"), model.tensor_bytes("blk.31.attn_norm.weight"));
+    check(&model, range(0, 62));
+
+    let model = odd("gemma2", 46);
+    assert!(Architecture::of(&model.catalog).unwrap().cut_points().is_empty());
+    let error = StageView::new(&model.catalog, range(0, 23)).unwrap_err();
+    assert!(matches!(error, StageViewError::NotCuttable { cuts, .. } if cuts.is_empty()));
+    check(&model, range(0, 46));
+    assert_eq!(Architecture::of(&odd("gemma2", 44).catalog).unwrap().cut_points().len(), 21);
+    assert_eq!(Architecture::of(&Recipe::new("gemma2", 46).model().catalog).unwrap().cut_points().len(), 22);
+}
+
+#[test]
+fn what_would_end_libllama_is_refused_here() {
+    for (architecture, key, value) in [
+        ("llama", "block_count", Value::U32(0)),
+        ("llama", "block_count", Value::U32(600)),
+        ("llama", "embedding_length", Value::from("wide")),
+        ("llama", "attention.head_count", Value::U32(0)),
+        ("llama", "attention.head_count_kv", Value::U32(3)),
+        ("llama", "attention.head_count_kv", Array::of_u32(&[2, 2, 1, 2]).into()),
+        ("llama", "attention.head_count_kv", Array::of_u32(&[2, 2]).into()),
+        ("llama", "attention.value_length", Value::U32(8)),
+        ("qwen2", "rope.dimension_count", Value::U32(8)),
+        ("phi3", "rope.dimension_count", Value::U32(7)),
+        ("llama", "rope.scaling.type", Value::from("magic")),
+        ("llama", "expert_count", Value::U32(2000)),
+        ("llama", "expert_count", Value::U32(4)),
+        ("qwen2", "expert_count", Value::U32(4)),
+        ("qwen3moe", "expert_used_count", Value::U32(5)),
+        ("qwen3moe", "expert_used_count", Value::U32(0)),
+        ("qwen3moe", "expert_group_count", Value::U32(3)),
+        ("llama", "nextn_predict_layers", Value::U32(1)),
+        ("gemma3", "attention.key_length_swa", Value::U32(8)),
+        ("gemma3", "attention.sliding_window_pattern", Array::of_bool(&[true]).into()),
+        ("gemma3", "attention.sliding_window_pattern", Array::of_bool(&[false; 4]).into()),
+        ("gemma2", "attention.sliding_window_pattern", Value::U32(1)),
+        ("gemma2", "attention.sliding_window", Value::U32(0)),
+    ] {
+        let model = Recipe::new(architecture, 4).with(key, value).model();
+        let error = Architecture::of(&model.catalog).unwrap_err();
+        assert!(error.to_string().contains(key) || key == "expert_count", "{architecture} {key}: {error}");
+    }
+}
+
+#[test]
+fn an_unknown_architecture_is_refused_with_the_known_ones() {
+    let model = Recipe::new("mamba", 4).model();
+    let error = Architecture::of(&model.catalog).unwrap_err();
+    assert_eq!(error, ArchitectureError::Unsupported { found: "mamba".to_owned() });
+    assert!(error.to_string().contains("llama, qwen2"), "{error}");
+}
+
+#[test]
+fn readers_seek_anywhere() {
+    let model = Recipe::new("qwen3", 6).model();
+    let source: Arc<dyn TensorSource> = Arc::<Model>::clone(&model);
+    let view = StageView::new(&model.catalog, range(2, 6)).unwrap();
+    let all = read_all(&view, &source);
+    let mut reader = view.reader(source);
+    assert_eq!(reader.seek(SeekFrom::End(0)).unwrap(), view.n_bytes());
+    assert_eq!(reader.read(&mut [0; 8]).unwrap(), 0);
+    assert_eq!(reader.seek(SeekFrom::Start(u64::MAX)).unwrap(), u64::MAX);
+    assert_eq!(reader.read(&mut [0; 8]).unwrap(), 0);
+    assert!(reader.seek(SeekFrom::End(-(all.len() as i64) - 1)).is_err());
+    for (i, start) in (0..all.len()).step_by(97).enumerate() {
+        let n = (i * 53 % 700).min(all.len() - start);
+        let mut buf = vec![0; n];
+        reader.seek(SeekFrom::Start(start as u64)).unwrap();
+        reader.read_exact(&mut buf).unwrap();
+        assert_eq!(buf, all[start..start + n], "{start}");
+    }
+}
+
+#[test]
+fn an_error_of_the_source_reaches_the_reader() {
+    struct Broken;
+    impl TensorSource for Broken {
+        fn read_tensor(&self, _: usize, _: u64, _: &mut [u8]) -> std::io::Result<()> {
+            Err(std::io::Error::other("the peer left"))
+        }
+    }
+    let model = Recipe::new("llama", 4).model();
+    let view = StageView::new(&model.catalog, range(0, 2)).unwrap();
+    let error = std::io::copy(&mut view.reader(Arc::new(Broken)), &mut std::io::sink()).unwrap_err();
+    assert_eq!(error.to_string(), "the peer left");
+}
+
+#[test]
+fn a_travelling_header_makes_the_same_stages() {
+    let model = Recipe::new("gemma3", 9).model();
+    let bytes = model.catalog.header_bytes(true);
+    assert!(bytes.len() < model.catalog.header_bytes(false).len());
+    let travelled = Catalog::parse_header(&bytes).unwrap();
+    for (start, end) in [(0, 4), (4, 9)] {
+        let here = StageView::new(&model.catalog, range(start, end)).unwrap();
+        let there = StageView::new(&travelled, range(start, end)).unwrap();
+        assert_eq!(here.header_bytes(), there.header_bytes());
+        assert_eq!(here.tensors(), there.tensors());
+    }
+}
+
+#[test]
+fn zeros_take_the_smallest_type_that_fits_the_width() {
+    for (n_embd, ty) in [(256, GgmlType::Q1_0), (64, GgmlType::Q2_0), (96, GgmlType::Q4_0)] {
+        let mut recipe = Recipe::new("gemma3", 4);
+        recipe.n_embd = n_embd;
+        let model = recipe.model();
+        let view = StageView::new(&model.catalog, range(2, 4)).unwrap();
+        let stage = Catalog::parse(view.header_bytes(), view.n_bytes()).unwrap();
+        let embedding = stage.tensor("token_embd.weight").unwrap();
+        assert_eq!((embedding.ty, &embedding.dims), (ty, &vec![n_embd, 48]));
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+    #[test]
+    fn stages_partition_the_layers(
+        recipe in (0usize..7, 1u32..15, any::<bool>()),
+        cuts in prop::collection::btree_set(1u32..15, 0..5),
+    ) {
+        let name = brigade_gguf::supported_architectures().nth(recipe.0).unwrap();
+        let mut recipe = Recipe { tied: recipe.2, ..Recipe::new(name, recipe.1) };
+        recipe.tied |= name == "gemma2";
+        let model = recipe.model();
+        let legal = Architecture::of(&model.catalog).unwrap().cut_points();
+        let mut borders: Vec<u32> = cuts.into_iter().filter(|cut| legal.contains(cut)).collect();
+        borders.insert(0, 0);
+        borders.push(recipe.n_layers);
+        let mut n_holders: HashMap<usize, usize> = HashMap::new();
+        for pair in borders.windows(2) {
+            let view = check(&model, range(pair[0], pair[1]));
+            view.tensors().iter().for_each(|idx| *n_holders.entry(*idx).or_default() += 1);
+        }
+        for (idx, tensor) in model.catalog.tensors().iter().enumerate() {
+            let expected = match TensorRole::of(&tensor.name) {
+                TensorRole::EveryStage => borders.len() - 1,
+                TensorRole::TokenEmbedding => usize::from(recipe.tied),
+                _ => 1,
+            };
+            prop_assert_eq!(n_holders.get(&idx).copied().unwrap_or(0), expected, "{}", tensor.name);
+        }
+    }
+}
+
+fn abacus() -> Arc<ModelFile> {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../models/abacus-f16.gguf");
+    Arc::new(ModelFile::open(path).unwrap())
+}
+
+#[test]
+fn the_embedded_model_is_understood() {
+    let file = abacus();
+    let catalog = file.catalog();
+    let architecture = Architecture::of(catalog).unwrap();
+    assert_eq!((architecture.name, architecture.n_layers, architecture.n_embd), ("llama", 8, 256));
+    assert_eq!((architecture.n_vocab, architecture.n_ctx_train, architecture.tied_head), (1024, 1024, false));
+    assert_eq!(architecture.kv_bytes_per_token(0), 4 * (32 + 32) * 2);
+    assert_eq!(architecture.cut_points(), [1, 2, 3, 4, 5, 6, 7]);
+    assert_eq!(catalog.quantisation(), "F16");
+    let layers: u64 = (0..8).map(|layer| architecture.layer_bytes(layer)).sum();
+    assert_eq!(layers + architecture.head_bytes() + architecture.embedding_bytes(), catalog.weight_bytes());
+}
+
+#[test]
+fn stages_of_the_embedded_model_hold_its_bytes() {
+    let file = abacus();
+    let source: Arc<dyn TensorSource> = Arc::<ModelFile>::clone(&file);
+    for (start, end) in [(0, 3), (3, 8)] {
+        let view = StageView::new(file.catalog(), range(start, end)).unwrap();
+        let stage = materialise(&view, &source);
+        for idx in view.tensors() {
+            let tensor = &file.catalog().tensors()[*idx];
+            let name = match TensorRole::of(&tensor.name) {
+                TensorRole::Layer(layer) => {
+                    tensor.name.replacen(&format!("blk.{layer}."), &format!("blk.{}.", layer - start), 1)
+                }
+                _ => tensor.name.clone(),
+            };
+            let mut bytes = vec![0; tensor.n_bytes as usize];
+            file.read_at(*idx, 0, &mut bytes).unwrap();
+            assert_eq!(stage.tensor_bytes(&name), bytes, "{name}");
+        }
+    }
+}

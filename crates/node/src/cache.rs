@@ -1,0 +1,262 @@
+//! Tensors on disk, named by their hash.
+//!
+//! A finished tensor is a file named by its BLAKE3; one on its way ends in `.part` and is continued where it broke off.
+//! A file is believed only after its bytes have been hashed, each time it is used, so neither a crash in the middle of a
+//! write nor a failing disk can put wrong weights into a model. The least recently used files go first when the cache
+//! is full.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use brigade_base::{ByteSize, Hash};
+
+/// Bytes read at once while hashing.
+const READ_BYTES: usize = 1 << 20;
+
+/// A directory of tensors.
+#[derive(Debug)]
+pub struct Cache {
+    dir: PathBuf,
+    limit: ByteSize,
+}
+
+impl Cache {
+    /// The cache in `dir`, which is made if need be.
+    ///
+    /// # Errors
+    /// If the directory cannot be made.
+    pub fn open(dir: &Path, limit: ByteSize) -> io::Result<Self> {
+        fs::create_dir_all(dir)?;
+        Ok(Self { dir: dir.to_owned(), limit })
+    }
+
+    fn path(&self, hash: &Hash) -> PathBuf {
+        self.dir.join(hash.to_string())
+    }
+
+    fn part_path(&self, hash: &Hash) -> PathBuf {
+        self.dir.join(format!("{hash}.part"))
+    }
+
+    /// The tensor of this hash, if it is here and whole. A file with other bytes is removed.
+    ///
+    /// # Errors
+    /// If the file cannot be read.
+    pub fn get(&self, hash: &Hash) -> io::Result<Option<File>> {
+        let path = self.path(hash);
+        let mut file = match File::open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        if hash_reader(&mut file)? != *hash {
+            tracing::warn!(path = %path.display(), "a cached tensor is damaged; it will be fetched again");
+            fs::remove_file(&path)?;
+            return Ok(None);
+        }
+        // Its time of modification is its last use; failing to note it only makes it go earlier.
+        let _ = file.set_modified(SystemTime::now());
+        Ok(Some(file))
+    }
+
+    /// Begins or continues a tensor.
+    ///
+    /// # Errors
+    /// If the file cannot be made or read.
+    pub fn begin(&self, hash: &Hash, n_bytes: u64) -> io::Result<Partial> {
+        let path = self.part_path(hash);
+        let mut file = OpenOptions::new().read(true).append(true).create(true).open(&path)?;
+        let mut hasher = blake3::Hasher::new();
+        let mut done = file.metadata()?.len();
+        if done > n_bytes {
+            file.set_len(0)?;
+            done = 0;
+        } else {
+            read_into(&mut file, &mut hasher)?;
+        }
+        Ok(Partial { file, path, target: self.path(hash), hash: *hash, hasher, done, n_bytes })
+    }
+
+    /// Makes room for `n_bytes` more by removing what was used longest ago, but nothing in `keep`.
+    ///
+    /// # Errors
+    /// If the directory cannot be read, or even an otherwise empty cache would be too small.
+    pub fn make_room(&self, n_bytes: u64, keep: &[Hash]) -> io::Result<()> {
+        let kept: Vec<PathBuf> = keep.iter().flat_map(|hash| [self.path(hash), self.part_path(hash)]).collect();
+        let mut files: Vec<(SystemTime, u64, PathBuf)> = Vec::new();
+        let mut used = 0u64;
+        for entry in fs::read_dir(&self.dir)? {
+            let entry = entry?;
+            let meta = entry.metadata()?;
+            used += meta.len();
+            if !kept.contains(&entry.path()) {
+                files.push((meta.modified()?, meta.len(), entry.path()));
+            }
+        }
+        files.sort();
+        for (_, len, path) in files {
+            if used.saturating_add(n_bytes) <= self.limit.0 {
+                break;
+            }
+            fs::remove_file(&path)?;
+            used -= len;
+        }
+        if used.saturating_add(n_bytes) > self.limit.0 {
+            return Err(io::Error::new(
+                io::ErrorKind::StorageFull,
+                format!(
+                    "this stage's weights need {} of cache, but the limit is {}; raise --cache-size or give this node \
+                     its own copy with --model",
+                    ByteSize(used.saturating_add(n_bytes)),
+                    self.limit
+                ),
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// A tensor on its way into the cache.
+#[derive(Debug)]
+pub struct Partial {
+    file: File,
+    path: PathBuf,
+    target: PathBuf,
+    hash: Hash,
+    hasher: blake3::Hasher,
+    done: u64,
+    n_bytes: u64,
+}
+
+impl Partial {
+    /// Bytes that are there.
+    pub fn done(&self) -> u64 {
+        self.done
+    }
+
+    /// Appends bytes.
+    ///
+    /// # Errors
+    /// If they are more than the tensor has, or cannot be written.
+    pub fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        if self.done + bytes.len() as u64 > self.n_bytes {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "more bytes came than the tensor has"));
+        }
+        self.file.write_all(bytes)?;
+        self.hasher.update(bytes);
+        self.done += bytes.len() as u64;
+        Ok(())
+    }
+
+    /// Closes the tensor. False, and nothing left of it, if its bytes have another hash.
+    ///
+    /// # Errors
+    /// If the file cannot be renamed or removed.
+    pub fn finish(self) -> io::Result<bool> {
+        let right = self.done == self.n_bytes && to_hash(&self.hasher) == self.hash;
+        if right { fs::rename(&self.path, &self.target)? } else { fs::remove_file(&self.path)? }
+        Ok(right)
+    }
+}
+
+fn to_hash(hasher: &blake3::Hasher) -> Hash {
+    Hash::from_bytes(*hasher.finalize().as_bytes())
+}
+
+fn read_into(reader: &mut impl Read, hasher: &mut blake3::Hasher) -> io::Result<()> {
+    let mut buf = vec![0; READ_BYTES];
+    loop {
+        match reader.read(&mut buf)? {
+            0 => return Ok(()),
+            n => hasher.update(&buf[..n]),
+        };
+    }
+}
+
+/// BLAKE3 of all that a reader yields.
+///
+/// # Errors
+/// If it cannot be read.
+pub fn hash_reader(reader: &mut impl Read) -> io::Result<Hash> {
+    let mut hasher = blake3::Hasher::new();
+    read_into(reader, &mut hasher)?;
+    Ok(to_hash(&hasher))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hash(bytes: &[u8]) -> Hash {
+        hash_reader(&mut &bytes[..]).unwrap()
+    }
+
+    fn put(cache: &Cache, bytes: &[u8]) -> Hash {
+        let hash = hash(bytes);
+        let mut partial = cache.begin(&hash, bytes.len() as u64).unwrap();
+        partial.write(bytes).unwrap();
+        assert!(partial.finish().unwrap());
+        hash
+    }
+
+    #[test]
+    fn a_tensor_is_continued_where_it_broke_off() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::open(dir.path(), ByteSize(1000)).unwrap();
+        let hash = hash(b"weights");
+        cache.begin(&hash, 7).unwrap().write(b"wei").unwrap();
+        assert!(cache.get(&hash).unwrap().is_none());
+        let mut partial = cache.begin(&hash, 7).unwrap();
+        assert_eq!(partial.done(), 3);
+        partial.write(b"ghts").unwrap();
+        assert!(partial.write(b"!").is_err());
+        assert!(partial.finish().unwrap());
+        assert!(cache.get(&hash).unwrap().is_some());
+    }
+
+    #[test]
+    fn wrong_bytes_are_never_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::open(dir.path(), ByteSize(1000)).unwrap();
+        let right = hash(b"weights");
+        let mut partial = cache.begin(&right, 7).unwrap();
+        partial.write(b"weightz").unwrap();
+        assert!(!partial.finish().unwrap());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+
+        let stored = put(&cache, b"weights");
+        fs::write(cache.path(&stored), b"weightz").unwrap();
+        assert!(cache.get(&stored).unwrap().is_none(), "a damaged file is noticed");
+        assert_eq!(cache.begin(&stored, 7).unwrap().done(), 0);
+    }
+
+    #[test]
+    fn a_partial_file_longer_than_the_tensor_starts_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::open(dir.path(), ByteSize(1000)).unwrap();
+        let hash = hash(b"abc");
+        fs::write(cache.part_path(&hash), b"abcdef").unwrap();
+        let mut partial = cache.begin(&hash, 3).unwrap();
+        assert_eq!(partial.done(), 0);
+        partial.write(b"abc").unwrap();
+        assert!(partial.finish().unwrap());
+    }
+
+    #[test]
+    fn the_oldest_go_first_and_the_needed_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::open(dir.path(), ByteSize(25)).unwrap();
+        let (old, needed, young) = (put(&cache, &[1; 10]), put(&cache, &[2; 5]), put(&cache, &[3; 10]));
+        for (i, hash) in [&needed, &old, &young].into_iter().enumerate() {
+            let time = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(i as u64);
+            File::options().append(true).open(cache.path(hash)).unwrap().set_modified(time).unwrap();
+        }
+        cache.make_room(8, &[needed]).unwrap();
+        assert!(cache.get(&old).unwrap().is_none());
+        assert!(cache.get(&needed).unwrap().is_some() && cache.get(&young).unwrap().is_some());
+        let error = cache.make_room(30, &[needed]).unwrap_err();
+        assert!(error.to_string().contains("--cache-size"), "{error}");
+    }
+}

@@ -1,0 +1,228 @@
+//! What callers hold of a coordinator.
+
+use std::net::SocketAddr;
+use std::sync::atomic::AtomicUsize;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use brigade_base::{NodeId, Token};
+use brigade_engine::TokenizeError;
+use brigade_net::{Identity, TicketBook, TicketState};
+use tokio::sync::mpsc;
+
+use crate::coordinator::{CoordinatorOptions, MAX_WAITING, lock, seconds_since_1970};
+use crate::model::LocalModel;
+use crate::ring::{OpenCount, Submission};
+use crate::serving::{
+    ClusterStatus, Event, Failure, ModelCard, Readiness, Request, Serving, SubmitError, TicketInfo,
+};
+use crate::stats::RingStats;
+
+/// What the owner loop, the ring, the door and the callers share.
+pub(crate) struct Shared {
+    pub(crate) status: Mutex<ClusterStatus>,
+    pub(crate) tickets: Mutex<TicketBook>,
+    pub(crate) submissions: Submissions,
+    pub(crate) link_addresses: Vec<String>,
+    readiness: Mutex<Readiness>,
+    open: Arc<AtomicUsize>,
+    node: NodeId,
+    card: ModelCard,
+    parallel: u32,
+}
+
+/// The way into the ring that runs, if one does.
+pub(crate) struct Submissions(Mutex<(Option<Sender<Submission>>, Failure)>);
+
+impl Submissions {
+    fn new() -> Self {
+        Self(Mutex::new((None, Failure::Stopping)))
+    }
+
+    /// A new way in; the old one ends.
+    pub(crate) fn open(&self) -> Receiver<Submission> {
+        let (sender, receiver) = channel();
+        lock(&self.0).0 = Some(sender);
+        receiver
+    }
+
+    /// No way in, and what those who are in will hear.
+    pub(crate) fn close(&self, failure: Failure) {
+        *lock(&self.0) = (None, failure);
+    }
+
+    /// What was said when it was closed.
+    pub(crate) fn failure(&self) -> Failure {
+        lock(&self.0).1.clone()
+    }
+
+    fn send(&self, submission: Submission) -> bool {
+        lock(&self.0).0.as_ref().is_some_and(|sender| sender.send(submission).is_ok())
+    }
+}
+
+impl Shared {
+    pub(crate) fn new(
+        model: &LocalModel,
+        identity: &Identity,
+        options: &CoordinatorOptions,
+        context: u32,
+        tickets: TicketBook,
+        link_addresses: &[SocketAddr],
+    ) -> Self {
+        let vocabulary = model.vocabulary();
+        let text = |token: Option<Token>| token.and_then(|t| vocabulary.text_of(t)).unwrap_or_default();
+        let card = ModelCard {
+            name: model.name().to_owned(),
+            id: model.id(),
+            created: seconds_since_1970(),
+            context,
+            n_vocab: model.architecture().n_vocab,
+            chat_template: model.file().catalog().metadata().str("tokenizer.chat_template").map(str::to_owned),
+            bos_text: text(vocabulary.bos()),
+            eos_text: text(vocabulary.eos()),
+        };
+        let starting = "the model is about to be placed".to_owned();
+        let status = ClusterStatus {
+            coordinator: identity.node_id(),
+            model: card.name.clone(),
+            model_id: card.id,
+            n_layers: model.architecture().n_layers,
+            state: starting.clone(),
+            epoch: 0,
+            context,
+            parallel: options.parallel,
+            running: 0,
+            waiting: 0,
+            tokens_generated: 0,
+            tokens_per_second: 0.0,
+            hop_us_p50: 0.0,
+            hop_us_p99: 0.0,
+            uptime_s: 0,
+            nodes: Vec::new(),
+        };
+        Self {
+            status: Mutex::new(status),
+            tickets: Mutex::new(tickets),
+            submissions: Submissions::new(),
+            link_addresses: link_addresses.iter().map(ToString::to_string).collect(),
+            readiness: Mutex::new(Readiness::NotReady(starting)),
+            open: Arc::new(AtomicUsize::new(0)),
+            node: identity.node_id(),
+            card,
+            parallel: options.parallel,
+        }
+    }
+
+    pub(crate) fn set_readiness(&self, readiness: Readiness) {
+        *lock(&self.readiness) = readiness;
+    }
+}
+
+/// A coordinator as its callers see it.
+pub struct Handle {
+    shared: Arc<Shared>,
+    model: Arc<LocalModel>,
+    stats: Arc<RingStats>,
+}
+
+impl Handle {
+    pub(crate) fn new(shared: Arc<Shared>, model: Arc<LocalModel>, stats: Arc<RingStats>) -> Self {
+        Self { shared, model, stats }
+    }
+
+    /// Makes a ticket and keeps what admits its bearer.
+    ///
+    /// # Errors
+    /// If it cannot be stored.
+    pub fn ticket(&self, ttl: Duration) -> Result<brigade_net::Ticket, String> {
+        let shared = &self.shared;
+        let addresses = shared.link_addresses.iter().filter_map(|text| text.parse().ok()).collect();
+        lock(&shared.tickets)
+            .create(shared.node, addresses, ttl, seconds_since_1970())
+            .map_err(|error| error.to_string())
+    }
+}
+
+impl Serving for Handle {
+    fn model(&self) -> &ModelCard {
+        &self.shared.card
+    }
+
+    fn readiness(&self) -> Readiness {
+        lock(&self.shared.readiness).clone()
+    }
+
+    fn tokenize(&self, text: &str, add_special: bool, parse_special: bool) -> Result<Vec<Token>, SubmitError> {
+        self.model.vocabulary().tokenize(text, add_special, parse_special).map_err(|error| match error {
+            TokenizeError::TooLong { n_bytes, .. } => {
+                SubmitError::PromptTooLong { tokens: n_bytes, context: self.shared.card.context }
+            }
+            other => SubmitError::Sampling(other.to_string()),
+        })
+    }
+
+    fn token_bytes(&self, token: Token) -> Vec<u8> {
+        self.model.vocabulary().token_bytes(token, true)
+    }
+
+    fn submit(&self, request: Request) -> Result<mpsc::UnboundedReceiver<Event>, SubmitError> {
+        let card = &self.shared.card;
+        if let Readiness::NotReady(why) = self.readiness() {
+            return Err(SubmitError::NotReady(why));
+        }
+        if request.prompt.is_empty() {
+            return Err(SubmitError::PromptEmpty);
+        }
+        if request.prompt.len() >= card.context as usize {
+            return Err(SubmitError::PromptTooLong { tokens: request.prompt.len(), context: card.context });
+        }
+        let is_known = |&token: &Token| u32::try_from(token).is_ok_and(|t| t < card.n_vocab);
+        if let Some(&token) = request.prompt.iter().find(|t| !is_known(t)) {
+            return Err(SubmitError::UnknownToken { token: token.into(), n_vocab: card.n_vocab });
+        }
+        request.sampling.validate(card.n_vocab).map_err(|error| SubmitError::Sampling(error.to_string()))?;
+        let most = MAX_WAITING + self.shared.parallel as usize;
+        let open = OpenCount::take(&self.shared.open, most).ok_or(SubmitError::Busy { waiting: MAX_WAITING })?;
+        // Bounded by the context: a session tells at most that many tokens and one end.
+        let (events, receiver) = mpsc::unbounded_channel();
+        if self.shared.submissions.send(Submission { request, events, open }) {
+            Ok(receiver)
+        } else {
+            Err(SubmitError::NotReady("the model is being placed anew".to_owned()))
+        }
+    }
+
+    fn status(&self) -> ClusterStatus {
+        let mut status = lock(&self.shared.status).clone();
+        (status.running, status.waiting) = self.stats.load();
+        status.tokens_generated = self.stats.tokens();
+        status.tokens_per_second = self.stats.tokens_per_second();
+        status
+    }
+
+    fn create_ticket(&self, ttl: Duration) -> Result<TicketInfo, String> {
+        let ticket = self.ticket(ttl)?;
+        Ok(TicketInfo { id: ticket.id.to_string(), expires_in_s: ttl.as_secs(), ticket: Some(ticket.to_string()) })
+    }
+
+    fn tickets(&self) -> Vec<TicketInfo> {
+        let now = seconds_since_1970();
+        lock(&self.shared.tickets)
+            .list(now)
+            .into_iter()
+            .filter(|entry| entry.state == TicketState::Valid)
+            .map(|entry| TicketInfo {
+                id: entry.id.to_string(),
+                expires_in_s: entry.expires_unix_s.saturating_sub(now),
+                ticket: None,
+            })
+            .collect()
+    }
+
+    fn revoke_ticket(&self, id: &str) -> Result<bool, String> {
+        let Ok(id) = id.parse() else { return Ok(false) };
+        lock(&self.shared.tickets).revoke(id).map_err(|error| error.to_string())
+    }
+}

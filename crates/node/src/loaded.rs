@@ -1,0 +1,77 @@
+//! A stage in memory, and what it was loaded for, so that the next placement can take it over unchanged.
+
+use std::sync::Arc;
+
+use brigade_base::{ByteSize, Hash, LayerRange};
+use brigade_engine::{LoadError, Stage, StageOptions};
+use brigade_gguf::{StageView, TensorSource};
+
+use crate::stage_pass::PassRunner;
+
+/// What makes two stages the same.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StageKey {
+    /// Hash of the model's header.
+    pub header_hash: Hash,
+    /// Hashes of the stage's tensors, in order.
+    pub tensors: Vec<Hash>,
+    /// Its layers.
+    pub layers: LayerRange,
+    /// Tokens of one session.
+    pub context: u32,
+    /// Sessions at once.
+    pub sessions: u32,
+    /// Most rows of one batch.
+    pub max_rows: u32,
+}
+
+/// A stage in memory.
+pub struct LoadedStage {
+    /// What it was loaded for.
+    pub key: StageKey,
+    /// The stage.
+    pub runner: PassRunner,
+    /// Weights, KV cache and compute buffers.
+    pub memory: ByteSize,
+}
+
+/// Loads a stage from wherever its tensors are. `progress` hears the share that is loaded; false gives up.
+///
+/// # Errors
+/// If libllama refuses it or its bytes cannot be read.
+pub fn load_stage(
+    key: StageKey,
+    view: &StageView,
+    source: Arc<dyn TensorSource>,
+    n_threads: u32,
+    progress: &mut dyn FnMut(f32) -> bool,
+) -> Result<LoadedStage, LoadError> {
+    let options = StageOptions {
+        n_ctx: key.context,
+        n_sessions: key.sessions,
+        max_rows: key.max_rows,
+        max_outputs: key.sessions,
+        n_threads,
+        n_embd: view.n_embd(),
+        n_vocab: if view.is_final() { view.n_vocab() } else { 0 },
+        stop_node: view.stop_node(),
+    };
+    let stage = Stage::load(Box::new(view.reader(source)), view.n_bytes(), options, progress)?;
+    let memory = ByteSize(stage.memory().total());
+    Ok(LoadedStage { runner: PassRunner::new(stage, view.input_scale(), key.sessions), key, memory })
+}
+
+/// An error with all that it was caused by, in one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    text
+}

@@ -1,0 +1,238 @@
+//! The coordinator's model file: what it is, what it costs, its tokens and their embeddings.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::UNIX_EPOCH;
+
+use brigade_base::{Hash, ModelId, Token};
+use brigade_engine::Vocabulary;
+use brigade_gguf::{Architecture, ArchitectureError, Catalog, Manifest, ModelFile, OpenError, model_id, vocabulary_header};
+use brigade_plan::ModelProfile;
+
+/// A model file could not be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    /// The file is missing, broken, or of an architecture that cannot be split.
+    #[error(transparent)]
+    File(#[from] OpenError),
+    /// Its architecture cannot be split, or its metadata is wrong.
+    #[error(transparent)]
+    Architecture(#[from] ArchitectureError),
+    /// libllama cannot read its vocabulary.
+    #[error("the vocabulary cannot be used: {0}")]
+    Vocabulary(String),
+    /// Its tensors could not be read or hashed.
+    #[error("reading {path} failed: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// It lacks a tensor that every model has.
+    #[error("the model has no tensor {0}; the file is incomplete")]
+    NoTensor(&'static str),
+}
+
+/// An opened model file with all that a coordinator needs to know of it.
+pub struct LocalModel {
+    file: Arc<ModelFile>,
+    architecture: Architecture,
+    header_hash: Hash,
+    manifest: Manifest,
+    vocabulary: Vocabulary,
+    name: String,
+    embedding: EmbeddingTable,
+}
+
+/// Where the rows of the token embedding lie in the file.
+struct EmbeddingTable {
+    tensor: usize,
+    type_id: u32,
+    row_bytes: usize,
+    n_embd: usize,
+}
+
+impl LocalModel {
+    /// Opens a model and hashes its tensors; the hashes are kept in `state_dir`, so the next start reads only the header.
+    /// `progress` hears how many bytes were hashed, and of how many.
+    ///
+    /// # Errors
+    /// If the file is no model that can be served.
+    pub fn open(path: &Path, state_dir: &Path, progress: &(dyn Fn(u64, u64) + Sync)) -> Result<Self, ModelError> {
+        let file = Arc::new(ModelFile::open(path)?);
+        let catalog = file.catalog();
+        let architecture = Architecture::of(catalog)?;
+        let header_hash = catalog.header_hash();
+        let read_error = |source| ModelError::Read { path: path.to_owned(), source };
+        let manifest = manifest(&file, &header_hash, state_dir, progress).map_err(read_error)?;
+        let header = vocabulary_header(catalog);
+        let n_bytes = header.len() as u64;
+        let vocabulary = Vocabulary::load(Box::new(std::io::Cursor::new(header)), n_bytes)
+            .map_err(|error| ModelError::Vocabulary(error.to_string()))?;
+        let tensor = catalog
+            .tensor_idx("token_embd.weight")
+            .ok_or(ModelError::NoTensor("token_embd.weight"))?;
+        let info = &catalog.tensors()[tensor];
+        let n_embd = architecture.n_embd as usize;
+        let row_bytes = info.ty.row_bytes(n_embd as u64).unwrap_or(0) as usize;
+        let embedding = EmbeddingTable { tensor, type_id: info.ty.id(), row_bytes, n_embd };
+        let name = path.file_stem().map_or_else(|| "model".to_owned(), |stem| display_name(&stem.to_string_lossy()));
+        Ok(Self { file, architecture, header_hash, manifest, vocabulary, name, embedding })
+    }
+
+    /// The opened file.
+    pub fn file(&self) -> &Arc<ModelFile> {
+        &self.file
+    }
+
+    /// Its hyperparameters.
+    pub fn architecture(&self) -> &Architecture {
+        &self.architecture
+    }
+
+    /// Hash of its whole header.
+    pub fn header_hash(&self) -> Hash {
+        self.header_hash
+    }
+
+    /// Hashes of its tensors.
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// Identity of the weights.
+    pub fn id(&self) -> ModelId {
+        model_id(&self.header_hash, &self.manifest)
+    }
+
+    /// Its tokens.
+    pub fn vocabulary(&self) -> &Vocabulary {
+        &self.vocabulary
+    }
+
+    /// The name that requests use: that of the file, without its number of splits.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What it costs, for the planner.
+    pub fn profile(&self) -> ModelProfile {
+        profile_of(&self.architecture)
+    }
+
+    /// Looks up the embeddings of `tokens` as the file has them; `out` becomes `[n_tokens, n_embd]`.
+    ///
+    /// # Errors
+    /// If the file cannot be read, or a token is not in the vocabulary.
+    pub fn embed(&self, tokens: &[Token], out: &mut Vec<f32>, bytes: &mut Vec<u8>) -> Result<(), ModelError> {
+        let table = &self.embedding;
+        bytes.resize(table.row_bytes * tokens.len(), 0);
+        for (row, &token) in bytes.chunks_exact_mut(table.row_bytes.max(1)).zip(tokens) {
+            let at = u64::try_from(token)
+                .ok()
+                .and_then(|t| t.checked_mul(table.row_bytes as u64))
+                .ok_or(ModelError::NoTensor("token_embd.weight"))?;
+            self.file
+                .read_at(table.tensor, at, row)
+                .map_err(|source| ModelError::Read { path: self.file.path().to_owned(), source })?;
+        }
+        brigade_engine::dequantize_rows(table.type_id, bytes, table.n_embd, out)
+            .map_err(|error| ModelError::Vocabulary(error.to_string()))?;
+        Ok(())
+    }
+}
+
+/// What a model costs, by its header alone.
+///
+/// # Errors
+/// If its architecture cannot be split.
+pub fn model_profile(catalog: &Catalog) -> Result<ModelProfile, ModelError> {
+    Ok(profile_of(&Architecture::of(catalog)?))
+}
+
+fn profile_of(a: &Architecture) -> ModelProfile {
+    ModelProfile {
+        layer_bytes: (0..a.n_layers).map(|i| a.layer_bytes(i)).collect(),
+        kv_bytes_per_token: (0..a.n_layers).map(|i| a.kv_bytes_per_token(i)).collect(),
+        head_bytes: a.head_bytes() + if a.tied_head { 0 } else { a.embedding_bytes() },
+        cut_points: a.cut_points(),
+        n_embd: a.n_embd,
+        n_ff: a.n_ff.iter().copied().max().unwrap_or(0),
+        n_vocab: a.n_vocab,
+    }
+}
+
+/// A file's name without what only tells its parts apart.
+fn display_name(stem: &str) -> String {
+    let parts: Vec<&str> = stem.rsplitn(4, '-').collect();
+    match parts.as_slice() {
+        [n, "of", i, rest] if is_split_number(n) && is_split_number(i) => (*rest).to_owned(),
+        _ => stem.to_owned(),
+    }
+}
+
+fn is_split_number(text: &str) -> bool {
+    text.len() == 5 && text.bytes().all(|b| b.is_ascii_digit())
+}
+
+/// The hashes of a file's tensors, from `state_dir` if the file has not changed since they were made.
+fn manifest(
+    file: &Arc<ModelFile>,
+    header_hash: &Hash,
+    state_dir: &Path,
+    progress: &(dyn Fn(u64, u64) + Sync),
+) -> std::io::Result<Manifest> {
+    let catalog = file.catalog();
+    let stored = state_dir.join("manifests").join(fingerprint(file, header_hash)?);
+    if let Ok(bytes) = std::fs::read(&stored)
+        && let Some(manifest) = read_manifest(&bytes)
+        && manifest.tensors.len() == catalog.tensors().len()
+    {
+        return Ok(manifest);
+    }
+    let total = catalog.weight_bytes();
+    let done = AtomicU64::new(0);
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(MAX_HASH_THREADS);
+    let manifest = Manifest::compute(catalog, &**file, threads, &|n| progress(done.fetch_add(n, Ordering::Relaxed) + n, total))?;
+    if let Some(dir) = stored.parent() {
+        std::fs::create_dir_all(dir)?;
+    }
+    let bytes: Vec<u8> = manifest.tensors.iter().flat_map(|hash| *hash.as_bytes()).collect();
+    brigade_net::write_atomic(&stored, &bytes, 0o600)?;
+    Ok(manifest)
+}
+
+fn read_manifest(bytes: &[u8]) -> Option<Manifest> {
+    let (hashes, rest) = bytes.as_chunks::<32>();
+    rest.is_empty().then(|| Manifest { tensors: hashes.iter().map(|hash| Hash::from_bytes(*hash)).collect() })
+}
+
+/// Names a state of a file: another header, size or time of change gives another name.
+fn fingerprint(file: &ModelFile, header_hash: &Hash) -> std::io::Result<String> {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(header_hash.as_bytes());
+    hasher.update(std::path::absolute(file.path())?.as_os_str().as_encoded_bytes());
+    for meta in file.file_metadata()? {
+        let changed = meta.modified()?.duration_since(UNIX_EPOCH).unwrap_or_default();
+        hasher.update(&meta.len().to_le_bytes());
+        hasher.update(&changed.as_nanos().to_le_bytes());
+    }
+    Ok(hasher.finalize().to_hex().to_string())
+}
+
+/// BLAKE3 takes several gigabytes per second and core; more threads than this only make a disk seek.
+const MAX_HASH_THREADS: usize = 8;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_number_of_a_split_is_no_part_of_the_name() {
+        assert_eq!(display_name("qwen3-8b-q4_0-00001-of-00003"), "qwen3-8b-q4_0");
+        assert_eq!(display_name("abacus-f16"), "abacus-f16");
+        assert_eq!(display_name("a-1-of-3"), "a-1-of-3");
+    }
+}

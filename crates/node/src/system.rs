@@ -1,0 +1,57 @@
+//! What the machine has and what this process takes of it.
+
+use brigade_base::ByteSize;
+use sysinfo::{MemoryRefreshKind, ProcessRefreshKind, ProcessesToUpdate, RefreshKind, System};
+
+/// Memory that can be had without swapping, within the limits of a container.
+pub fn available_memory() -> ByteSize {
+    let system = System::new_with_specifics(RefreshKind::nothing().with_memory(MemoryRefreshKind::nothing().with_ram()));
+    let free = system.available_memory();
+    ByteSize(system.cgroup_limits().map_or(free, |limits| free.min(limits.free_memory)))
+}
+
+/// Resident memory of this process.
+pub fn resident_memory() -> ByteSize {
+    let Ok(pid) = sysinfo::get_current_pid() else { return ByteSize(0) };
+    let mut system = System::new();
+    system.refresh_processes_specifics(
+        ProcessesToUpdate::Some(&[pid]),
+        false,
+        ProcessRefreshKind::nothing().with_memory().without_tasks(),
+    );
+    ByteSize(system.process(pid).map_or(0, sysinfo::Process::memory))
+}
+
+/// Swap that is in use on this machine.
+pub fn used_swap() -> ByteSize {
+    let memory = MemoryRefreshKind::nothing().with_swap();
+    ByteSize(System::new_with_specifics(RefreshKind::nothing().with_memory(memory)).used_swap())
+}
+
+/// Most files that this process may open at once, if the system has such a limit.
+pub fn open_file_limit() -> Option<u64> {
+    System::open_files_limit().map(|n| n as u64)
+}
+
+/// Threads that a node computes with unless told otherwise: one for each core that this process may use.
+pub fn default_threads() -> u32 {
+    std::thread::available_parallelism().map_or(1, |n| n.get() as u32)
+}
+
+/// The machine's name for people.
+pub fn host_name() -> String {
+    let name = System::host_name().unwrap_or_else(|| "node".to_owned());
+    name.chars().take(brigade_protocol::control::MAX_NAME).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_has_memory_and_a_core() {
+        assert!(resident_memory() > ByteSize::mib(1));
+        assert!(available_memory() > ByteSize::mib(1));
+        assert!(default_threads() >= 1);
+    }
+}
