@@ -1,1 +1,77 @@
-//! Placeholder.
+//! The OpenAI-compatible HTTP endpoint.
+//!
+//! ```text
+//! connection (server) -> guard (access) -> handler (routes)
+//!     body   -> JSON -> typed request (request, fields) -> prompt text (template) -> tokens -> Serving::submit
+//!     events -> chunks (answer) -> HTTP body (stream)
+//! ```
+//!
+//! The crate asks [`Serving`] and nothing else: it knows no engine, no node and no link, and it keeps nothing between
+//! two requests. A request that cannot be honoured to the letter is refused by the name of the field; nothing that a
+//! client asks for is silently ignored.
+//!
+//! Routes: `POST /v1/chat/completions`, `POST /v1/completions`, `GET /v1/models[/ID]`, `GET /health`, `GET /ready`, and
+//! Brigade's own `GET /brigade/v1/status`, `POST /brigade/v1/{tokenize,detokenize}`, and for the admin token
+//! `GET, POST /brigade/v1/tickets` and `DELETE /brigade/v1/tickets/ID`.
+//!
+//! TLS is left to a proxy in front; without one, listen on loopback or give keys and trust the network between.
+
+#![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test that cannot go on has failed"))]
+
+mod access;
+mod answer;
+mod body;
+mod error;
+mod fields;
+mod request;
+mod routes;
+mod server;
+mod stream;
+pub mod template;
+
+use std::sync::Arc;
+
+use axum::Router;
+use brigade_node::serving::Serving;
+
+pub use server::{Server, serve};
+
+/// Default of [`ApiOptions::body_limit`]: some two million tokens of text, more than any model's context.
+pub const DEFAULT_BODY_LIMIT: usize = 8 << 20;
+
+/// How the endpoint is set up.
+#[derive(Clone)]
+pub struct ApiOptions {
+    /// Secrets of clients. With none, anyone who reaches the socket may ask, provided that the `Host` header is an IP
+    /// address, `localhost` or one of `host_names`; this keeps web pages out (DNS rebinding).
+    pub keys: Vec<String>,
+    /// Secret of the operator: opens the routes of tickets, and all others too. With none, tickets have no HTTP.
+    pub admin_token: Option<String>,
+    /// Names under which clients without keys may know this machine, such as `box.lan`; without a port.
+    pub host_names: Vec<String>,
+    /// Most bytes of a request's body.
+    pub body_limit: usize,
+}
+
+impl Default for ApiOptions {
+    fn default() -> Self {
+        Self { keys: Vec::new(), admin_token: None, host_names: Vec::new(), body_limit: DEFAULT_BODY_LIMIT }
+    }
+}
+
+/// Without the secrets.
+impl std::fmt::Debug for ApiOptions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ApiOptions")
+            .field("keys", &self.keys.len())
+            .field("admin_token", &self.admin_token.is_some())
+            .field("host_names", &self.host_names)
+            .field("body_limit", &self.body_limit)
+            .finish()
+    }
+}
+
+/// All routes over `serving`, for [`serve`] or to be merged with others. They need a tokio runtime around them.
+pub fn router(serving: Arc<dyn Serving>, options: &ApiOptions) -> Router {
+    routes::router(serving, options)
+}

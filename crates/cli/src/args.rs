@@ -91,6 +91,9 @@ pub struct ServeArgs {
     /// File with one such key per line
     #[arg(long, value_name = "FILE", env = "BRIGADE_API_KEY_FILE")]
     pub api_key_file: Option<PathBuf>,
+    /// Name under which clients without a key may know this machine, such as tower.lan; may be given several times
+    #[arg(long, value_name = "NAME", env = "BRIGADE_HOST_NAME", value_delimiter = ',')]
+    pub host_name: Vec<String>,
     /// Tokens of one session, prompt and answer together [default: what the model was trained for, at most 4096]
     #[arg(long, value_name = "N", env = "BRIGADE_CONTEXT", value_parser = clap::value_parser!(u32).range(1..=16_777_216))]
     pub context: Option<u32>,

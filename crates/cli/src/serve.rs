@@ -64,8 +64,9 @@ pub fn run(args: &ServeArgs) -> Result<(), Failure> {
             .map_err(|error| Failure::run(format!("--ticket-file {}: {error}", path.display())))?;
     }
     let admin_token = brigade_net::random_token().map_err(Failure::run)?;
-    let api = ApiOptions { keys, allow_admin_token: Some(admin_token.clone()), ..ApiOptions::default() };
-    let server = Server::start(http, Arc::clone(&handle) as Arc<dyn Serving>, api).map_err(Failure::run)?;
+    let host_names = args.host_name.clone();
+    let api = ApiOptions { keys, admin_token: Some(admin_token.clone()), host_names, ..ApiOptions::default() };
+    let server = Server::start(http, Arc::clone(&handle) as Arc<dyn Serving>, &api).map_err(Failure::run)?;
     let url = format!("http://{}", server.addr());
     let _note = Note { url: url.clone(), admin_token, pid: std::process::id() }.leave(&state_dir)?;
 

@@ -86,6 +86,7 @@ fn print(status: &Value) -> Result<(), Failure> {
 fn print_worker(worker: &Value) -> Result<(), Failure> {
     output::line(format_args!("this node is a worker of {}", text(worker, "coordinator")))?;
     output::line(format_args!("state   {}", text(worker, "state")))?;
-    output::line(format_args!("layers  {} {}", layers(worker), text(worker, "model")))?;
+    let model = text(worker, "model");
+    output::line(format_args!("layers  {}{}{model}", layers(worker), if model.is_empty() { "" } else { " of " }))?;
     output::line("`brigade status` on the coordinator shows the whole cluster")
 }

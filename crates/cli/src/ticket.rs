@@ -18,7 +18,7 @@ pub fn run(args: &TicketArgs) -> Result<(), Failure> {
         Some(TicketAction::Create { ticket_ttl }) => create(&endpoint, *ticket_ttl),
         Some(TicketAction::List) => {
             let reply = endpoint.get("/brigade/v1/tickets")?;
-            let tickets = reply.get("tickets").unwrap_or(&reply).as_array().cloned().unwrap_or_default();
+            let tickets = reply.get("data").unwrap_or(&reply).as_array().cloned().unwrap_or_default();
             if tickets.is_empty() {
                 return output::line("no ticket is valid");
             }

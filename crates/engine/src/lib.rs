@@ -1,5 +1,32 @@
 //! Safe Rust over llama.cpp; the only crate of Brigade with `unsafe` code.
+//!
+//! - [`Stage`] computes the layers of one GGUF: a cut-out of a model, or a whole one. It owns its weights, its KV cache
+//!   and its compute threads; its owner calls it from one thread at a time.
+//! - [`Vocabulary`] turns text into tokens and back.
+//! - [`Sampler`] chooses a token from logits; plain Rust, no state of llama.cpp.
+//! - [`dequantize_rows`] looks token embeddings up, [`quantize_rows`] makes test models.
+//!
+//! A safe method checks its arguments before each call, so that no assertion of llama.cpp, which would end the process,
+//! can be reached through it. What is *not* checked here is the GGUF itself: `brigade-gguf` reads it first.
 
+#![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test that cannot go on has failed"))]
+
+mod backend;
+mod model;
+mod run;
+mod sampler;
 mod sampling;
+mod source;
+mod stage;
+mod tensor;
+mod vocabulary;
 
-pub use sampling::Sampling;
+pub use backend::init;
+pub use model::LoadError;
+pub use run::{Input, Row, RunError};
+pub use sampler::{Sampler, log_probabilities};
+pub use sampling::{Sampling, SamplingError};
+pub use source::ReadSeek;
+pub use stage::{Canceller, KvError, Stage, StageMemory, StageOptions};
+pub use tensor::{TensorError, dequantize_rows, quantize_rows};
+pub use vocabulary::{TokenizeError, Vocabulary};

@@ -376,6 +376,7 @@ impl Running<'_> {
                 self.sessions.remove(&output.session);
             }
         }
+        self.ring.stats.set_load(self.passes.n_running(), self.passes.n_waiting());
         Ok(())
     }
 }

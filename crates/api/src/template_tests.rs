@@ -1,0 +1,242 @@
+//! Templates in the styles that published models use, checked against what Jinja2 makes of them.
+
+use super::*;
+
+const SYSTEM: Role = Role::System;
+const USER: Role = Role::User;
+const ASSISTANT: Role = Role::Assistant;
+
+fn now() -> Zoned {
+    "2026-07-26T10:00:00+00:00[UTC]".parse().unwrap()
+}
+
+fn render(source: &str, messages: &[(Role, &str)]) -> Result<String, TemplateError> {
+    let messages: Vec<_> =
+        messages.iter().map(|&(role, content)| Message { role, content: content.to_owned(), name: None }).collect();
+    ChatTemplate::new(Some(source), "<s>", "</s>")?.render(&messages, &now())
+}
+
+#[track_caller]
+fn check(source: &str, messages: &[(Role, &str)], expected: &str) {
+    assert_eq!(render(source, messages).as_deref(), Ok(expected));
+}
+
+#[track_caller]
+fn check_refused(source: &str, messages: &[(Role, &str)], expected: &str) {
+    assert_eq!(render(source, messages), Err(TemplateError::Refused(expected.to_owned())));
+}
+
+#[test]
+fn a_model_without_template_gets_chatml() {
+    let messages = [Message { role: USER, content: "1+1?".to_owned(), name: None }];
+    let text = ChatTemplate::new(None, "", "").unwrap().render(&messages, &now()).unwrap();
+    assert_eq!(text, "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n");
+}
+
+#[test]
+fn the_embedded_models_template_keeps_its_line_breaks() {
+    let source = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}\
+        {% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
+    check(
+        source,
+        &[(USER, "a"), (ASSISTANT, "b"), (USER, "c & <d>")],
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n<|im_start|>user\nc & <d><|im_end|>\n\
+         <|im_start|>assistant\n",
+    );
+}
+
+#[test]
+fn headers_with_a_date() {
+    let source = r#"{{- bos_token }}
+{%- if not date_string is defined %}
+    {%- if strftime_now is defined %}
+        {%- set date_string = strftime_now("%d %b %Y") %}
+    {%- else %}
+        {%- set date_string = "1 Jan 2000" %}
+    {%- endif %}
+{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content']|trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = "" %}
+{%- endif %}
+{{- "<|start_header_id|>system<|end_header_id|>\n\n" }}
+{%- if tools is not none %}{{- "Environment: tools\n" }}{%- endif %}
+{{- "Today Date: " + date_string + "\n\n" }}
+{{- system_message }}
+{{- "<|eot_id|>" }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
+{%- endif %}
+"#;
+    check(
+        source,
+        &[(SYSTEM, " Be brief. "), (USER, " hi\n")],
+        "<s><|start_header_id|>system<|end_header_id|>\n\nToday Date: 26 Jul 2026\n\nBe brief.<|eot_id|>\
+         <|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    );
+}
+
+#[test]
+fn a_template_may_refuse_a_role() {
+    let source = "{{ bos_token }}{% if messages[0]['role'] == 'system' %}\
+        {{ raise_exception('System role not supported') }}{% endif %}\
+        {% for message in messages %}\
+        {% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}\
+        {{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}\
+        {% if (message['role'] == 'assistant') %}{% set role = 'model' %}{% else %}{% set role = message['role'] %}\
+        {% endif %}{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}\
+        {% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}";
+    check(
+        source,
+        &[(USER, "a"), (ASSISTANT, "b "), (USER, "c")],
+        "<s><start_of_turn>user\na<end_of_turn>\n<start_of_turn>model\nb<end_of_turn>\n<start_of_turn>user\n\
+         c<end_of_turn>\n<start_of_turn>model\n",
+    );
+    check_refused(source, &[(SYSTEM, "a"), (USER, "b")], "System role not supported");
+    check_refused(
+        source,
+        &[(USER, "a"), (USER, "b")],
+        "Conversation roles must alternate user/assistant/user/assistant/...",
+    );
+}
+
+#[test]
+fn a_default_system_message_and_reasoning_cut_off() {
+    let source = r#"{%- if tools %}
+    {{- '<tools>' }}
+{%- else %}
+    {%- if messages[0].role == 'system' %}
+        {{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}
+    {%- endif %}
+{%- endif %}
+{%- set ns = namespace(multi_step_tool=true, last_query_index=messages|length - 1) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if ns.multi_step_tool and message.role == "user" and message.content is string and not(
+        message.content.startswith('<tool_response>') and message.content.endswith('</tool_response>')) %}
+        {%- set ns.multi_step_tool = false %}
+        {%- set ns.last_query_index = index %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- set content = message.content if message.content is string else '' %}
+    {%- if (message.role == "user") or (message.role == "system" and not loop.first) %}
+        {{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>' + '\n' }}
+    {%- elif message.role == "assistant" %}
+        {%- if '</think>' in content %}
+            {%- set content = content.split('</think>')[-1].lstrip('\n') %}
+        {%- endif %}
+        {{- '<|im_start|>' + message.role + '\n' + content }}
+        {%- if message.tool_calls %}
+            {%- for tool_call in message.tool_calls %}{{- tool_call.arguments | tojson }}{%- endfor %}
+        {%- endif %}
+        {{- '<|im_end|>\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\n\n</think>\n\n' }}
+    {%- endif %}
+{%- endif %}"#;
+    check(
+        source,
+        &[(SYSTEM, "S"), (USER, "a"), (ASSISTANT, "<think>\nhm\n</think>\n\nb"), (USER, "c")],
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n\
+         <|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n",
+    );
+}
+
+#[test]
+fn instructions_in_brackets() {
+    let source = r#"{%- if messages[0]["role"] == "system" %}
+    {%- set system_message = messages[0]["content"] %}
+    {%- set loop_messages = messages[1:] %}
+{%- else %}
+    {%- set loop_messages = messages %}
+{%- endif %}
+{%- set user_messages = loop_messages | selectattr("role", "equalto", "user") | list %}
+{%- set ns = namespace() %}
+{%- set ns.index = 0 %}
+{%- for message in loop_messages %}
+    {%- if (message["role"] == "user") != (ns.index % 2 == 0) %}
+        {{- raise_exception("roles must alternate") }}
+    {%- endif %}
+    {%- set ns.index = ns.index + 1 %}
+{%- endfor %}
+{{- bos_token }}
+{%- for message in loop_messages %}
+    {%- if message["role"] == "user" %}
+        {%- if loop.last and system_message is defined %}
+            {{- "[INST] " + system_message + "\n\n" + message["content"] + "[/INST]" }}
+        {%- else %}
+            {{- "[INST] " + message["content"].strip() + "[/INST]" }}
+        {%- endif %}
+    {%- else %}
+        {{- " " + message["content"]|trim + eos_token}}
+    {%- endif %}
+{%- endfor %}
+"#;
+    check(
+        source,
+        &[(SYSTEM, "S"), (USER, " a "), (ASSISTANT, "b"), (USER, "c")],
+        "<s>[INST] a[/INST] b</s>[INST] S\n\nc[/INST]",
+    );
+    check_refused(source, &[(ASSISTANT, "b")], "roles must alternate");
+}
+
+#[test]
+fn blocks_take_their_lines_along() {
+    check("{% for m in messages %}\n  {% if true %}\nx\n  {% endif %}\n{% endfor %}\ny\n", &[(USER, "a")], "x\ny");
+}
+
+#[test]
+fn json_is_written_as_python_does() {
+    check(r#"{{ {"a": [1, "<é>"], "b": none} | tojson }}"#, &[], r#"{"a": [1, "<é>"], "b": null}"#);
+    check(r#"{{ {"a": 1} | tojson(indent=4) }}"#, &[], "{\n    \"a\": 1\n}");
+    check("{{ messages | tojson }}", &[(USER, "a")], r#"[{"role": "user", "content": "a"}]"#);
+}
+
+#[test]
+fn macros_and_training_marks_work() {
+    check(
+        "{% macro turn(m) %}[{{ m.role|upper }}:{{ m.content.split(' ')[0] }}]{% endmacro %}\
+         {% for m in messages %}{%- generation -%}{{ turn(m) }}{% endgeneration %}{% endfor %}",
+        &[(USER, "a b"), (ASSISTANT, "c d")],
+        "[USER:a][ASSISTANT:c]",
+    );
+    check("{% set generation = 1 %}{{ generation }}", &[], "1");
+}
+
+#[test]
+fn contents_are_never_a_template() {
+    check("{{ messages[0].content }}", &[(USER, "{{ bos_token }}{% raw %}")], "{{ bos_token }}{% raw %}");
+}
+
+#[test]
+fn limits_hold() {
+    let endless = "{% for a in range(9999) %}{% for b in range(9999) %}{{ '' }}{% endfor %}{% endfor %}";
+    assert_eq!(render(endless, &[]), Err(TemplateError::TooMuchWork));
+    let long = "{% for a in range(9999) %}{{ messages[0].content }}{% endfor %}";
+    assert_eq!(render(long, &[(USER, &"x".repeat(10_000))]), Err(TemplateError::TooLong));
+    assert_eq!(
+        render(&" ".repeat(MAX_SOURCE_BYTES + 1), &[]),
+        Err(TemplateError::SourceTooLong { bytes: MAX_SOURCE_BYTES + 1 })
+    );
+    assert!(matches!(render("{% for %}", &[]), Err(TemplateError::Syntax(_))));
+    assert!(matches!(render("{{ messages[0].content.nothing() }}", &[(USER, "a")]), Err(TemplateError::Render(_))));
+    assert!(matches!(render("{{ strftime_now('%Q%!') }}", &[]), Err(TemplateError::Render(_))));
+}
+
+#[test]
+fn a_start_token_is_seen_once() {
+    let template = ChatTemplate::new(Some("{{ bos_token }}x"), "<s>", "").unwrap();
+    assert!(template.starts_itself("<s>x"));
+    assert!(!template.starts_itself("x<s>"));
+    assert!(!ChatTemplate::new(None, "", "").unwrap().starts_itself("x"));
+}

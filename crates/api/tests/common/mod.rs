@@ -1,0 +1,284 @@
+//! A model that is not there, and a client that writes what it likes to a socket.
+
+use std::collections::VecDeque;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use brigade_api::{ApiOptions, Server};
+use brigade_base::{ModelId, NodeId, Token};
+use brigade_node::serving::{
+    ClusterStatus, Event, FinishReason, ModelCard, Readiness, Request, Serving, SubmitError, TicketInfo, Usage,
+};
+use serde_json::Value;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+
+/// No test waits longer for anything.
+pub const DEADLINE: Duration = Duration::from_secs(20);
+
+/// A model whose tokens are bytes and whose answers are scripted.
+pub struct Mock {
+    card: ModelCard,
+    pub readiness: Mutex<Readiness>,
+    /// One for each request; without one, the answer is "ok".
+    pub scripts: Mutex<VecDeque<Script>>,
+    pub requests: Mutex<Vec<Request>>,
+    /// The prompt texts as they were tokenized.
+    pub tokenized: Mutex<Vec<(String, bool, bool)>>,
+    /// Senders of sessions that do not end by themselves.
+    pub held: Mutex<Vec<UnboundedSender<Event>>>,
+    pub tickets: Mutex<Vec<TicketInfo>>,
+}
+
+/// What a request meets.
+pub enum Script {
+    /// These events, and then the channel closes.
+    Events(Vec<Event>),
+    /// These events, and then nothing.
+    Hold(Vec<Event>),
+    Refuse(SubmitError),
+}
+
+pub fn delta(text: &str) -> Event {
+    Event::Delta { text: text.to_owned(), logprobs: Vec::new() }
+}
+
+pub fn done(reason: FinishReason) -> Event {
+    Event::Done { reason, usage: Usage { prompt_tokens: 3, completion_tokens: 2 } }
+}
+
+impl Serving for Mock {
+    fn model(&self) -> &ModelCard {
+        &self.card
+    }
+
+    fn readiness(&self) -> Readiness {
+        self.readiness.lock().unwrap().clone()
+    }
+
+    fn tokenize(&self, text: &str, add_special: bool, parse_special: bool) -> Result<Vec<Token>, SubmitError> {
+        self.tokenized.lock().unwrap().push((text.to_owned(), add_special, parse_special));
+        if text.len() > 100_000 {
+            return Err(SubmitError::PromptTooLong { tokens: text.len(), context: self.card.context });
+        }
+        Ok(text.bytes().map(Token::from).collect())
+    }
+
+    fn token_bytes(&self, token: Token) -> Vec<u8> {
+        u8::try_from(token).map(|byte| vec![byte]).unwrap_or_default()
+    }
+
+    fn submit(&self, request: Request) -> Result<UnboundedReceiver<Event>, SubmitError> {
+        self.requests.lock().unwrap().push(request);
+        let script = self.scripts.lock().unwrap().pop_front();
+        let script = script.unwrap_or_else(|| Script::Events(vec![delta("ok"), done(FinishReason::Stop)]));
+        let (sender, receiver) = unbounded_channel();
+        match script {
+            Script::Refuse(error) => return Err(error),
+            Script::Events(events) => events.into_iter().for_each(|event| sender.send(event).unwrap()),
+            Script::Hold(events) => {
+                events.into_iter().for_each(|event| sender.send(event).unwrap());
+                self.held.lock().unwrap().push(sender);
+            }
+        }
+        Ok(receiver)
+    }
+
+    fn status(&self) -> ClusterStatus {
+        ClusterStatus {
+            coordinator: NodeId::from_bytes([1; 32]),
+            model: self.card.name.clone(),
+            model_id: self.card.id,
+            n_layers: 8,
+            state: "ready".to_owned(),
+            epoch: 3,
+            context: self.card.context,
+            parallel: 4,
+            running: 0,
+            waiting: 0,
+            tokens_generated: 0,
+            tokens_per_second: 0.0,
+            hop_us_p50: 0.0,
+            hop_us_p99: 0.0,
+            uptime_s: 9,
+            nodes: Vec::new(),
+        }
+    }
+
+    fn create_ticket(&self, ttl: Duration) -> Result<TicketInfo, String> {
+        let mut tickets = self.tickets.lock().unwrap();
+        let info = TicketInfo { id: format!("t{}", tickets.len()), expires_in_s: ttl.as_secs(), ticket: None };
+        tickets.push(info.clone());
+        Ok(TicketInfo { ticket: Some("secret".to_owned()), ..info })
+    }
+
+    fn tickets(&self) -> Vec<TicketInfo> {
+        self.tickets.lock().unwrap().clone()
+    }
+
+    fn revoke_ticket(&self, id: &str) -> Result<bool, String> {
+        let mut tickets = self.tickets.lock().unwrap();
+        let before = tickets.len();
+        tickets.retain(|ticket| ticket.id != id);
+        Ok(tickets.len() < before)
+    }
+}
+
+/// A running endpoint over a [`Mock`].
+pub struct House {
+    pub mock: Arc<Mock>,
+    pub server: Server,
+}
+
+impl House {
+    pub fn open() -> Self {
+        Self::with(ApiOptions::default())
+    }
+
+    pub fn with(options: ApiOptions) -> Self {
+        Self::with_template(options, None)
+    }
+
+    pub fn with_template(options: ApiOptions, template: Option<&str>) -> Self {
+        let card = ModelCard {
+            name: "team/abacus".to_owned(),
+            id: ModelId::from_bytes([0xab; 32]),
+            created: 1_700_000_000,
+            context: 4096,
+            n_vocab: 256,
+            chat_template: template.map(str::to_owned),
+            bos_text: "<s>".to_owned(),
+            eos_text: "</s>".to_owned(),
+        };
+        let mock = Arc::new(Mock {
+            card,
+            readiness: Mutex::new(Readiness::Ready),
+            scripts: Mutex::default(),
+            requests: Mutex::default(),
+            tokenized: Mutex::default(),
+            held: Mutex::default(),
+            tickets: Mutex::default(),
+        });
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let server = Server::start(listener, mock.clone(), &options).unwrap();
+        Self { mock, server }
+    }
+
+    pub fn script(&self, script: Script) {
+        self.mock.scripts.lock().unwrap().push_back(script);
+    }
+
+    pub fn addr(&self) -> SocketAddr {
+        self.server.addr()
+    }
+
+    pub fn get(&self, path: &str) -> Reply {
+        self.ask("GET", path, &[], "")
+    }
+
+    pub fn post(&self, path: &str, body: &Value) -> Reply {
+        self.ask("POST", path, &[("Content-Type", "application/json")], &body.to_string())
+    }
+
+    /// A request with its usual headers; `headers` come after and may say `Host`.
+    pub fn ask(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Reply {
+        Reply::read(self.send(method, path, headers, body))
+    }
+
+    /// Sends a request and leaves the answer in the socket.
+    pub fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> TcpStream {
+        let mut text = format!("{method} {path} HTTP/1.1\r\nConnection: close\r\nContent-Length: {}\r\n", body.len());
+        if !headers.iter().any(|(name, _)| *name == "Host") {
+            text.push_str("Host: localhost\r\n");
+        }
+        for (name, value) in headers {
+            text.push_str(&format!("{name}: {value}\r\n"));
+        }
+        self.send_raw(format!("{text}\r\n{body}").as_bytes())
+    }
+
+    pub fn send_raw(&self, bytes: &[u8]) -> TcpStream {
+        let mut stream = TcpStream::connect(self.addr()).unwrap();
+        stream.set_read_timeout(Some(DEADLINE)).unwrap();
+        stream.write_all(bytes).unwrap();
+        stream
+    }
+
+    /// Waits until the coordinator would see that the caller of a held session is gone.
+    pub fn wait_until_cancelled(&self) {
+        let deadline = std::time::Instant::now() + DEADLINE;
+        while !self.mock.held.lock().unwrap().iter().any(UnboundedSender::is_closed) {
+            assert!(std::time::Instant::now() < deadline, "the session was not cancelled");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Waits until a session is held.
+    pub fn wait_until_held(&self) {
+        let deadline = std::time::Instant::now() + DEADLINE;
+        while self.mock.held.lock().unwrap().is_empty() {
+            assert!(std::time::Instant::now() < deadline, "no session began");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
+/// An answer, read to its end.
+#[derive(Debug)]
+pub struct Reply {
+    pub status: u16,
+    pub head: String,
+    pub body: String,
+}
+
+impl Reply {
+    pub fn read(mut stream: TcpStream) -> Self {
+        let mut bytes = Vec::new();
+        stream.read_to_end(&mut bytes).unwrap();
+        let split = bytes.windows(4).position(|window| window == b"\r\n\r\n").expect("a head");
+        let head = String::from_utf8(bytes[..split].to_vec()).unwrap().to_ascii_lowercase();
+        let rest = &bytes[split + 4..];
+        let body = if head.contains("transfer-encoding: chunked") { unchunk(rest) } else { rest.to_vec() };
+        let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+        Self { status, head, body: String::from_utf8(body).unwrap() }
+    }
+
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.head.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "))
+    }
+
+    #[track_caller]
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&self.body).unwrap_or_else(|error| panic!("{error}: {}", self.body))
+    }
+
+    /// The data of each server-sent event.
+    pub fn events(&self) -> Vec<&str> {
+        self.body.split_terminator("\n\n").map(|event| event.strip_prefix("data: ").unwrap()).collect()
+    }
+
+    /// Checks that this is an error object.
+    #[track_caller]
+    pub fn check_error(&self, status: u16, param: Option<&str>, code: Option<&str>) {
+        assert_eq!(self.status, status, "{self:?}");
+        let error = &self.json()["error"];
+        assert!(error["message"].as_str().is_some_and(|message| !message.is_empty()), "{self:?}");
+        assert!(error["type"].is_string(), "{self:?}");
+        assert_eq!(error["param"], Value::from(param), "{self:?}");
+        assert_eq!(error["code"], Value::from(code), "{self:?}");
+    }
+}
+
+fn unchunk(mut rest: &[u8]) -> Vec<u8> {
+    let mut body = Vec::new();
+    while let Some(end) = rest.windows(2).position(|window| window == b"\r\n") {
+        let size = usize::from_str_radix(std::str::from_utf8(&rest[..end]).unwrap(), 16).unwrap();
+        if size == 0 {
+            break;
+        }
+        body.extend_from_slice(&rest[end + 2..end + 2 + size]);
+        rest = &rest[end + 4 + size..];
+    }
+    body
+}

@@ -1,0 +1,527 @@
+//! A loaded stage: weights, context, KV cache, compute threads and the way to stop it.
+//!
+//! - [`Stage::load`] reads a GGUF of some layers; [`Stage::load_file`] a whole model, as the oracle to compare with.
+//! - `run.rs` computes batches. A stage that is not the last stops its graph at one node and hands that node's value out.
+//! - Each session slot has a KV stream of its own (`kv_unified = false`): which cells a session uses, and so every bit of
+//!   its answer, does not depend on what other sessions do. The cache of sliding-window layers has full size
+//!   (`swa_full`), so that [`Stage::truncate`] is exact there too.
+//!
+//! - On the CPU attention is computed plainly where its scores fit into [`MAX_SCORES_BYTES`]. llama.cpp's flash attention
+//!   splits a lone row's keys among threads from 512 tokens on, so that its last bits, and with quantised weights up to
+//!   1 % of a logit, depend on the number of threads and on whether other sessions are in the same batch. Without it a
+//!   decode row has the same bits in any batch on any number of threads, and decoding at 900 tokens is three times as
+//!   fast; a long prefill takes half as long again.
+//!
+//! The stage owns everything; a [`Canceller`] shares only a flag.
+
+use std::ffi::{CStr, CString, c_void};
+use std::path::Path;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use llama_cpp_sys_2 as sys;
+
+use crate::backend::{Captured, capture};
+use crate::model::{HAS_DEVICES, LoadError, Model};
+use crate::run::Scratch;
+use crate::source::ReadSeek;
+
+/// Most session slots of a stage: `LLAMA_MAX_SEQ` of llama.cpp, which refuses more.
+const MAX_SESSIONS: u32 = 256;
+
+/// llama.cpp rounds the cells of a session up to this.
+const CELL_PADDING: u32 = 256;
+
+/// Most rows of one pass. A pass is a unit of work of some milliseconds to a second; llama.cpp's own default is 2048.
+const MAX_ROWS: u32 = 16384;
+
+/// Most tokens of one session, more than any model was trained for; keeps positions far from the end of `i32`.
+const MAX_CONTEXT: u32 = 1 << 24;
+
+/// Most cells of all sessions; llama.cpp counts them in `u32`, and indexes rows of the cache in `i32`.
+const MAX_CELLS: u64 = 1 << 30;
+
+/// Most bytes of attention scores, `n_heads * n_ctx * max_rows` floats, a part of the compute buffers: 256 rows in a
+/// context of 16 thousand tokens with 32 heads. Above, flash attention does without them.
+const MAX_SCORES_BYTES: u64 = 512 << 20;
+
+/// Most compute threads: `GGML_MAX_N_THREADS`, the size of ggml's thread masks.
+const MAX_THREADS: u32 = 512;
+
+/// How a stage is loaded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StageOptions {
+    /// Most tokens of one session.
+    pub n_ctx: u32,
+    /// How many sessions have a slot; the KV cache of all is allocated at once.
+    pub n_sessions: u32,
+    /// Most rows of one [`Stage::run`].
+    pub max_rows: u32,
+    /// Most rows of one run that ask for logits, 0 for `max_rows`. A stage that is not the last ignores it. Its compute
+    /// buffers hold `max_outputs * n_vocab` floats.
+    pub max_outputs: u32,
+    /// Threads that compute.
+    pub n_threads: u32,
+    /// Width of the hidden state that the caller believes in; 0 if it does not know.
+    pub n_embd: u32,
+    /// Size of the vocabulary that the caller believes in; 0 if it does not know. Compared only without `stop_node`: the
+    /// other stages carry a vocabulary of a few rows.
+    pub n_vocab: u32,
+    /// Name of the graph node, shape `[n_rows, n_embd]`, at which the pass stops and whose value it yields. `None` for
+    /// the last stage, which yields logits.
+    pub stop_node: Option<String>,
+}
+
+impl StageOptions {
+    fn check(&self) -> Result<(), LoadError> {
+        let check = |name, value: u64, min: u64, max: u64| {
+            if (min..=max).contains(&value) { Ok(()) } else { Err(LoadError::Option { name, value, min, max }) }
+        };
+        check("n_ctx", self.n_ctx.into(), 1, MAX_CONTEXT.into())?;
+        check("n_sessions", self.n_sessions.into(), 1, MAX_SESSIONS.into())?;
+        check("max_rows", self.max_rows.into(), 1, MAX_ROWS.into())?;
+        check("n_threads", self.n_threads.into(), 1, MAX_THREADS.into())?;
+        check("n_ctx * n_sessions", self.n_cells(), 1, MAX_CELLS)
+    }
+
+    /// KV cells of all sessions.
+    fn n_cells(&self) -> u64 {
+        u64::from(self.n_ctx.next_multiple_of(CELL_PADDING)) * u64::from(self.n_sessions)
+    }
+
+    /// Most outputs that llama.cpp must be ready for; it reserves at least one for each session.
+    fn n_outputs(&self) -> u32 {
+        let outputs = if self.stop_node.is_some() || self.max_outputs == 0 { self.max_rows } else { self.max_outputs };
+        outputs.min(self.max_rows).max(self.n_sessions)
+    }
+}
+
+/// What a stage holds in memory, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct StageMemory {
+    /// All tensors.
+    pub weights: u64,
+    /// The KV cache of all sessions, and recurrent states.
+    pub kv: u64,
+    /// Buffers of the graph and of outputs. The output buffer grows with the first large batch.
+    pub compute: u64,
+}
+
+impl StageMemory {
+    /// All together.
+    pub const fn total(self) -> u64 {
+        self.weights + self.kv + self.compute
+    }
+}
+
+/// The KV cache of a session cannot be changed so.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum KvError {
+    /// There is no such slot.
+    #[error("slot {slot} does not exist: the stage was loaded with {n_sessions}")]
+    UnknownSlot {
+        /// The slot.
+        slot: u32,
+        /// How many there are.
+        n_sessions: u32,
+    },
+    /// The session is shorter.
+    #[error("slot {slot} holds {len} tokens, so {n_keep} cannot be kept")]
+    TooShort {
+        /// The slot.
+        slot: u32,
+        /// Tokens that it holds.
+        len: u32,
+        /// Tokens to keep.
+        n_keep: u32,
+    },
+    /// The model has recurrent layers, whose state cannot go back.
+    #[error("slot {slot} cannot go back to {n_keep} tokens: the model is recurrent; clear it and replay")]
+    NotReversible {
+        /// The slot.
+        slot: u32,
+        /// Tokens to keep.
+        n_keep: u32,
+    },
+}
+
+/// Layers of a model that compute; see the [module](self).
+pub struct Stage {
+    // Freed in this order: a context refers to its model.
+    pub(crate) context: Context,
+    pub(crate) model: Model,
+    pub(crate) options: StageOptions,
+    pub(crate) n_embd: u32,
+    pub(crate) n_vocab: u32,
+    pub(crate) max_outputs: u32,
+    memory: StageMemory,
+    /// Tokens of each slot that the KV cache holds.
+    pub(crate) lens: Vec<u32>,
+    pub(crate) scratch: Scratch,
+}
+
+// SAFETY: llama.cpp ties a context to no thread; one thread at a time uses it, as all methods that touch it take
+// `&mut self` or only read values that a run does not change. Raw pointers in the scratch space point into it.
+unsafe impl Send for Stage {}
+
+impl std::fmt::Debug for Stage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Stage").field("options", &self.options).field("lens", &self.lens).finish_non_exhaustive()
+    }
+}
+
+impl Stage {
+    /// Loads the GGUF of `n_bytes` bytes that `reader` yields. Weights are read into memory, nothing is mapped.
+    ///
+    /// `progress` hears the loaded share, 0 to 1, and returns whether to go on.
+    ///
+    /// # Errors
+    /// If an option is out of range, the reader fails, llama.cpp refuses the file, the model is not the one that the
+    /// options describe, or `progress` said stop.
+    pub fn load(
+        reader: Box<dyn ReadSeek + Send>,
+        n_bytes: u64,
+        options: StageOptions,
+        progress: &mut dyn FnMut(f32) -> bool,
+    ) -> Result<Self, LoadError> {
+        options.check()?;
+        Self::new(Model::from_reader(reader, n_bytes, false, progress)?, options)
+    }
+
+    /// Loads a whole GGUF from its file with llama.cpp's own reader and the same settings as [`Stage::load`]: what a
+    /// split model is compared with.
+    ///
+    /// # Errors
+    /// As [`Stage::load`].
+    pub fn load_file(path: &Path, options: StageOptions) -> Result<Self, LoadError> {
+        options.check()?;
+        Self::new(Model::from_file(path)?, options)
+    }
+
+    fn new(model: Model, options: StageOptions) -> Result<Self, LoadError> {
+        model.check_kind()?;
+        let (n_embd, n_vocab) = (model.n_embd(), model.n_vocab());
+        check_shape("n_embd", n_embd, options.n_embd)?;
+        if options.stop_node.is_none() {
+            check_shape("n_vocab", n_vocab, options.n_vocab)?;
+        }
+        let (context, captured) = Context::new(&model, &options, n_embd)?;
+        let memory = StageMemory { weights: model.n_bytes(), kv: captured.kv_bytes, compute: captured.compute_bytes };
+        let max_rows = options.max_rows.min(context.n_batch());
+        let max_outputs = options.n_outputs().min(max_rows);
+        let scratch = Scratch::new(&options, n_embd as usize, model.n_position_planes());
+        let lens = vec![0; options.n_sessions as usize];
+        let options = StageOptions { max_rows, ..options };
+        Ok(Self { context, model, options, n_embd, n_vocab, max_outputs, memory, lens, scratch })
+    }
+
+    /// The options that it was loaded with; `max_rows` may be lower, as it is never above the cells of the KV cache.
+    pub fn options(&self) -> &StageOptions {
+        &self.options
+    }
+
+    /// Width of the hidden state.
+    pub fn n_embd(&self) -> u32 {
+        self.n_embd
+    }
+
+    /// Size of the vocabulary of this GGUF; a few tokens in stages that do not yield logits.
+    pub fn n_vocab(&self) -> u32 {
+        self.n_vocab
+    }
+
+    /// Layers of this GGUF.
+    pub fn n_layers(&self) -> u32 {
+        self.model.n_layers()
+    }
+
+    /// Whether it yields logits, not hidden states.
+    pub fn is_final(&self) -> bool {
+        self.options.stop_node.is_none()
+    }
+
+    /// What it holds in memory.
+    pub fn memory(&self) -> StageMemory {
+        self.memory
+    }
+
+    /// Tokens that the KV cache holds for `slot`; 0 for a slot that does not exist.
+    pub fn len(&self, slot: u32) -> u32 {
+        self.lens.get(slot as usize).copied().unwrap_or(0)
+    }
+
+    /// Forgets all but the first `n_keep` tokens of `slot`.
+    ///
+    /// # Errors
+    /// If there is no such slot, it holds fewer tokens, or the model is recurrent.
+    pub fn truncate(&mut self, slot: u32, n_keep: u32) -> Result<(), KvError> {
+        let n_sessions = self.options.n_sessions;
+        let len = *self.lens.get(slot as usize).ok_or(KvError::UnknownSlot { slot, n_sessions })?;
+        if n_keep > len {
+            return Err(KvError::TooShort { slot, len, n_keep });
+        }
+        if n_keep < len && !self.context.remove(slot, n_keep) {
+            return Err(KvError::NotReversible { slot, n_keep });
+        }
+        self.lens[slot as usize] = n_keep;
+        Ok(())
+    }
+
+    /// Forgets all tokens of `slot`.
+    ///
+    /// # Errors
+    /// If there is no such slot.
+    pub fn clear(&mut self, slot: u32) -> Result<(), KvError> {
+        self.truncate(slot, 0)
+    }
+
+    /// Forgets all tokens of all slots.
+    pub fn clear_all(&mut self) {
+        self.context.clear();
+        self.lens.fill(0);
+    }
+
+    /// A handle with which other threads stop the run in progress.
+    pub fn canceller(&self) -> Canceller {
+        Canceller(Arc::clone(&self.context.cancel))
+    }
+}
+
+fn check_shape(name: &'static str, found: u32, expected: u32) -> Result<(), LoadError> {
+    if expected == 0 || found == expected {
+        Ok(())
+    } else {
+        Err(LoadError::Shape { name, found: found.into(), expected: expected.into() })
+    }
+}
+
+/// Stops the run in progress of one stage, from any thread.
+#[derive(Debug, Clone)]
+pub struct Canceller(Arc<CancelFlag>);
+
+impl Canceller {
+    /// Stops the run in progress, and returns whether there was one: if so, that run ends with `RunError::Cancelled` or
+    /// another error, never with a result. Without a run in progress it does nothing; the next run is not affected.
+    ///
+    /// The CPU stops before its next graph node, a device after the graph that it was given.
+    pub fn cancel(&self) -> bool {
+        self.0.0.compare_exchange(RUNNING, CANCELLED, Ordering::AcqRel, Ordering::Acquire).is_ok()
+    }
+}
+
+const IDLE: u8 = 0;
+const RUNNING: u8 = 1;
+const CANCELLED: u8 = 2;
+
+/// `IDLE` or `RUNNING`, or `CANCELLED` until the run that was cancelled ends. Only a run leaves `IDLE` and enters it, so
+/// no cancel is lost and none outlives its run.
+#[derive(Debug, Default)]
+pub(crate) struct CancelFlag(AtomicU8);
+
+impl CancelFlag {
+    pub(crate) fn begin(&self) {
+        self.0.store(RUNNING, Ordering::Release);
+    }
+
+    /// Ends the run and returns whether it was cancelled.
+    pub(crate) fn end(&self) -> bool {
+        self.0.swap(IDLE, Ordering::AcqRel) == CANCELLED
+    }
+
+    pub(crate) fn is_cancelled(&self) -> bool {
+        self.0.load(Ordering::Acquire) == CANCELLED
+    }
+}
+
+/// A context of llama.cpp with all that it points to.
+pub(crate) struct Context {
+    raw: NonNull<sys::llama_context>,
+    threads: Option<NonNull<sys::ggml_threadpool>>,
+    hook: Option<NonNull<Hook>>,
+    pub(crate) cancel: Arc<CancelFlag>,
+}
+
+/// Where a pass stops, and what the node held.
+pub(crate) struct Hook {
+    name: CString,
+    n_embd: usize,
+    /// Rows that the present decode must yield.
+    pub(crate) n_rows: usize,
+    /// `[n_rows, n_embd]` of the last decode.
+    pub(crate) values: Vec<f32>,
+    /// How often the node was reached in the present decode.
+    pub(crate) n_hits: u32,
+    /// The node's shape, if it was not `[n_rows, n_embd]` of F32.
+    pub(crate) odd_shape: Option<[i64; 4]>,
+}
+
+unsafe extern "C" fn on_abort(data: *mut c_void) -> bool {
+    // SAFETY: the context was given the flag that its `Context` keeps alive for longer.
+    unsafe { &*data.cast::<CancelFlag>() }.is_cancelled()
+}
+
+/// Asked (`ask`) for each node whether its value is wanted, then called with it; `false` stops the graph there.
+unsafe extern "C" fn on_node(node: *mut sys::ggml_tensor, ask: bool, user_data: *mut c_void) -> bool {
+    // SAFETY: the scheduler passes a node of the graph and the hook of this context; the owner of the hook does not
+    // touch it while a decode runs.
+    let (node, hook) = unsafe { (&*node, &mut *user_data.cast::<Hook>()) };
+    // SAFETY: ggml ends all names with NUL inside their array.
+    let name = unsafe { CStr::from_ptr(node.name.as_ptr()) };
+    if name != hook.name.as_c_str() {
+        return !ask;
+    }
+    if ask {
+        return true;
+    }
+    hook.n_hits += 1;
+    let row_bytes = hook.n_embd * size_of::<f32>();
+    let shape = [hook.n_embd as i64, hook.n_rows as i64, 1, 1];
+    let dense = node.nb[0] == size_of::<f32>() && (hook.n_rows == 1 || node.nb[1] == row_bytes);
+    if node.type_ != sys::GGML_TYPE_F32 || node.ne != shape || !dense {
+        hook.odd_shape = Some(node.ne);
+        return false;
+    }
+    // The capacity was reserved for the largest pass, so this allocates nothing.
+    hook.values.resize(hook.n_rows * hook.n_embd, 0.0);
+    // SAFETY: the node is computed and dense, and both sides have `n_rows * row_bytes` bytes.
+    unsafe { sys::ggml_backend_tensor_get(node, hook.values.as_mut_ptr().cast(), 0, hook.n_rows * row_bytes) };
+    false
+}
+
+impl Context {
+    fn new(model: &Model, options: &StageOptions, n_embd: u32) -> Result<(Self, Captured), LoadError> {
+        let hook = match &options.stop_node {
+            Some(name) => Some(Hook::new(name, n_embd as usize, options.max_rows as usize)?),
+            None => None,
+        };
+        let hook = hook.map(|hook| NonNull::from(Box::leak(Box::new(hook))));
+        let cancel = Arc::new(CancelFlag::default());
+        let params = context_params(model, options, hook, &cancel);
+        // SAFETY: the model is loaded and outlives the context (see `Stage`); hook and flag do as well.
+        let (raw, captured) = capture(|| unsafe { sys::llama_init_from_model(model.as_ptr(), params) });
+        let Some(raw) = NonNull::new(raw) else {
+            if let Some(hook) = hook {
+                // SAFETY: it was leaked above, and there is no context that refers to it.
+                drop(unsafe { Box::from_raw(hook.as_ptr()) });
+            }
+            return Err(LoadError::Context(captured.message()));
+        };
+        captured.log();
+        let mut context = Self { raw, threads: None, hook, cancel };
+        // SAFETY: the context exists.
+        if unsafe { sys::llama_get_memory(raw.as_ptr()) }.is_null() {
+            return Err(LoadError::Kind("no KV cache"));
+        }
+        context.start_threads(options.n_threads);
+        Ok((context, captured))
+    }
+
+    /// Starts compute threads once, instead of at each pass. They sleep between passes and do not spin.
+    fn start_threads(&mut self, n_threads: u32) {
+        if n_threads < 2 {
+            return;
+        }
+        // SAFETY: the function only returns a struct of plain values.
+        let mut params = unsafe { sys::ggml_threadpool_params_default(n_threads as i32) };
+        params.poll = 0;
+        // SAFETY: the parameters are complete; the pool is freed after the context that uses it.
+        self.threads = NonNull::new(unsafe { sys::ggml_threadpool_new(&mut params) });
+        if let Some(pool) = self.threads {
+            // SAFETY: both exist, and the pool outlives the context.
+            unsafe { sys::llama_attach_threadpool(self.raw.as_ptr(), pool.as_ptr(), pool.as_ptr()) };
+        }
+    }
+
+    fn n_batch(&self) -> u32 {
+        // SAFETY: the context exists.
+        unsafe { sys::llama_n_batch(self.raw.as_ptr()) }
+    }
+
+    pub(crate) fn as_ptr(&self) -> *mut sys::llama_context {
+        self.raw.as_ptr()
+    }
+
+    /// The hook of a stage that is not the last; the borrow keeps decodes out.
+    pub(crate) fn hook(&mut self) -> Option<&mut Hook> {
+        // SAFETY: it was leaked for this context, and only a decode, which needs `&mut self`, uses it otherwise.
+        self.hook.map(|mut hook| unsafe { hook.as_mut() })
+    }
+
+    /// Forgets the tokens of `slot`, which must exist, from position `from`; false if the memory cannot.
+    pub(crate) fn remove(&mut self, slot: u32, from: u32) -> bool {
+        // SAFETY: the context has a memory (checked when it was made) with this slot; -1 means up to the end.
+        unsafe { sys::llama_memory_seq_rm(sys::llama_get_memory(self.as_ptr()), slot as i32, from as i32, -1) }
+    }
+
+    fn clear(&mut self) {
+        // SAFETY: the context has a memory. Stale values in freed cells are never read: each is masked or overwritten.
+        unsafe { sys::llama_memory_clear(sys::llama_get_memory(self.as_ptr()), false) };
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        // SAFETY: each pointer was made by this context and is freed once, the context before what it refers to.
+        unsafe {
+            sys::llama_free(self.raw.as_ptr());
+            if let Some(pool) = self.threads {
+                sys::ggml_threadpool_free(pool.as_ptr());
+            }
+            if let Some(hook) = self.hook {
+                drop(Box::from_raw(hook.as_ptr()));
+            }
+        }
+    }
+}
+
+impl Hook {
+    fn new(name: &str, n_embd: usize, max_rows: usize) -> Result<Self, LoadError> {
+        // ggml keeps names in 64 bytes with their NUL and cuts longer ones, which would then never be found.
+        let error = || LoadError::StopNode { name: name.to_owned() };
+        let name = CString::new(name).map_err(|_| error())?;
+        if name.is_empty() || name.count_bytes() > 63 {
+            return Err(error());
+        }
+        let values = Vec::with_capacity(n_embd * max_rows);
+        Ok(Self { name, n_embd, n_rows: 0, values, n_hits: 0, odd_shape: None })
+    }
+
+    /// Forgets the last decode.
+    pub(crate) fn arm(&mut self, n_rows: usize) {
+        self.n_rows = n_rows;
+        self.n_hits = 0;
+        self.odd_shape = None;
+    }
+}
+
+fn context_params(
+    model: &Model,
+    options: &StageOptions,
+    hook: Option<NonNull<Hook>>,
+    cancel: &Arc<CancelFlag>,
+) -> sys::llama_context_params {
+    // SAFETY: the function only returns a struct of plain values.
+    let mut params = unsafe { sys::llama_context_default_params() };
+    params.n_ctx = options.n_cells() as u32;
+    params.n_seq_max = options.n_sessions;
+    params.kv_unified = false;
+    params.swa_full = true;
+    let n_scores = u64::from(model.n_heads()) * u64::from(options.n_ctx) * u64::from(options.max_rows);
+    if !HAS_DEVICES && n_scores <= MAX_SCORES_BYTES / size_of::<f32>() as u64 {
+        params.flash_attn_type = sys::LLAMA_FLASH_ATTN_TYPE_DISABLED;
+    }
+    params.n_batch = options.max_rows;
+    params.n_ubatch = options.max_rows;
+    params.n_outputs_max = options.n_outputs();
+    params.n_threads = options.n_threads as i32;
+    params.n_threads_batch = options.n_threads as i32;
+    params.no_perf = true;
+    params.abort_callback = Some(on_abort);
+    params.abort_callback_data = Arc::as_ptr(cancel).cast_mut().cast();
+    if let Some(hook) = hook {
+        params.cb_eval = Some(on_node);
+        params.cb_eval_user_data = hook.as_ptr().cast();
+    }
+    params
+}

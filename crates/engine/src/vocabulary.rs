@@ -1,0 +1,246 @@
+//! Text to tokens and back, with llama.cpp's tokenizers.
+
+use std::ffi::{CStr, c_char};
+use std::ptr;
+
+use brigade_base::Token;
+use llama_cpp_sys_2 as sys;
+
+use crate::model::{LoadError, Model};
+use crate::source::ReadSeek;
+
+/// Longest text to tokenize: 16 MiB is more than four million tokens, far beyond any context, and fits `i32` lengths.
+const MAX_TEXT_BYTES: usize = 16 << 20;
+
+/// Longest stretch of text without a blank. For some models llama.cpp cuts text into words with `std::regex`, which takes
+/// a stack frame for each character of a word. At [`STACK_BYTES_PER_CHAR`] this makes 256 MiB of stack.
+const MAX_WORD_CHARS: usize = 1 << 18;
+
+/// Stack for each character of a word: 300 to 400 bytes were measured over all pre-tokenizers of llama.cpp.
+const STACK_BYTES_PER_CHAR: usize = 1 << 10;
+
+/// Stack for all else, and the longest word that is left to the caller's stack, of which 2 MiB are usual.
+const BASE_STACK_BYTES: usize = 1 << 20;
+const MAX_INLINE_WORD_CHARS: usize = 1 << 9;
+
+/// Text was not tokenized.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum TokenizeError {
+    /// The text is too long.
+    #[error("the text has {n_bytes} bytes; at most {max} can be tokenized")]
+    TooLong {
+        /// Bytes of the text.
+        n_bytes: usize,
+        /// Most bytes.
+        max: usize,
+    },
+    /// The text has a stretch without blanks that is too long.
+    #[error("the text has {n_chars} characters without a blank between them; at most {max} can be tokenized")]
+    LongWord {
+        /// Characters of the stretch.
+        n_chars: usize,
+        /// Most characters.
+        max: usize,
+    },
+    /// The tokenizer failed, or had no memory for its stack.
+    #[error("the tokenizer failed on a text of {n_bytes} bytes")]
+    Failed {
+        /// Bytes of the text.
+        n_bytes: usize,
+    },
+}
+
+/// The tokens of a model and the rules that make them.
+///
+/// It can be shared between threads: llama.cpp builds all tables when it loads a vocabulary, its functions take it as
+/// `const`, keep what they need in locals, and no member of it is `mutable`.
+pub struct Vocabulary {
+    model: Model,
+    n_tokens: u32,
+}
+
+impl std::fmt::Debug for Vocabulary {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Vocabulary").field("n_tokens", &self.n_tokens).finish_non_exhaustive()
+    }
+}
+
+impl Vocabulary {
+    /// Loads the vocabulary of the GGUF of `n_bytes` that `reader` yields. Only its metadata is read: tensors may follow
+    /// or be missing.
+    ///
+    /// # Errors
+    /// If the reader fails, llama.cpp refuses the file, or it has no vocabulary.
+    pub fn load(reader: Box<dyn ReadSeek + Send>, n_bytes: u64) -> Result<Self, LoadError> {
+        let model = Model::from_reader(reader, n_bytes, true, &mut |_| true)?;
+        // SAFETY: the vocabulary belongs to the model.
+        if unsafe { sys::llama_vocab_type(model.vocab()) } == sys::LLAMA_VOCAB_TYPE_NONE {
+            return Err(LoadError::Refused("the file has no vocabulary".to_owned()));
+        }
+        let n_tokens = model.n_vocab();
+        Ok(Self { model, n_tokens })
+    }
+
+    /// How many tokens there are; ids are below.
+    pub fn n_tokens(&self) -> u32 {
+        self.n_tokens
+    }
+
+    /// The tokens of `text`. `add_special` puts the start token before, and the end token behind, where the model wants
+    /// them; `parse_special` lets the text of a control token stand for that token.
+    ///
+    /// # Errors
+    /// If the text, or a stretch of it without blanks, is too long.
+    pub fn tokenize(&self, text: &str, add_special: bool, parse_special: bool) -> Result<Vec<Token>, TokenizeError> {
+        let n_bytes = text.len();
+        if n_bytes > MAX_TEXT_BYTES {
+            return Err(TokenizeError::TooLong { n_bytes, max: MAX_TEXT_BYTES });
+        }
+        let n_chars = longest_word(text);
+        if n_chars > MAX_WORD_CHARS {
+            return Err(TokenizeError::LongWord { n_chars, max: MAX_WORD_CHARS });
+        }
+        let failed = TokenizeError::Failed { n_bytes };
+        if n_chars <= MAX_INLINE_WORD_CHARS {
+            return self.tokenize_here(text, add_special, parse_special).ok_or(failed);
+        }
+        let stack_bytes = BASE_STACK_BYTES + n_chars * STACK_BYTES_PER_CHAR;
+        std::thread::scope(|scope| {
+            let tokenize = || self.tokenize_here(text, add_special, parse_special);
+            let thread = std::thread::Builder::new().name("tokenize".to_owned()).stack_size(stack_bytes);
+            thread.spawn_scoped(scope, tokenize).ok()?.join().ok()?
+        })
+        .ok_or(failed)
+    }
+
+    /// Tokenizes on the stack of this thread a text that was checked.
+    fn tokenize_here(&self, text: &str, add_special: bool, parse_special: bool) -> Option<Vec<Token>> {
+        // No token is made of less than a byte; special tokens and a leading space come on top.
+        let mut tokens: Vec<Token> = vec![0; text.len() + 8];
+        for _ in 0..2 {
+            // SAFETY: the text has so many bytes of UTF-8 and `tokens` room for as many as is said; both lengths fit.
+            let n = unsafe {
+                sys::llama_tokenize(
+                    self.model.vocab(),
+                    text.as_ptr().cast(),
+                    text.len() as i32,
+                    tokens.as_mut_ptr(),
+                    tokens.len() as i32,
+                    add_special,
+                    parse_special,
+                )
+            };
+            if let Ok(n) = usize::try_from(n) {
+                tokens.truncate(n);
+                return Some(tokens);
+            }
+            if n == i32::MIN {
+                break;
+            }
+            // Normalisation made the text longer.
+            tokens.resize(n.unsigned_abs() as usize, 0);
+        }
+        None
+    }
+
+    /// The bytes that `token` stands for, not always whole characters. Control tokens have none, unless `special` asks
+    /// for their text. Empty for an unknown token.
+    pub fn token_bytes(&self, token: Token, special: bool) -> Vec<u8> {
+        if !self.contains(token) {
+            return Vec::new();
+        }
+        let piece = |buffer: &mut [u8]| {
+            let (to, len) = (buffer.as_mut_ptr().cast::<c_char>(), buffer.len() as i32);
+            // SAFETY: the token exists, and the buffer has `len` bytes.
+            unsafe { sys::llama_token_to_piece(self.model.vocab(), token, to, len, 0, special) }
+        };
+        // Nearly all tokens fit; for the others the negated result says how much they need.
+        let mut buffer = vec![0; 32];
+        let mut n = piece(&mut buffer);
+        if n < 0 {
+            buffer.resize(n.unsigned_abs() as usize, 0);
+            n = piece(&mut buffer);
+        }
+        buffer.truncate(usize::try_from(n).unwrap_or(0));
+        buffer
+    }
+
+    /// The text of `token` as the file has it, with the tokenizer's own escapes; `None` for an unknown token.
+    pub fn text_of(&self, token: Token) -> Option<String> {
+        if !self.contains(token) {
+            return None;
+        }
+        // SAFETY: the token exists, and there is a vocabulary; the text is a C string that lives as long as it.
+        let text = unsafe { CStr::from_ptr(sys::llama_vocab_get_text(self.model.vocab(), token)) };
+        Some(text.to_string_lossy().into_owned())
+    }
+
+    /// Whether `token` ends an answer: end of text, of turn or of message.
+    pub fn is_end(&self, token: Token) -> bool {
+        // SAFETY: the token exists.
+        self.contains(token) && unsafe { sys::llama_vocab_is_eog(self.model.vocab(), token) }
+    }
+
+    /// Whether `token` is a control token, which stands for no text.
+    pub fn is_control(&self, token: Token) -> bool {
+        // SAFETY: the token exists.
+        self.contains(token) && unsafe { sys::llama_vocab_is_control(self.model.vocab(), token) }
+    }
+
+    /// The start token, if the model has one.
+    pub fn bos(&self) -> Option<Token> {
+        // SAFETY: the vocabulary exists.
+        Some(unsafe { sys::llama_vocab_bos(self.model.vocab()) }).filter(|token| self.contains(*token))
+    }
+
+    /// The end token, if the model has one.
+    pub fn eos(&self) -> Option<Token> {
+        // SAFETY: the vocabulary exists.
+        Some(unsafe { sys::llama_vocab_eos(self.model.vocab()) }).filter(|token| self.contains(*token))
+    }
+
+    /// Whether the start token comes before a text that is tokenized with `add_special`.
+    pub fn adds_bos(&self) -> bool {
+        // SAFETY: the vocabulary exists.
+        unsafe { sys::llama_vocab_get_add_bos(self.model.vocab()) }
+    }
+
+    /// The model's default chat template (Jinja), if it has one.
+    pub fn chat_template(&self) -> Option<String> {
+        // SAFETY: the model is loaded; a null name means the default.
+        let template = unsafe { sys::llama_model_chat_template(self.model.as_ptr(), ptr::null()) };
+        // SAFETY: if there is one, it is a C string that lives as long as the model.
+        (!template.is_null()).then(|| unsafe { CStr::from_ptr(template) }.to_string_lossy().into_owned())
+    }
+
+    fn contains(&self, token: Token) -> bool {
+        u32::try_from(token).is_ok_and(|token| token < self.n_tokens)
+    }
+}
+
+/// Most characters that a word pattern can match at once: a stretch of blanks or of anything else. Which characters
+/// beyond ASCII are blanks is for the pattern to say, so they belong to either.
+fn longest_word(text: &str) -> usize {
+    let (mut longest, mut len, mut blank) = (0, 0, false);
+    for char in text.chars() {
+        let is_blank = if char.is_ascii() { char.is_ascii_whitespace() || char == '\u{b}' } else { blank };
+        len = if is_blank == blank { len + 1 } else { 1 };
+        blank = is_blank;
+        longest = longest.max(len);
+    }
+    longest
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_are_stretches_of_blanks_or_of_others() {
+        for (text, n) in
+            [("", 0), ("a", 1), ("ab1! c", 4), ("a  \n\t b", 5), ("\u{3000}ab\u{3000}", 4), ("a \u{3000} b", 3)]
+        {
+            assert_eq!(longest_word(text), n, "{text:?}");
+        }
+    }
+}
