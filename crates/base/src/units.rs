@@ -74,7 +74,9 @@ mod tests {
 
     #[test]
     fn sizes_read_as_people_write_them() {
-        for (text, bytes) in [("512MiB", 512 << 20), ("2g", 2 << 30), ("1.5 GB", 1_500_000_000), ("77", 77), ("3kb", 3000)] {
+        for (text, bytes) in
+            [("512MiB", 512 << 20), ("2g", 2 << 30), ("1.5 GB", 1_500_000_000), ("77", 77), ("3kb", 3000)]
+        {
             assert_eq!(text.parse(), Ok(ByteSize(bytes)), "{text}");
         }
         for text in ["", "GiB", "two", "-1G", "1e3", "9999999TiB", "1..2M"] {

@@ -253,13 +253,13 @@ pub struct DoctorArgs {
     pub json: bool,
 }
 
-/// A year: beyond it a ticket is no ticket but an open door.
-const TICKET_TTL_MAX: Duration = Duration::from_secs(366 * 24 * 3600);
+/// A month: beyond it a ticket is no ticket but an open door. The endpoint makes none that lives longer.
+const TICKET_TTL_MAX: Duration = Duration::from_secs(31 * 24 * 3600);
 
 fn ticket_ttl(text: &str) -> Result<Duration, String> {
     let ttl = humantime::parse_duration(text).map_err(|_| "write a time such as 30m, 1h or 2days".to_owned())?;
     if ttl < Duration::from_secs(1) || ttl > TICKET_TTL_MAX {
-        return Err("a ticket lives from 1s to 366days".to_owned());
+        return Err("a ticket lives from 1s to 31days".to_owned());
     }
     Ok(ttl)
 }
@@ -334,7 +334,9 @@ mod tests {
     #[test]
     fn every_flag_is_an_environment_variable_and_has_help() {
         fn check(command: &clap::Command) {
-            for arg in command.get_arguments().filter(|a| !["help", "version", "verbose"].contains(&a.get_id().as_str())) {
+            for arg in
+                command.get_arguments().filter(|a| !["help", "version", "verbose"].contains(&a.get_id().as_str()))
+            {
                 assert!(arg.get_help().is_some(), "{} {} has no help", command.get_name(), arg.get_id());
                 if arg.get_long().is_some() {
                     let env = arg.get_env().map(|env| env.to_string_lossy().into_owned()).unwrap_or_default();

@@ -89,14 +89,20 @@ fn state(dir: &Path) -> Check {
         .and_then(|()| Identity::load_or_create(dir).map_err(|error| error.to_string()));
     match opened {
         Ok(identity) => ok("state", format!("{}, node {}", dir.display(), identity.node_id().short())),
-        Err(error) => bad("state", error, "make the directory yours (chown, chmod 700), or name another with --state-dir"),
+        Err(error) => {
+            bad("state", error, "make the directory yours (chown, chmod 700), or name another with --state-dir")
+        }
     }
 }
 
 fn memory() -> Check {
     let free = brigade_node::system::available_memory();
     if free < LITTLE_MEMORY {
-        return warn("memory", format!("{free} can be had"), "close programs; what is free decides how many layers fit");
+        return warn(
+            "memory",
+            format!("{free} can be had"),
+            "close programs; what is free decides how many layers fit",
+        );
     }
     ok("memory", format!("{free} can be had"))
 }

@@ -53,8 +53,9 @@ impl Note {
                 state_dir.display()
             ))
         })?;
-        serde_json::from_str(&text)
-            .map_err(|_| Failure::run(format!("{} is broken; restart `brigade serve`", Self::path(state_dir).display())))
+        serde_json::from_str(&text).map_err(|_| {
+            Failure::run(format!("{} is broken; restart `brigade serve`", Self::path(state_dir).display()))
+        })
     }
 }
 
@@ -89,7 +90,9 @@ impl Endpoint {
     /// The endpoint at `url`, with or without `/v1`.
     pub fn at(url: &str, key: Option<String>) -> Result<Self, Failure> {
         if !url.starts_with("http://") {
-            return Err(Failure::usage(format!("{url}: only http:// endpoints can be reached; write http://HOST:PORT")));
+            return Err(Failure::usage(format!(
+                "{url}: only http:// endpoints can be reached; write http://HOST:PORT"
+            )));
         }
         let base = url.trim_end_matches('/').trim_end_matches("/v1").to_owned();
         let config = ureq::Agent::config_builder().http_status_as_error(false).timeout_connect(Some(TIMEOUT));
@@ -132,7 +135,12 @@ impl Endpoint {
     }
 
     /// Posts and hands each event of the reply's stream to `each`, until the end.
-    pub fn stream(&self, path: &str, body: &Value, mut each: impl FnMut(Value) -> Result<(), Failure>) -> Result<(), Failure> {
+    pub fn stream(
+        &self,
+        path: &str,
+        body: &Value,
+        mut each: impl FnMut(Value) -> Result<(), Failure>,
+    ) -> Result<(), Failure> {
         let response = self.send(path, body);
         let response = match response {
             Ok(response) if response.status().is_success() => response,

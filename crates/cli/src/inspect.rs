@@ -120,14 +120,24 @@ fn print(report: &Report) -> Result<(), Failure> {
     field("head", &format_args!("{}{head}", ByteSize(report.head_bytes)))?;
     let layer = report.bytes_per_layer.iter();
     if let (Some(&least), Some(&most)) = (layer.clone().min(), layer.max()) {
-        let range = if least == most { ByteSize(most).to_string() } else { format!("{} to {}", ByteSize(least), ByteSize(most)) };
+        let range = if least == most {
+            ByteSize(most).to_string()
+        } else {
+            format!("{} to {}", ByteSize(least), ByteSize(most))
+        };
         field("per layer", &range)?;
     }
     field("KV cache", &format_args!("{} per token", ByteSize(report.kv_bytes_per_token)))?;
     field("cut points", &if report.cut_points.is_empty() { "none".to_owned() } else { spans(&report.cut_points) })?;
     report.tensors.iter().try_for_each(|t| {
         let dims = t.dims.iter().map(u64::to_string).collect::<Vec<_>>().join(" x ");
-        output::line(format_args!("{:<40} {:<8} {:>20} {:>12}", t.name, t.type_name, dims, ByteSize(t.bytes).to_string()))
+        output::line(format_args!(
+            "{:<40} {:<8} {:>20} {:>12}",
+            t.name,
+            t.type_name,
+            dims,
+            ByteSize(t.bytes).to_string()
+        ))
     })
 }
 

@@ -71,7 +71,10 @@ pub fn run(args: &ServeArgs) -> Result<(), Failure> {
     let _note = Note { url: url.clone(), admin_token, pid: std::process::id() }.leave(&state_dir)?;
 
     let card = handle.model();
-    output::line(format_args!("model   {} ({} tokens of context, {} sessions)", card.name, card.context, args.parallel))?;
+    output::line(format_args!(
+        "model   {} ({} tokens of context, {} sessions)",
+        card.name, card.context, args.parallel
+    ))?;
     output::line(format_args!("links   {}", join(coordinator.link_addresses())))?;
     output::line(format_args!("join    brigade join {ticket}"))?;
     output::line(format_args!("serving {url}/v1"))?;
@@ -104,7 +107,8 @@ fn open_model(args: &ServeArgs, state_dir: &Path) -> Result<LocalModel, Failure>
 fn api_keys(args: &ServeArgs) -> Result<Vec<String>, Failure> {
     let mut keys = args.api_key.clone();
     if let Some(path) = &args.api_key_file {
-        let failed = |error: &dyn std::fmt::Display| Failure::usage(format!("--api-key-file {}: {error}", path.display()));
+        let failed =
+            |error: &dyn std::fmt::Display| Failure::usage(format!("--api-key-file {}: {error}", path.display()));
         let size = std::fs::metadata(path).map_err(|error| failed(&error))?.len();
         if size > MAX_KEY_FILE_BYTES {
             return Err(failed(&format!("{size} bytes are no list of keys")));
@@ -148,7 +152,10 @@ fn watch(coordinator: &Coordinator, handle: &dyn Serving, ready: &str) -> Result
 fn show_loading(bars: &mut Bars, status: &ClusterStatus) {
     for node in &status.nodes {
         if let Some(layers) = node.layers {
-            bars.set(&format!("{} layers {layers}", node.name), if node.state == "loading" { node.loaded } else { 1.0 });
+            bars.set(
+                &format!("{} layers {layers}", node.name),
+                if node.state == "loading" { node.loaded } else { 1.0 },
+            );
         }
     }
 }

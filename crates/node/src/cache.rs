@@ -156,7 +156,11 @@ impl Partial {
     /// If the file cannot be renamed or removed.
     pub fn finish(self) -> io::Result<bool> {
         let right = self.done == self.n_bytes && to_hash(&self.hasher) == self.hash;
-        if right { fs::rename(&self.path, &self.target)? } else { fs::remove_file(&self.path)? }
+        if right {
+            fs::rename(&self.path, &self.target)?
+        } else {
+            fs::remove_file(&self.path)?
+        }
         Ok(right)
     }
 }

@@ -11,13 +11,12 @@ use brigade_engine::TokenizeError;
 use brigade_net::{Identity, TicketBook, TicketState};
 use tokio::sync::mpsc;
 
-use crate::coordinator::{CoordinatorOptions, MAX_WAITING, lock, seconds_since_1970};
+use crate::coordinator::{CoordinatorOptions, MAX_WAITING};
 use crate::model::LocalModel;
 use crate::ring::{OpenCount, Submission};
-use crate::serving::{
-    ClusterStatus, Event, Failure, ModelCard, Readiness, Request, Serving, SubmitError, TicketInfo,
-};
+use crate::serving::{ClusterStatus, Event, Failure, ModelCard, Readiness, Request, Serving, SubmitError, TicketInfo};
 use crate::stats::RingStats;
+use crate::threads::{lock, seconds_since_1970};
 
 /// What the owner loop, the ring, the door and the callers share.
 pub(crate) struct Shared {

@@ -22,6 +22,7 @@ mod stage_thread;
 mod stats;
 pub mod system;
 mod text;
+mod threads;
 mod weights;
 mod worker;
 

@@ -7,7 +7,9 @@ use std::time::UNIX_EPOCH;
 
 use brigade_base::{Hash, ModelId, Token};
 use brigade_engine::Vocabulary;
-use brigade_gguf::{Architecture, ArchitectureError, Catalog, Manifest, ModelFile, OpenError, model_id, vocabulary_header};
+use brigade_gguf::{
+    Architecture, ArchitectureError, Catalog, Manifest, ModelFile, OpenError, model_id, vocabulary_header,
+};
 use brigade_plan::ModelProfile;
 
 /// A model file could not be used.
@@ -71,9 +73,7 @@ impl LocalModel {
         let n_bytes = header.len() as u64;
         let vocabulary = Vocabulary::load(Box::new(std::io::Cursor::new(header)), n_bytes)
             .map_err(|error| ModelError::Vocabulary(error.to_string()))?;
-        let tensor = catalog
-            .tensor_idx("token_embd.weight")
-            .ok_or(ModelError::NoTensor("token_embd.weight"))?;
+        let tensor = catalog.tensor_idx("token_embd.weight").ok_or(ModelError::NoTensor("token_embd.weight"))?;
         let info = &catalog.tensors()[tensor];
         let n_embd = architecture.n_embd as usize;
         let row_bytes = info.ty.row_bytes(n_embd as u64).unwrap_or(0) as usize;
@@ -195,7 +195,8 @@ fn manifest(
     let total = catalog.weight_bytes();
     let done = AtomicU64::new(0);
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(MAX_HASH_THREADS);
-    let manifest = Manifest::compute(catalog, &**file, threads, &|n| progress(done.fetch_add(n, Ordering::Relaxed) + n, total))?;
+    let manifest =
+        Manifest::compute(catalog, &**file, threads, &|n| progress(done.fetch_add(n, Ordering::Relaxed) + n, total))?;
     if let Some(dir) = stored.parent() {
         std::fs::create_dir_all(dir)?;
     }

@@ -4,9 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use brigade_base::NodeId;
-use brigade_net::{
-    Address, ConnectError, GreetError, Hello, Identity, Purpose, Refusal, TcpLink, TicketSecret, greet,
-};
+use brigade_net::{Address, ConnectError, GreetError, Hello, Identity, Purpose, Refusal, TcpLink, TicketSecret, greet};
 
 /// How long all addresses of a node together may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);

@@ -313,7 +313,9 @@ impl Running<'_> {
         loop {
             match links.last.recv(&mut self.buffers.frame, None) {
                 Ok(kind::FRAME) => {}
-                Ok(kind) => return Err(RingEnd::Broke(format!("the last stage sent a frame of unknown kind {kind:#x}"))),
+                Ok(kind) => {
+                    return Err(RingEnd::Broke(format!("the last stage sent a frame of unknown kind {kind:#x}")));
+                }
                 Err(_) if self.ring.stop.load(Ordering::Relaxed) => return Err(RingEnd::Stopped),
                 Err(error) => return Err(RingEnd::Broke(format!("the link from the last stage ended: {error}"))),
             }

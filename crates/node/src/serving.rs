@@ -178,7 +178,9 @@ pub enum SubmitError {
         waiting: usize,
     },
     /// The prompt leaves no room.
-    #[error("the prompt has {tokens} tokens, but a session holds {context} and needs room for at least one more; shorten it or serve with a larger --context")]
+    #[error(
+        "the prompt has {tokens} tokens, but a session holds {context} and needs room for at least one more; shorten it or serve with a larger --context"
+    )]
     PromptTooLong {
         /// Tokens of the prompt.
         tokens: usize,

@@ -46,12 +46,8 @@ impl RunningStage {
     ) -> std::io::Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let canceller = stage.runner.stage().canceller();
-        let running = Self {
-            stop: Arc::clone(&stop),
-            canceller,
-            inbound: Arc::clone(&inbound),
-            outbound: Arc::clone(&outbound),
-        };
+        let running =
+            Self { stop: Arc::clone(&stop), canceller, inbound: Arc::clone(&inbound), outbound: Arc::clone(&outbound) };
         let run = move || {
             let mut stage = stage;
             let end = run(attach, &mut stage, &*inbound, &*outbound);
@@ -114,4 +110,3 @@ fn run(attach: Attach, stage: &mut LoadedStage, inbound: &dyn Link, outbound: &d
         }
     }
 }
-

@@ -5,7 +5,8 @@ use sysinfo::{MemoryRefreshKind, ProcessRefreshKind, ProcessesToUpdate, RefreshK
 
 /// Memory that can be had without swapping, within the limits of a container.
 pub fn available_memory() -> ByteSize {
-    let system = System::new_with_specifics(RefreshKind::nothing().with_memory(MemoryRefreshKind::nothing().with_ram()));
+    let system =
+        System::new_with_specifics(RefreshKind::nothing().with_memory(MemoryRefreshKind::nothing().with_ram()));
     let free = system.available_memory();
     ByteSize(system.cgroup_limits().map_or(free, |limits| free.min(limits.free_memory)))
 }

@@ -8,7 +8,7 @@
 mod memory;
 mod place;
 
-pub use memory::{StageMemory, COMPUTE_FLOOR, HEADROOM_DIVISOR};
+pub use memory::{COMPUTE_FLOOR, HEADROOM_DIVISOR, StageMemory};
 pub use place::place;
 
 use std::fmt;

@@ -65,7 +65,9 @@ fn balance(model: &ModelProfile, ring: &[&NodeProfile], demand: &Demand) -> Opti
                     0 => None,
                     _ => best[k - 1][start].map(|(fill, _)| fill),
                 };
-                let (Some(before), Ok(layers)) = (before, LayerRange::new(bounds[start], bounds[end])) else { continue };
+                let (Some(before), Ok(layers)) = (before, LayerRange::new(bounds[start], bounds[end])) else {
+                    continue;
+                };
                 let needed = stage_memory(model, demand, layers, is_tail).total().0;
                 if needed > capacity {
                     continue;
@@ -108,7 +110,8 @@ fn pinned(model: &ModelProfile, nodes: &[NodeProfile], demand: &Demand, split: &
         if start != 0 && !model.cut_points.contains(&start) {
             return Err(PlanError::SplitCut { at: start, allowed: model.cut_points.clone() });
         }
-        let layers = LayerRange::new(start, start + count).map_err(|_| PlanError::SplitEmpty { split: split.to_vec() })?;
+        let layers =
+            LayerRange::new(start, start + count).map_err(|_| PlanError::SplitEmpty { split: split.to_vec() })?;
         let needed = stage_memory(model, demand, layers, k + 1 == ring.len()).total();
         let usable = usable(node.memory);
         if needed > usable {
@@ -149,10 +152,15 @@ fn explain(
                    --spread uses the other nodes all the same."
             .to_owned(),
         (n, 0) => format!("The model is split over all {n} nodes, in proportion to what each can use."),
-        (n, idle) => format!("The model needs {n} of {} nodes; {idle} stay idle, since each hop costs time.", nodes.len()),
+        (n, idle) => {
+            format!("The model needs {n} of {} nodes; {idle} stay idle, since each hop costs time.", nodes.len())
+        }
     });
     if demand.spread && idle > 0 {
-        explanation.push(format!("The model has only {} places to cut, so not every node gets a stage.", model.cut_points.len()));
+        explanation.push(format!(
+            "The model has only {} places to cut, so not every node gets a stage.",
+            model.cut_points.len()
+        ));
     }
     Plan { stages, explanation }
 }

@@ -383,8 +383,7 @@ impl Cluster {
         let outcome = if here < wanted {
             Err(format!("{here} of {wanted} nodes are here"))
         } else {
-            let profile =
-                |m: &&Member| NodeProfile { id: m.id, name: m.offer.name.clone(), memory: m.offer.memory };
+            let profile = |m: &&Member| NodeProfile { id: m.id, name: m.offer.name.clone(), memory: m.offer.memory };
             let nodes: Vec<NodeProfile> =
                 usable.iter().map(profile).chain([self.settings.coordinator.clone()]).collect();
             place(&self.settings.model, &nodes, &self.settings.demand).map_err(|error| error.to_string())

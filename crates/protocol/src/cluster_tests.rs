@@ -13,7 +13,6 @@ fn offer(mib: u64) -> Offer {
         threads: 1,
         addresses: vec![],
         software: String::new(),
-        own_copy: None,
     }
 }
 

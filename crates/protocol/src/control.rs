@@ -61,8 +61,6 @@ pub struct Offer {
     pub addresses: Vec<String>,
     /// Version of the software, for people.
     pub software: String,
-    /// Hash of the header of its own copy of the model, if it was given one.
-    pub own_copy: Option<Hash>,
 }
 
 /// A stage to load.
@@ -268,7 +266,6 @@ mod tests {
             threads: 4,
             addresses: vec!["[::1]:7".into(); n_addresses],
             software: "0.1".into(),
-            own_copy: None,
         })
     }
 

@@ -1,0 +1,230 @@
+//! The coordinator: the node with the model, which owns the deployment.
+//!
+//! - The *owner loop* (one thread) holds the [`Cluster`] state machine, turns what happens into its inputs and carries
+//!   out its actions. It never blocks on a peer.
+//! - Each worker has a *reader* and a *writer* thread on its control link; the writer also sends the heartbeats.
+//! - A *loader thread* loads the tail; the *ring thread* then owns it, see [`crate::ring`].
+//! - Links come in through the [`Doorway`]; a weights link is served on the thread that it came with.
+//!
+//! Callers talk to a [`Handle`], which shares with the loop only what may change under a lock for a moment.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use brigade_base::{ByteSize, DeploymentId};
+use brigade_gguf::StageViewError;
+use brigade_net::{Identity, Listener, Members, TicketBook, advertised_addrs};
+use brigade_plan::{Demand, NodeProfile};
+use brigade_protocol::cluster::{Cluster, Settings};
+
+use self::door::Door;
+use self::owner::{Event, Owner, Tail};
+use crate::doorway::{Doorkeeper, Doorway};
+use crate::handle::{Handle, Shared};
+use crate::model::{LocalModel, ModelError};
+use crate::stats::RingStats;
+use crate::threads::seconds_since_1970;
+
+mod door;
+mod owner;
+mod ring_thread;
+mod status;
+mod worker_link;
+
+/// Prompt tokens of one pass. Long enough that weights are read once for many rows, short enough that a neighbour's
+/// next token waits no longer than about a tenth of a second on a slow machine.
+pub const CHUNK: u32 = 256;
+
+/// Requests that may wait for a session: a minute's worth of short ones on a small cluster.
+pub const MAX_WAITING: usize = 256;
+
+/// What a coordinator is given.
+#[derive(Debug, Clone)]
+pub struct CoordinatorOptions {
+    /// Keys, membership, tickets, hashes of models.
+    pub state_dir: PathBuf,
+    /// Name for people.
+    pub name: String,
+    /// Where its links listen.
+    pub listen: SocketAddr,
+    /// Memory that it gives itself.
+    pub memory: ByteSize,
+    /// Threads that compute.
+    pub threads: u32,
+    /// Tokens of one session; `None` takes what the model was trained for, up to [`DEFAULT_CONTEXT_MAX`].
+    pub context: Option<u32>,
+    /// Sessions at once.
+    pub parallel: u32,
+    /// Nodes, this one among them, that must be here before the model is placed.
+    pub nodes_wanted: usize,
+    /// Use every node, even where fewer would do.
+    pub spread: bool,
+    /// Layers of each stage, workers in the order of joining and this node last.
+    pub split: Option<Vec<u32>>,
+}
+
+/// Most tokens of a session unless more are asked for: KV cache is reserved for all of them.
+pub const DEFAULT_CONTEXT_MAX: u32 = 4096;
+
+/// A coordinator cannot start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum CoordinatorError {
+    /// Its key cannot be used.
+    #[error(transparent)]
+    Identity(#[from] brigade_net::IdentityError),
+    /// Its link address cannot be bound.
+    #[error(transparent)]
+    Bind(#[from] brigade_net::BindError),
+    /// Tickets or members cannot be read.
+    #[error("the state directory cannot be used: {0}")]
+    State(String),
+    /// The model cannot be used.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// A stage cannot be cut.
+    #[error(transparent)]
+    View(#[from] StageViewError),
+    /// A setting makes no sense for this model.
+    #[error("{0}")]
+    Setting(String),
+    /// Its own stage failed.
+    #[error("this node's own stage failed: {0}")]
+    Tail(String),
+    /// The system gives no threads.
+    #[error("the system gives no thread: {0}")]
+    Thread(#[from] std::io::Error),
+}
+
+/// A running coordinator.
+pub struct Coordinator {
+    handle: Arc<Handle>,
+    events: Sender<Event>,
+    thread: JoinHandle<Result<(), CoordinatorError>>,
+    link_addresses: Vec<SocketAddr>,
+}
+
+/// Asks a coordinator to stop.
+#[derive(Clone)]
+pub struct CoordinatorStopper(Sender<Event>);
+
+impl CoordinatorStopper {
+    /// The coordinator says goodbye to its workers and ends.
+    pub fn stop(&self) {
+        let _ = self.0.send(Event::Stop);
+    }
+}
+
+/// Tokens of a session: what was asked for, or what the model and this program's default allow.
+fn context_of(model: &LocalModel, asked: Option<u32>) -> Result<u32, CoordinatorError> {
+    let trained = model.architecture().n_ctx_train;
+    match asked {
+        Some(context) if trained > 0 && context > trained => Err(CoordinatorError::Setting(format!(
+            "--context {context} is more than the {trained} tokens that this model was trained for"
+        ))),
+        Some(context) => Ok(context),
+        None if trained > 0 => Ok(trained.min(DEFAULT_CONTEXT_MAX)),
+        None => Ok(DEFAULT_CONTEXT_MAX),
+    }
+}
+
+impl Coordinator {
+    /// Starts a coordinator of an opened model.
+    ///
+    /// # Errors
+    /// If its key, address, state or settings cannot be used.
+    pub fn start(model: LocalModel, options: CoordinatorOptions) -> Result<Self, CoordinatorError> {
+        brigade_engine::init();
+        let identity = Arc::new(Identity::load_or_create(&options.state_dir)?);
+        let state = |error: String| CoordinatorError::State(error);
+        let tickets = TicketBook::open(&options.state_dir).map_err(|e| state(e.to_string()))?;
+        let members = Members::open(&options.state_dir).map_err(|e| state(e.to_string()))?;
+        let model = Arc::new(model);
+        let context = context_of(&model, options.context)?;
+        let listener = Listener::bind(&identity, &[options.listen])?;
+        let link_addresses: Vec<SocketAddr> =
+            listener.local_addrs().iter().flat_map(|a| advertised_addrs(*a)).collect();
+        let (events, inbox) = channel();
+        let stats = Arc::new(RingStats::default());
+        stats.set_row_bytes(model.architecture().n_embd);
+        let coordinator = NodeProfile { id: identity.node_id(), name: options.name.clone(), memory: options.memory };
+        let demand = Demand {
+            context,
+            parallel: options.parallel,
+            max_rows: CHUNK + options.parallel,
+            spread: options.spread,
+            split: options.split.clone(),
+        };
+        let settings = Settings {
+            deployment: DeploymentId(seconds_since_1970()),
+            coordinator,
+            model: model.profile(),
+            demand,
+            nodes_wanted: options.nodes_wanted.max(1),
+        };
+        let shared = Arc::new(Shared::new(&model, &identity, &options, context, tickets, &link_addresses));
+        let keeper = Door {
+            members: Mutex::new(members),
+            shared: Arc::clone(&shared),
+            model: Arc::clone(&model),
+            events: events.clone(),
+        };
+        let keeper = Arc::new(keeper);
+        let doorway = Doorway::open(listener, Arc::clone(&keeper) as Arc<dyn Doorkeeper>);
+        let owner = Owner {
+            cluster: Cluster::new(settings),
+            header: model.file().catalog().header_bytes(true),
+            model: Arc::clone(&model),
+            identity,
+            options,
+            context,
+            shared: Arc::clone(&shared),
+            stats: Arc::clone(&stats),
+            events: events.clone(),
+            workers: HashMap::new(),
+            next_generation: 1,
+            tail: Tail::Empty,
+            tail_wanted: None,
+            tail_share: 0.0,
+            ring_waits: None,
+            ring_stop: None,
+            started: Instant::now(),
+            _doorway: doorway,
+        };
+        let thread = std::thread::Builder::new().name("coordinator".into()).spawn(move || owner.run(&inbox))?;
+        let handle = Arc::new(Handle::new(shared, model, stats));
+        Ok(Self { handle, events, thread, link_addresses })
+    }
+
+    /// What callers talk to.
+    pub fn handle(&self) -> Arc<Handle> {
+        Arc::clone(&self.handle)
+    }
+
+    /// Where its links listen.
+    pub fn link_addresses(&self) -> &[SocketAddr] {
+        &self.link_addresses
+    }
+
+    /// A handle that stops it from elsewhere.
+    pub fn stopper(&self) -> CoordinatorStopper {
+        CoordinatorStopper(self.events.clone())
+    }
+
+    /// Whether it has ended.
+    pub fn is_finished(&self) -> bool {
+        self.thread.is_finished()
+    }
+
+    /// Waits until it ends.
+    ///
+    /// # Errors
+    /// Why it could not go on.
+    pub fn wait(self) -> Result<(), CoordinatorError> {
+        self.thread.join().unwrap_or(Ok(()))
+    }
+}

@@ -1,0 +1,107 @@
+//! What a coordinator tells of itself and its workers.
+
+use brigade_base::{ByteSize, LayerRange};
+use brigade_protocol::cluster::{Member, Phase, StageState};
+
+use super::owner::{Owner, Tail};
+use crate::serving::{ClusterStatus, NodeStatus, Readiness};
+use crate::system::resident_memory;
+use crate::threads::lock;
+
+impl Owner {
+    /// Brings the status that callers see up to date.
+    pub(super) fn publish(&self) {
+        let phase = match self.cluster.phase() {
+            Phase::Ready => "ready".to_owned(),
+            Phase::Waiting(why) => format!("waiting: {why}"),
+            Phase::Loading => "loading weights".to_owned(),
+            Phase::Joining => "connecting the stages".to_owned(),
+            Phase::Probing => "sending a first token around".to_owned(),
+            Phase::Settling(why) => format!("placing the model anew: {why}"),
+        };
+        if *self.cluster.phase() != Phase::Ready {
+            self.shared.set_readiness(Readiness::NotReady(phase.clone()));
+        }
+        let (running, waiting) = self.stats.load();
+        let (hop_us_p50, hop_us_p99) = self.stats.hop_us();
+        let n_workers = self.cluster.plan().map_or(0, |plan| plan.stages.len() - 1);
+        let mut nodes: Vec<NodeStatus> = self.cluster.members().iter().map(|m| self.worker_status(m)).collect();
+        nodes.sort_by_key(|node| node.layers.map_or(u32::MAX, LayerRange::start));
+        nodes.push(self.own_status(n_workers));
+        *lock(&self.shared.status) = ClusterStatus {
+            coordinator: self.identity.node_id(),
+            model: self.model.name().to_owned(),
+            model_id: self.model.id(),
+            n_layers: self.model.architecture().n_layers,
+            state: phase,
+            epoch: self.cluster.epoch().0,
+            context: self.context,
+            parallel: self.options.parallel,
+            running,
+            waiting,
+            tokens_generated: self.stats.tokens(),
+            tokens_per_second: self.stats.tokens_per_second(),
+            hop_us_p50,
+            hop_us_p99,
+            uptime_s: self.started.elapsed().as_secs(),
+            nodes,
+        };
+    }
+
+    fn worker_status(&self, member: &Member) -> NodeStatus {
+        let stages = self.cluster.plan().map(|plan| plan.stages.as_slice()).unwrap_or_default();
+        let place = stages.iter().position(|stage| stage.node == member.id);
+        let link = self.workers.get(&member.id);
+        let pulse = link.map(|worker| lock(&worker.pulse));
+        let (state, loaded) = match &member.stage {
+            StageState::Idle => ("idle".to_owned(), 0.0),
+            StageState::Loading(share) => ("loading".to_owned(), *share),
+            StageState::Loaded | StageState::Joined => ("ready".to_owned(), 1.0),
+            StageState::Failed(why) => (format!("failed: {why}"), 0.0),
+        };
+        NodeStatus {
+            id: member.id,
+            name: member.offer.name.clone(),
+            role: "worker".to_owned(),
+            connected: link.is_some(),
+            address: member.offer.addresses.first().cloned().unwrap_or_default(),
+            layers: member.layers,
+            state,
+            loaded,
+            memory_offered: member.offer.memory,
+            memory_stage: member.stage_memory,
+            memory_resident: pulse.as_ref().map_or(ByteSize(0), |p| p.resident),
+            threads: member.offer.threads,
+            pass_ms: place.map_or(0.0, |k| self.stats.stage_ms(k)),
+            bytes_per_token: if place.is_some() { self.stats.bytes_per_token() } else { 0 },
+            rtt_ms: pulse.map_or(0.0, |p| p.rtt_ms),
+        }
+    }
+
+    fn own_status(&self, n_workers: usize) -> NodeStatus {
+        let layers = self.cluster.plan().and_then(|plan| plan.stages.last()).map(|stage| stage.layers);
+        let (state, loaded, memory) = match &self.tail {
+            Tail::Empty => ("idle", 0.0, ByteSize(0)),
+            Tail::Loading(_) => ("loading", self.tail_share, ByteSize(0)),
+            Tail::Loaded(tail) => ("ready", 1.0, tail.memory),
+            Tail::InRing => ("ready", 1.0, self.cluster.tail_memory()),
+        };
+        NodeStatus {
+            id: self.identity.node_id(),
+            name: self.options.name.clone(),
+            role: "coordinator".to_owned(),
+            connected: true,
+            address: self.shared.link_addresses.first().cloned().unwrap_or_default(),
+            layers,
+            state: state.to_owned(),
+            loaded,
+            memory_offered: self.options.memory,
+            memory_stage: memory,
+            memory_resident: resident_memory(),
+            threads: self.options.threads,
+            pass_ms: self.stats.stage_ms(n_workers),
+            bytes_per_token: if n_workers > 0 { self.stats.bytes_per_token() } else { 0 },
+            rtt_ms: 0.0,
+        }
+    }
+}

@@ -1,0 +1,91 @@
+//! The thread that keeps a worker's control link up.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Sender;
+use std::time::{Duration, Instant};
+
+use brigade_net::{Identity, Link, Purpose, TcpLink, TicketSecret};
+use brigade_protocol::control::{DEAD_AFTER_MS, MAX_CONTROL_BYTES, Offer, ToCoordinator, ToWorker};
+use brigade_protocol::kind;
+
+use super::owner::Event;
+use crate::known::KnownCoordinator;
+use crate::system::resident_memory;
+
+/// First and longest pause before the coordinator is dialled again: soon for a restart, seldom for a night.
+const REDIAL: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(5));
+
+/// Keeps the control link up.
+pub(super) struct Control {
+    pub(super) identity: Arc<Identity>,
+    pub(super) known: KnownCoordinator,
+    pub(super) secret: Option<TicketSecret>,
+    pub(super) offer: Offer,
+    pub(super) events: Sender<Event>,
+    pub(super) stopping: Arc<AtomicBool>,
+}
+
+impl Control {
+    /// Runs until the worker stops or the coordinator refuses it for good.
+    pub(super) fn run(mut self) {
+        let mut pause = REDIAL.0;
+        let mut was_connected = false;
+        while !self.stopping.load(Ordering::Relaxed) {
+            match self.known.dial(&self.identity, Purpose::Control, self.secret.as_ref()) {
+                Ok(link) => {
+                    was_connected = true;
+                    pause = REDIAL.0;
+                    // A member needs no ticket any more, and the ticket may expire.
+                    self.secret = None;
+                    let reason = self.converse(link);
+                    let _ = self.events.send(Event::Disconnected(reason));
+                }
+                Err(error) if !was_connected || error.is_final() => {
+                    let _ = self.events.send(Event::GaveUp(error.into()));
+                    return;
+                }
+                Err(error) => tracing::debug!(%error, "the coordinator is not there"),
+            }
+            let until = Instant::now() + pause;
+            while Instant::now() < until && !self.stopping.load(Ordering::Relaxed) {
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            pause = (pause * 2).min(REDIAL.1);
+        }
+    }
+
+    /// Offers this node and passes messages on until the link ends; returns why.
+    fn converse(&self, link: Arc<TcpLink>) -> String {
+        link.set_frame_limit(MAX_CONTROL_BYTES);
+        if let Err(error) = link.send(kind::CONTROL, &[&ToCoordinator::Offer(self.offer.clone()).encode()]) {
+            return error.to_string();
+        }
+        let _ = self.events.send(Event::Connected(Arc::clone(&link) as Arc<dyn Link>));
+        let mut buf = Vec::new();
+        loop {
+            let deadline = Instant::now() + Duration::from_millis(DEAD_AFTER_MS);
+            let message = match link.recv(&mut buf, Some(deadline)) {
+                Ok(kind::CONTROL) => ToWorker::decode(&buf),
+                Ok(other) => return close(&*link, format!("the coordinator sent a frame of unknown kind {other:#x}")),
+                Err(error) => return close(&*link, error.to_string()),
+            };
+            match message {
+                // Answered here, so that a busy owner loop is not taken for a dead node.
+                Ok(ToWorker::Ping { nonce }) => {
+                    let pong = ToCoordinator::Pong { nonce, resident: resident_memory() };
+                    if let Err(error) = link.send(kind::CONTROL, &[&pong.encode()]) {
+                        return error.to_string();
+                    }
+                }
+                Ok(message) => drop(self.events.send(Event::Message(message))),
+                Err(error) => return close(&*link, error.to_string()),
+            }
+        }
+    }
+}
+
+fn close(link: &dyn Link, reason: String) -> String {
+    link.close();
+    reason
+}
