@@ -109,7 +109,7 @@ impl From<SubmitError> for ApiError {
                 error
             }
             SubmitError::PromptTooLong { .. } => Self::bad_request(message).with_code("context_length_exceeded"),
-            SubmitError::PromptEmpty | SubmitError::UnknownToken { .. } | SubmitError::Sampling(_) => {
+            SubmitError::PromptEmpty | SubmitError::UnknownToken { .. } | SubmitError::Invalid(_) => {
                 Self::bad_request(message)
             }
         }
@@ -174,7 +174,7 @@ mod tests {
         check(SubmitError::Busy { waiting: 9 }, 429, Some("1"), Some("rate_limit_exceeded"));
         check(SubmitError::PromptTooLong { tokens: 9, context: 8 }, 400, None, Some("context_length_exceeded"));
         check(SubmitError::PromptEmpty, 400, None, None);
-        check(SubmitError::Sampling("no".into()), 400, None, None);
+        check(SubmitError::Invalid("no".into()), 400, None, None);
         check(Failure::PlacementLost("a left".into()), 503, Some("5"), Some("service_unavailable"));
         check(Failure::Engine("no".into()), 500, None, None);
     }

@@ -171,7 +171,7 @@ fn what_the_node_refuses_has_its_status() {
         (SubmitError::NotReady("no worker".into()), 503, Some("5"), Some("service_unavailable")),
         (SubmitError::Busy { waiting: 64 }, 429, Some("1"), Some("rate_limit_exceeded")),
         (SubmitError::PromptTooLong { tokens: 9, context: 8 }, 400, None, Some("context_length_exceeded")),
-        (SubmitError::Sampling("no".into()), 400, None, None),
+        (SubmitError::Invalid("no".into()), 400, None, None),
     ] {
         house.script(Script::Refuse(error));
         let reply = house.post(CHAT, &streamed(hello(), false));

@@ -7,7 +7,6 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use brigade_base::{NodeId, Token};
-use brigade_engine::TokenizeError;
 use brigade_net::{Identity, TicketBook, TicketState};
 use tokio::sync::mpsc;
 
@@ -154,12 +153,10 @@ impl Serving for Handle {
     }
 
     fn tokenize(&self, text: &str, add_special: bool, parse_special: bool) -> Result<Vec<Token>, SubmitError> {
-        self.model.vocabulary().tokenize(text, add_special, parse_special).map_err(|error| match error {
-            TokenizeError::TooLong { n_bytes, .. } => {
-                SubmitError::PromptTooLong { tokens: n_bytes, context: self.shared.card.context }
-            }
-            other => SubmitError::Sampling(other.to_string()),
-        })
+        self.model
+            .vocabulary()
+            .tokenize(text, add_special, parse_special)
+            .map_err(|error| SubmitError::Invalid(error.to_string()))
     }
 
     fn token_bytes(&self, token: Token) -> Vec<u8> {
@@ -181,7 +178,7 @@ impl Serving for Handle {
         if let Some(&token) = request.prompt.iter().find(|t| !is_known(t)) {
             return Err(SubmitError::UnknownToken { token: token.into(), n_vocab: card.n_vocab });
         }
-        request.sampling.validate(card.n_vocab).map_err(|error| SubmitError::Sampling(error.to_string()))?;
+        request.sampling.validate(card.n_vocab).map_err(|error| SubmitError::Invalid(error.to_string()))?;
         let most = MAX_WAITING + self.shared.parallel as usize;
         let open = OpenCount::take(&self.shared.open, most).ok_or(SubmitError::Busy { waiting: MAX_WAITING })?;
         // Bounded by the context: a session tells at most that many tokens and one end.

@@ -198,9 +198,9 @@ pub enum SubmitError {
         /// Size of the vocabulary.
         n_vocab: u32,
     },
-    /// A sampling parameter is out of its range.
+    /// Something in the request is out of its range.
     #[error("{0}")]
-    Sampling(String),
+    Invalid(String),
     /// The coordinator is stopping.
     #[error("the server is stopping")]
     Stopping,
