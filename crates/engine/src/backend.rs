@@ -56,7 +56,8 @@ impl Captured {
 }
 
 thread_local! {
-    static LINE: RefCell<(sys::ggml_log_level, String)> = const { RefCell::new((sys::GGML_LOG_LEVEL_NONE, String::new())) };
+    static LINE: RefCell<(sys::ggml_log_level, String)> =
+        const { RefCell::new((sys::GGML_LOG_LEVEL_NONE, String::new())) };
     static CAPTURED: RefCell<Option<Captured>> = const { RefCell::new(None) };
 }
 

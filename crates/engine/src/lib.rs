@@ -12,6 +12,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test that cannot go on has failed"))]
 
 mod backend;
+mod context;
 mod model;
 mod run;
 mod sampler;

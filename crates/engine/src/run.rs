@@ -1,9 +1,9 @@
 //! One pass of a batch through a stage.
 //!
 //! - Rows are checked against what the KV cache holds, then grouped into calls of `llama_decode`. With a KV stream for
-//!   each session, llama.cpp cuts a batch into *ubatches* of equally long runs of consecutive sequence numbers. Each group
-//!   here is exactly one ubatch: either the single rows of consecutive slots, or all rows of one slot. So results come in
-//!   the order in which rows went in, and no graph is wider than asked for.
+//!   each session, llama.cpp cuts a batch into *ubatches* of equally long runs of consecutive sequence numbers. Each
+//!   group here is exactly one ubatch: either the single rows of consecutive slots, or all rows of one slot. So results
+//!   come in the order in which rows went in, and no graph is wider than asked for.
 //! - Results are scattered back into the caller's row order.
 //! - A run is all or nothing: after an error or a cancel, the KV cache is as before.
 
@@ -116,7 +116,8 @@ pub enum RunError {
     Cancelled,
     /// The graph did not yield the stop node as expected.
     #[error(
-        "the stop node appeared {n_hits} times with shape {shape:?}, but once with [{n_embd}, {n_rows}, 1, 1] was expected; the architecture needs another stop node"
+        "the stop node appeared {n_hits} times with shape {shape:?}, but once with [{n_embd}, {n_rows}, 1, 1] was \
+         expected; the architecture needs another stop node"
     )]
     StopNode {
         /// How often the node appeared.
@@ -263,13 +264,13 @@ impl Batch {
 impl Stage {
     /// Computes a batch. The rows of a slot lie together and continue the session; the slots come in any order.
     ///
-    /// `out` is overwritten, in row order: by hidden states `[n_rows, n_embd]` in a stage with a stop node, else by logits
-    /// `[n_output_rows, n_vocab]`. Nothing is allocated once `out` has grown to its largest size.
+    /// `out` is overwritten, in row order: by hidden states `[n_rows, n_embd]` in a stage with a stop node, else by
+    /// logits `[n_output_rows, n_vocab]`. Nothing is allocated once `out` has grown to its largest size.
     ///
     /// # Errors
-    /// If the batch does not fit the stage or its sessions, it was cancelled, or llama.cpp fails. The KV cache is then as
-    /// before and `out` is empty. Recurrent models cannot go back: their sessions of the batch are cleared, which the
-    /// next run reports as [`RunError::Position`].
+    /// If the batch does not fit the stage or its sessions, it was cancelled, or llama.cpp fails. The KV cache is then
+    /// as before and `out` is empty. Recurrent models cannot go back: their sessions of the batch are cleared, which
+    /// the next run reports as [`RunError::Position`].
     pub fn run(&mut self, rows: &[Row], input: Input<'_>, out: &mut Vec<f32>) -> Result<(), RunError> {
         out.clear();
         self.check(rows, input)?;

@@ -1,8 +1,8 @@
 //! Choosing the next token from logits.
 //!
-//! The order is llama.cpp's: bias, penalties, `top_k`, `top_p`, `min_p`, then temperature, so that the filters look at the
-//! model's own probabilities. The random choice is a pure function of seed and position: a session that is replayed on
-//! other machines chooses the same tokens.
+//! The order is llama.cpp's: bias, penalties, `top_k`, `top_p`, `min_p`, then temperature, so that the filters look at
+//! the model's own probabilities. The random choice is a pure function of seed and position: a session that is replayed
+//! on other machines chooses the same tokens.
 //!
 //! A vocabulary has up to 256 thousand tokens, of which a filter keeps a few. So tokens are first counted in buckets by
 //! their distance to the best; only those in buckets that can matter are sorted.
@@ -244,8 +244,8 @@ fn bucket(score: f32, max: f32) -> usize {
     (((max - score) * BUCKETS_PER_NAT) as usize).min(N_BUCKETS - 1)
 }
 
-/// The last bucket needed so that the tokens in it and above are at least `enough`, counted, or, `by_mass`, as a share of
-/// all probability. Leaves the sums in `buckets`.
+/// The last bucket needed so that the tokens in it and above are at least `enough`, counted, or, `by_mass`, as a share
+/// of all probability. Leaves the sums in `buckets`.
 fn cut(scores: &[f32], max: f32, by_mass: bool, enough: f64, buckets: &mut Vec<f64>) -> usize {
     buckets.clear();
     buckets.resize(N_BUCKETS, 0.0);
@@ -316,7 +316,9 @@ mod tests {
         fn filters_keep_what_the_definition_keeps(
             // Multiples of an eighth, so that there are ties and no cut falls between two roundings of one sum.
             logits in prop::collection::vec((-400..80i32).prop_map(|n| n as f32 / 8.0), 1..300),
-            top_k in 0..50u32, top_p in prop_oneof![Just(1.0f32), 0.05..0.999f32], min_p in prop_oneof![Just(0.0f32), 0.001..0.5f32],
+            top_k in 0..50u32,
+            top_p in prop_oneof![Just(1.0f32), 0.05..0.999f32],
+            min_p in prop_oneof![Just(0.0f32), 0.001..0.5f32],
             position: u32,
         ) {
             let mut sampler = sampler(|s| { s.top_k = top_k; s.top_p = top_p; s.min_p = min_p; }, logits.len());

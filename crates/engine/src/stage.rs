@@ -1,12 +1,12 @@
 //! A loaded stage: weights, context, KV cache, compute threads and the way to stop it.
 //!
 //! - [`Stage::load`] reads a GGUF of some layers; [`Stage::load_file`] a whole model, as the oracle to compare with.
-//! - `run.rs` computes batches. A stage that is not the last stops its graph at one node and hands that node's value out.
-//! - Each session slot has a KV stream of its own (`kv_unified = false`): which cells a session uses, and so every bit of
-//!   its answer, does not depend on what other sessions do. The cache of sliding-window layers has full size
+//! - `run.rs` computes batches. A stage that is not the last stops its graph at one node and hands that node's value
+//!   out.
+//! - Each session slot has a KV stream of its own (`kv_unified = false`): which cells a session uses, and so every bit
+//!   of its answer, does not depend on what other sessions do. The cache of sliding-window layers has full size
 //!   (`swa_full`), so that [`Stage::truncate`] is exact there too.
-//!
-//! - On the CPU attention is computed plainly where its scores fit into [`MAX_SCORES_BYTES`]. llama.cpp's flash attention
+//! - On the CPU attention is computed plainly where its scores fit into 512 MiB. llama.cpp's flash attention
 //!   splits a lone row's keys among threads from 512 tokens on, so that its last bits, and with quantised weights up to
 //!   1 % of a logit, depend on the number of threads and on whether other sessions are in the same batch. Without it a
 //!   decode row has the same bits in any batch on any number of threads, and decoding at 900 tokens is three times as
@@ -14,16 +14,11 @@
 //!
 //! The stage owns everything; a [`Canceller`] shares only a flag.
 
-use std::ffi::{CStr, CString, c_void};
 use std::path::Path;
-use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
 
-use llama_cpp_sys_2 as sys;
-
-use crate::backend::{Captured, capture};
-use crate::model::{HAS_DEVICES, LoadError, Model};
+use crate::context::{CancelFlag, Context};
+use crate::model::{LoadError, Model};
 use crate::run::Scratch;
 use crate::source::ReadSeek;
 
@@ -42,10 +37,6 @@ const MAX_CONTEXT: u32 = 1 << 24;
 /// Most cells of all sessions; llama.cpp counts them in `u32`, and indexes rows of the cache in `i32`.
 const MAX_CELLS: u64 = 1 << 30;
 
-/// Most bytes of attention scores, `n_heads * n_ctx * max_rows` floats, a part of the compute buffers: 256 rows in a
-/// context of 16 thousand tokens with 32 heads. Above, flash attention does without them.
-const MAX_SCORES_BYTES: u64 = 512 << 20;
-
 /// Most compute threads: `GGML_MAX_N_THREADS`, the size of ggml's thread masks.
 const MAX_THREADS: u32 = 512;
 
@@ -56,7 +47,8 @@ pub struct StageOptions {
     pub n_ctx: u32,
     /// How many sessions have a slot; the KV cache of all is allocated at once.
     pub n_sessions: u32,
-    /// Most rows of one [`Stage::run`].
+    /// Most rows of one [`Stage::run`]. On the CPU the compute buffers hold `n_heads * n_ctx * max_rows` floats, up to
+    /// 512 MiB; beyond that attention is computed in another way, slower for decoding.
     pub max_rows: u32,
     /// Most rows of one run that ask for logits, 0 for `max_rows`. A stage that is not the last ignores it. Its compute
     /// buffers hold `max_outputs * n_vocab` floats.
@@ -65,8 +57,8 @@ pub struct StageOptions {
     pub n_threads: u32,
     /// Width of the hidden state that the caller believes in; 0 if it does not know.
     pub n_embd: u32,
-    /// Size of the vocabulary that the caller believes in; 0 if it does not know. Compared only without `stop_node`: the
-    /// other stages carry a vocabulary of a few rows.
+    /// Size of the vocabulary that the caller believes in; 0 if it does not know. Compared only without `stop_node`:
+    /// the other stages carry a vocabulary of a few rows.
     pub n_vocab: u32,
     /// Name of the graph node, shape `[n_rows, n_embd]`, at which the pass stops and whose value it yields. `None` for
     /// the last stage, which yields logits.
@@ -86,12 +78,12 @@ impl StageOptions {
     }
 
     /// KV cells of all sessions.
-    fn n_cells(&self) -> u64 {
+    pub(crate) fn n_cells(&self) -> u64 {
         u64::from(self.n_ctx.next_multiple_of(CELL_PADDING)) * u64::from(self.n_sessions)
     }
 
     /// Most outputs that llama.cpp must be ready for; it reserves at least one for each session.
-    fn n_outputs(&self) -> u32 {
+    pub(crate) fn n_outputs(&self) -> u32 {
         let outputs = if self.stop_node.is_some() || self.max_outputs == 0 { self.max_rows } else { self.max_outputs };
         outputs.min(self.max_rows).max(self.n_sessions)
     }
@@ -146,7 +138,7 @@ pub enum KvError {
     },
 }
 
-/// Layers of a model that compute; see the [module](self).
+/// Layers of a model that compute, with the KV cache of all sessions. See the head of this file for how.
 pub struct Stage {
     // Freed in this order: a context refers to its model.
     pub(crate) context: Context,
@@ -306,222 +298,6 @@ impl Canceller {
     ///
     /// The CPU stops before its next graph node, a device after the graph that it was given.
     pub fn cancel(&self) -> bool {
-        self.0.0.compare_exchange(RUNNING, CANCELLED, Ordering::AcqRel, Ordering::Acquire).is_ok()
+        self.0.cancel()
     }
-}
-
-const IDLE: u8 = 0;
-const RUNNING: u8 = 1;
-const CANCELLED: u8 = 2;
-
-/// `IDLE` or `RUNNING`, or `CANCELLED` until the run that was cancelled ends. Only a run leaves `IDLE` and enters it, so
-/// no cancel is lost and none outlives its run.
-#[derive(Debug, Default)]
-pub(crate) struct CancelFlag(AtomicU8);
-
-impl CancelFlag {
-    pub(crate) fn begin(&self) {
-        self.0.store(RUNNING, Ordering::Release);
-    }
-
-    /// Ends the run and returns whether it was cancelled.
-    pub(crate) fn end(&self) -> bool {
-        self.0.swap(IDLE, Ordering::AcqRel) == CANCELLED
-    }
-
-    pub(crate) fn is_cancelled(&self) -> bool {
-        self.0.load(Ordering::Acquire) == CANCELLED
-    }
-}
-
-/// A context of llama.cpp with all that it points to.
-pub(crate) struct Context {
-    raw: NonNull<sys::llama_context>,
-    threads: Option<NonNull<sys::ggml_threadpool>>,
-    hook: Option<NonNull<Hook>>,
-    pub(crate) cancel: Arc<CancelFlag>,
-}
-
-/// Where a pass stops, and what the node held.
-pub(crate) struct Hook {
-    name: CString,
-    n_embd: usize,
-    /// Rows that the present decode must yield.
-    pub(crate) n_rows: usize,
-    /// `[n_rows, n_embd]` of the last decode.
-    pub(crate) values: Vec<f32>,
-    /// How often the node was reached in the present decode.
-    pub(crate) n_hits: u32,
-    /// The node's shape, if it was not `[n_rows, n_embd]` of F32.
-    pub(crate) odd_shape: Option<[i64; 4]>,
-}
-
-unsafe extern "C" fn on_abort(data: *mut c_void) -> bool {
-    // SAFETY: the context was given the flag that its `Context` keeps alive for longer.
-    unsafe { &*data.cast::<CancelFlag>() }.is_cancelled()
-}
-
-/// Asked (`ask`) for each node whether its value is wanted, then called with it; `false` stops the graph there.
-unsafe extern "C" fn on_node(node: *mut sys::ggml_tensor, ask: bool, user_data: *mut c_void) -> bool {
-    // SAFETY: the scheduler passes a node of the graph and the hook of this context; the owner of the hook does not
-    // touch it while a decode runs.
-    let (node, hook) = unsafe { (&*node, &mut *user_data.cast::<Hook>()) };
-    // SAFETY: ggml ends all names with NUL inside their array.
-    let name = unsafe { CStr::from_ptr(node.name.as_ptr()) };
-    if name != hook.name.as_c_str() {
-        return !ask;
-    }
-    if ask {
-        return true;
-    }
-    hook.n_hits += 1;
-    let row_bytes = hook.n_embd * size_of::<f32>();
-    let shape = [hook.n_embd as i64, hook.n_rows as i64, 1, 1];
-    let dense = node.nb[0] == size_of::<f32>() && (hook.n_rows == 1 || node.nb[1] == row_bytes);
-    if node.type_ != sys::GGML_TYPE_F32 || node.ne != shape || !dense {
-        hook.odd_shape = Some(node.ne);
-        return false;
-    }
-    // The capacity was reserved for the largest pass, so this allocates nothing.
-    hook.values.resize(hook.n_rows * hook.n_embd, 0.0);
-    // SAFETY: the node is computed and dense, and both sides have `n_rows * row_bytes` bytes.
-    unsafe { sys::ggml_backend_tensor_get(node, hook.values.as_mut_ptr().cast(), 0, hook.n_rows * row_bytes) };
-    false
-}
-
-impl Context {
-    fn new(model: &Model, options: &StageOptions, n_embd: u32) -> Result<(Self, Captured), LoadError> {
-        let hook = match &options.stop_node {
-            Some(name) => Some(Hook::new(name, n_embd as usize, options.max_rows as usize)?),
-            None => None,
-        };
-        let hook = hook.map(|hook| NonNull::from(Box::leak(Box::new(hook))));
-        let cancel = Arc::new(CancelFlag::default());
-        let params = context_params(model, options, hook, &cancel);
-        // SAFETY: the model is loaded and outlives the context (see `Stage`); hook and flag do as well.
-        let (raw, captured) = capture(|| unsafe { sys::llama_init_from_model(model.as_ptr(), params) });
-        let Some(raw) = NonNull::new(raw) else {
-            if let Some(hook) = hook {
-                // SAFETY: it was leaked above, and there is no context that refers to it.
-                drop(unsafe { Box::from_raw(hook.as_ptr()) });
-            }
-            return Err(LoadError::Context(captured.message()));
-        };
-        captured.log();
-        let mut context = Self { raw, threads: None, hook, cancel };
-        // SAFETY: the context exists.
-        if unsafe { sys::llama_get_memory(raw.as_ptr()) }.is_null() {
-            return Err(LoadError::Kind("no KV cache"));
-        }
-        context.start_threads(options.n_threads);
-        Ok((context, captured))
-    }
-
-    /// Starts compute threads once, instead of at each pass. They sleep between passes and do not spin.
-    fn start_threads(&mut self, n_threads: u32) {
-        if n_threads < 2 {
-            return;
-        }
-        // SAFETY: the function only returns a struct of plain values.
-        let mut params = unsafe { sys::ggml_threadpool_params_default(n_threads as i32) };
-        params.poll = 0;
-        // SAFETY: the parameters are complete; the pool is freed after the context that uses it.
-        self.threads = NonNull::new(unsafe { sys::ggml_threadpool_new(&mut params) });
-        if let Some(pool) = self.threads {
-            // SAFETY: both exist, and the pool outlives the context.
-            unsafe { sys::llama_attach_threadpool(self.raw.as_ptr(), pool.as_ptr(), pool.as_ptr()) };
-        }
-    }
-
-    fn n_batch(&self) -> u32 {
-        // SAFETY: the context exists.
-        unsafe { sys::llama_n_batch(self.raw.as_ptr()) }
-    }
-
-    pub(crate) fn as_ptr(&self) -> *mut sys::llama_context {
-        self.raw.as_ptr()
-    }
-
-    /// The hook of a stage that is not the last; the borrow keeps decodes out.
-    pub(crate) fn hook(&mut self) -> Option<&mut Hook> {
-        // SAFETY: it was leaked for this context, and only a decode, which needs `&mut self`, uses it otherwise.
-        self.hook.map(|mut hook| unsafe { hook.as_mut() })
-    }
-
-    /// Forgets the tokens of `slot`, which must exist, from position `from`; false if the memory cannot.
-    pub(crate) fn remove(&mut self, slot: u32, from: u32) -> bool {
-        // SAFETY: the context has a memory (checked when it was made) with this slot; -1 means up to the end.
-        unsafe { sys::llama_memory_seq_rm(sys::llama_get_memory(self.as_ptr()), slot as i32, from as i32, -1) }
-    }
-
-    fn clear(&mut self) {
-        // SAFETY: the context has a memory. Stale values in freed cells are never read: each is masked or overwritten.
-        unsafe { sys::llama_memory_clear(sys::llama_get_memory(self.as_ptr()), false) };
-    }
-}
-
-impl Drop for Context {
-    fn drop(&mut self) {
-        // SAFETY: each pointer was made by this context and is freed once, the context before what it refers to.
-        unsafe {
-            sys::llama_free(self.raw.as_ptr());
-            if let Some(pool) = self.threads {
-                sys::ggml_threadpool_free(pool.as_ptr());
-            }
-            if let Some(hook) = self.hook {
-                drop(Box::from_raw(hook.as_ptr()));
-            }
-        }
-    }
-}
-
-impl Hook {
-    fn new(name: &str, n_embd: usize, max_rows: usize) -> Result<Self, LoadError> {
-        // ggml keeps names in 64 bytes with their NUL and cuts longer ones, which would then never be found.
-        let error = || LoadError::StopNode { name: name.to_owned() };
-        let name = CString::new(name).map_err(|_| error())?;
-        if name.is_empty() || name.count_bytes() > 63 {
-            return Err(error());
-        }
-        let values = Vec::with_capacity(n_embd * max_rows);
-        Ok(Self { name, n_embd, n_rows: 0, values, n_hits: 0, odd_shape: None })
-    }
-
-    /// Forgets the last decode.
-    pub(crate) fn arm(&mut self, n_rows: usize) {
-        self.n_rows = n_rows;
-        self.n_hits = 0;
-        self.odd_shape = None;
-    }
-}
-
-fn context_params(
-    model: &Model,
-    options: &StageOptions,
-    hook: Option<NonNull<Hook>>,
-    cancel: &Arc<CancelFlag>,
-) -> sys::llama_context_params {
-    // SAFETY: the function only returns a struct of plain values.
-    let mut params = unsafe { sys::llama_context_default_params() };
-    params.n_ctx = options.n_cells() as u32;
-    params.n_seq_max = options.n_sessions;
-    params.kv_unified = false;
-    params.swa_full = true;
-    let n_scores = u64::from(model.n_heads()) * u64::from(options.n_ctx) * u64::from(options.max_rows);
-    if !HAS_DEVICES && n_scores <= MAX_SCORES_BYTES / size_of::<f32>() as u64 {
-        params.flash_attn_type = sys::LLAMA_FLASH_ATTN_TYPE_DISABLED;
-    }
-    params.n_batch = options.max_rows;
-    params.n_ubatch = options.max_rows;
-    params.n_outputs_max = options.n_outputs();
-    params.n_threads = options.n_threads as i32;
-    params.n_threads_batch = options.n_threads as i32;
-    params.no_perf = true;
-    params.abort_callback = Some(on_abort);
-    params.abort_callback_data = Arc::as_ptr(cancel).cast_mut().cast();
-    if let Some(hook) = hook {
-        params.cb_eval = Some(on_node);
-        params.cb_eval_user_data = hook.as_ptr().cast();
-    }
-    params
 }

@@ -124,8 +124,8 @@ const QUANTIZABLE: [u32; 15] = [
     sys::GGML_TYPE_IQ4_XS,
 ];
 
-/// The bytes of `values`, rows of `n_per_row`, in the ggml type `ty`: floats and the quantisations that need no importance
-/// matrix.
+/// The bytes of `values`, rows of `n_per_row`, in the ggml type `ty`: floats and the quantisations that need no
+/// importance matrix.
 ///
 /// # Errors
 /// If the type is another one, `values` are not whole rows, or one is not finite.
@@ -143,8 +143,8 @@ pub fn quantize_rows(ty: u32, values: &[f32], n_per_row: usize) -> Result<Vec<u8
     let n_rows = values.len() / n_per_row;
     // Words, so that ggml finds its block structs aligned.
     let mut words = vec![0u64; (n_rows * row_bytes).div_ceil(8)];
-    // SAFETY: the type takes no importance matrix and was checked against ggml's table; `values` are `n_rows` whole rows
-    // and `words` has room for their bytes.
+    // SAFETY: the type takes no importance matrix and was checked against ggml's table; `values` are `n_rows` whole
+    // rows and `words` has room for their bytes.
     let n_bytes = unsafe {
         sys::ggml_quantize_chunk(
             ty,

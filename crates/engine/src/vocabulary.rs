@@ -12,8 +12,8 @@ use crate::source::ReadSeek;
 /// Longest text to tokenize: 16 MiB is more than four million tokens, far beyond any context, and fits `i32` lengths.
 const MAX_TEXT_BYTES: usize = 16 << 20;
 
-/// Longest stretch of text without a blank. For some models llama.cpp cuts text into words with `std::regex`, which takes
-/// a stack frame for each character of a word. At [`STACK_BYTES_PER_CHAR`] this makes 256 MiB of stack.
+/// Longest stretch of text without a blank. For some models llama.cpp cuts text into words with `std::regex`, which
+/// takes a stack frame for each character of a word. At [`STACK_BYTES_PER_CHAR`] this makes 256 MiB of stack.
 const MAX_WORD_CHARS: usize = 1 << 18;
 
 /// Stack for each character of a word: 300 to 400 bytes were measured over all pre-tokenizers of llama.cpp.
@@ -66,8 +66,8 @@ impl std::fmt::Debug for Vocabulary {
 }
 
 impl Vocabulary {
-    /// Loads the vocabulary of the GGUF of `n_bytes` that `reader` yields. Only its metadata is read: tensors may follow
-    /// or be missing.
+    /// Loads the vocabulary of the GGUF of `n_bytes` that `reader` yields. Only its metadata is read: tensors may
+    /// follow or be missing.
     ///
     /// # Errors
     /// If the reader fails, llama.cpp refuses the file, or it has no vocabulary.
