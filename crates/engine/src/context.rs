@@ -54,12 +54,19 @@ pub(crate) struct Context {
     pub(crate) cancel: Arc<CancelFlag>,
 }
 
-/// Where a pass stops, and what the node held.
+/// Where a pass enters and stops, and what the nodes hold.
 pub(crate) struct Hook {
-    name: CString,
+    /// The node whose value is replaced by `input`.
+    input_node: Option<CString>,
+    /// The node at which the graph stops.
+    stop_node: Option<CString>,
     n_embd: usize,
-    /// Rows that the present decode must yield.
+    /// Rows of the present decode.
     pub(crate) n_rows: usize,
+    /// `[n_rows, n_embd]` that enter the present decode, where there is an input node.
+    input: Vec<f32>,
+    /// Whether the input node was reached in the present decode.
+    pub(crate) entered: bool,
     /// `[n_rows, n_embd]` of the last decode.
     pub(crate) values: Vec<f32>,
     /// How often the node was reached in the present decode.
@@ -80,13 +87,14 @@ unsafe extern "C" fn on_node(node: *mut sys::ggml_tensor, ask: bool, user_data: 
     let (node, hook) = unsafe { (&*node, &mut *user_data.cast::<Hook>()) };
     // SAFETY: ggml ends all names with NUL inside their array.
     let name = unsafe { CStr::from_ptr(node.name.as_ptr()) };
-    if name != hook.name.as_c_str() {
+    let is = |wanted: &Option<CString>| wanted.as_deref() == Some(name);
+    let (enters, stops) = (is(&hook.input_node), is(&hook.stop_node));
+    if !enters && !stops {
         return !ask;
     }
     if ask {
         return true;
     }
-    hook.n_hits += 1;
     let row_bytes = hook.n_embd * size_of::<f32>();
     let shape = [hook.n_embd as i64, hook.n_rows as i64, 1, 1];
     let dense = node.nb[0] == size_of::<f32>() && (hook.n_rows == 1 || node.nb[1] == row_bytes);
@@ -94,6 +102,18 @@ unsafe extern "C" fn on_node(node: *mut sys::ggml_tensor, ask: bool, user_data: 
         hook.odd_shape = Some(node.ne);
         return false;
     }
+    if enters {
+        if hook.input.len() != hook.n_rows * hook.n_embd {
+            return false;
+        }
+        hook.entered = true;
+        let data = hook.input.as_ptr().cast();
+        // SAFETY: the node is computed and dense, and both sides have `n_rows * row_bytes` bytes. The nodes that read it
+        // are computed after this call.
+        unsafe { sys::ggml_backend_tensor_set(std::ptr::from_ref(node).cast_mut(), data, 0, hook.n_rows * row_bytes) };
+        return true;
+    }
+    hook.n_hits += 1;
     // The capacity was reserved for the largest pass, so this allocates nothing.
     hook.values.resize(hook.n_rows * hook.n_embd, 0.0);
     // SAFETY: the node is computed and dense, and both sides have `n_rows * row_bytes` bytes.
@@ -103,10 +123,7 @@ unsafe extern "C" fn on_node(node: *mut sys::ggml_tensor, ask: bool, user_data: 
 
 impl Context {
     pub(crate) fn new(model: &Model, options: &StageOptions, n_embd: u32) -> Result<(Self, Captured), LoadError> {
-        let hook = match &options.stop_node {
-            Some(name) => Some(Hook::new(name, n_embd as usize, options.max_rows as usize)?),
-            None => None,
-        };
+        let hook = Hook::new(options, n_embd as usize)?;
         let hook = hook.map(|hook| NonNull::from(Box::leak(Box::new(hook))));
         let cancel = Arc::new(CancelFlag::default());
         let params = context_params(model, options, hook, &cancel);
@@ -154,7 +171,7 @@ impl Context {
         self.raw.as_ptr()
     }
 
-    /// The hook of a stage that is not the last; the borrow keeps decodes out.
+    /// The hook of a stage with an input or a stop node; the borrow keeps decodes out.
     pub(crate) fn hook(&mut self) -> Option<&mut Hook> {
         // SAFETY: it was leaked for this context, and only a decode, which needs `&mut self`, uses it otherwise.
         self.hook.map(|mut hook| unsafe { hook.as_mut() })
@@ -188,23 +205,44 @@ impl Drop for Context {
 }
 
 impl Hook {
-    fn new(name: &str, n_embd: usize, max_rows: usize) -> Result<Self, LoadError> {
-        // ggml keeps names in 64 bytes with their NUL and cuts longer ones, which would then never be found.
-        let error = || LoadError::StopNode { name: name.to_owned() };
-        let name = CString::new(name).map_err(|_| error())?;
-        if name.is_empty() || name.count_bytes() > 63 {
-            return Err(error());
+    /// The hook that the options ask for, if they ask for one.
+    fn new(options: &StageOptions, n_embd: usize) -> Result<Option<Self>, LoadError> {
+        if options.input_node.is_none() && options.stop_node.is_none() {
+            return Ok(None);
         }
-        let values = Vec::with_capacity(n_embd * max_rows);
-        Ok(Self { name, n_embd, n_rows: 0, values, n_hits: 0, odd_shape: None })
+        let n_values = n_embd * options.max_rows as usize;
+        let reserve = |node: &Option<String>| Vec::with_capacity(if node.is_some() { n_values } else { 0 });
+        Ok(Some(Self {
+            input_node: options.input_node.as_deref().map(node_name).transpose()?,
+            stop_node: options.stop_node.as_deref().map(node_name).transpose()?,
+            n_embd,
+            n_rows: 0,
+            input: reserve(&options.input_node),
+            entered: false,
+            values: reserve(&options.stop_node),
+            n_hits: 0,
+            odd_shape: None,
+        }))
     }
 
-    /// Forgets the last decode.
-    pub(crate) fn arm(&mut self, n_rows: usize) {
+    /// Forgets the last decode. `hidden` is what enters the next one.
+    pub(crate) fn arm(&mut self, n_rows: usize, hidden: &[f32]) {
         self.n_rows = n_rows;
+        self.input.clear();
+        if self.input_node.is_some() {
+            self.input.extend_from_slice(hidden);
+        }
+        self.entered = self.input_node.is_none();
         self.n_hits = 0;
         self.odd_shape = None;
     }
+}
+
+fn node_name(name: &str) -> Result<CString, LoadError> {
+    // ggml keeps names in 64 bytes with their NUL and cuts longer ones, which would then never be found.
+    let error = || LoadError::StopNode { name: name.to_owned() };
+    let name = CString::new(name).map_err(|_| error())?;
+    if name.is_empty() || name.count_bytes() > 63 { Err(error()) } else { Ok(name) }
 }
 
 fn context_params(

@@ -114,10 +114,10 @@ pub enum RunError {
     /// It was cancelled.
     #[error("the run was cancelled")]
     Cancelled,
-    /// The graph did not yield the stop node as expected.
+    /// The graph did not have the input or stop node as expected.
     #[error(
-        "the stop node appeared {n_hits} times with shape {shape:?}, but once with [{n_embd}, {n_rows}, 1, 1] was \
-         expected; the architecture needs another stop node"
+        "the input or stop node appeared {n_hits} times with shape {shape:?}, but once with [{n_embd}, {n_rows}, 1, 1] was \
+         expected; the architecture needs another node"
     )]
     StopNode {
         /// How often the node appeared.
@@ -380,11 +380,12 @@ impl Stage {
     /// Computes the rows of one group.
     fn decode(&mut self, rows: &[Row], input: Input<'_>, range: Range<usize>) -> Result<(), RunError> {
         let (n_embd, all_outputs) = (self.n_embd as usize, !self.is_final());
-        if let Some(hook) = self.context.hook() {
-            hook.arm(range.len());
-        }
+        let n_rows = range.len();
         let Scratch { batch, order, .. } = &mut self.scratch;
         batch.fill(rows, input, &order[range], n_embd, all_outputs);
+        if let Some(hook) = self.context.hook() {
+            hook.arm(n_rows, &batch.hidden);
+        }
         let (context, batch) = (self.context.as_ptr(), batch.raw());
         // SAFETY: the arrays of the batch hold one entry for each of its rows, hidden states `n_embd` and positions all
         // planes; slots, tokens, positions and numbers of rows and outputs were checked, so nothing is asserted. The
@@ -394,7 +395,10 @@ impl Stage {
             return Err(RunError::Decode { code, message: captured.message() });
         }
         captured.log();
-        Ok(())
+        match self.context.hook() {
+            Some(hook) if !hook.entered => Err(RunError::StopNode { n_hits: 0, shape: hook.odd_shape, n_embd, n_rows }),
+            _ => Ok(()),
+        }
     }
 
     fn scatter_hidden(&mut self, range: Range<usize>, out: &mut [f32]) -> Result<(), RunError> {

@@ -60,6 +60,9 @@ pub struct StageOptions {
     /// Size of the vocabulary that the caller believes in; 0 if it does not know. Compared only without `stop_node`:
     /// the other stages carry a vocabulary of a few rows.
     pub n_vocab: u32,
+    /// Name of the graph node, shape `[n_rows, n_embd]`, whose value is replaced by the given hidden states, for graphs
+    /// that change them first. `None` for all others.
+    pub input_node: Option<String>,
     /// Name of the graph node, shape `[n_rows, n_embd]`, at which the pass stops and whose value it yields. `None` for
     /// the last stage, which yields logits.
     pub stop_node: Option<String>,

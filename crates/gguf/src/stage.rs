@@ -93,6 +93,7 @@ pub struct StageView {
     n_embd: u32,
     n_vocab: u32,
     input_scale: f32,
+    input_node: Option<&'static str>,
     tensors: Vec<usize>,
     weight_bytes: u64,
     file: Arc<VirtualFile>,
@@ -146,11 +147,15 @@ impl StageView {
 
     /// What each input row must be multiplied by before libllama gets it as an embedding: rows of the token embedding
     /// in the first stage, hidden states in all others.
-    ///
-    /// Where it is neither 1 nor undone exactly by the graph (gemma2's later stages, whose graph multiplies by
-    /// `sqrt(n_embd)` again, unless that is a power of two) the hidden state is rounded once more in its last bit.
     pub fn input_scale(&self) -> f32 {
         self.input_scale
+    }
+
+    /// The graph node that must hold this stage's input rows instead of what the graph makes of them; `None` where it
+    /// takes them as they are. gemma2's graph multiplies all input rows by `sqrt(n_embd)`, which hidden states already
+    /// are; dividing beforehand would round them once more.
+    pub fn input_node(&self) -> Option<String> {
+        self.input_node.map(str::to_owned)
     }
 
     /// Width of a hidden state.
@@ -239,6 +244,7 @@ impl<'a> Draft<'a> {
             n_embd: self.architecture.n_embd,
             n_vocab: self.n_vocab,
             input_scale: input_scale(self.architecture, self.layers),
+            input_node: input_node(self.architecture, self.layers),
             tensors,
             weight_bytes: segments.iter().map(|segment| segment.n_bytes).sum(),
             file: Arc::new(VirtualFile { header, segments, n_bytes: data_start + self.builder.n_data_bytes() }),
@@ -328,7 +334,10 @@ fn input_scale(architecture: &Architecture, layers: LayerRange) -> f32 {
     let root = (architecture.n_embd as f32).sqrt();
     match (architecture.rules.embedding_scale, layers.start()) {
         (EmbeddingScale::TokensOnly, 0) => root,
-        (EmbeddingScale::AllRows, 1..) => root.recip(),
         _ => 1.0,
     }
+}
+
+fn input_node(architecture: &Architecture, layers: LayerRange) -> Option<&'static str> {
+    (architecture.rules.embedding_scale == EmbeddingScale::AllRows && layers.start() > 0).then_some("inp_scaled")
 }

@@ -54,6 +54,7 @@ pub fn load_stage(
         n_threads,
         n_embd: view.n_embd(),
         n_vocab: if view.is_final() { view.n_vocab() } else { 0 },
+        input_node: view.input_node(),
         stop_node: view.stop_node(),
     };
     let stage = Stage::load(Box::new(view.reader(source)), view.n_bytes(), options, progress)?;

@@ -138,6 +138,7 @@ impl LocalModel {
                 .read_at(table.tensor, at, row)
                 .map_err(|source| ModelError::Read { path: self.file.path().to_owned(), source })?;
         }
+        out.clear();
         brigade_engine::dequantize_rows(table.type_id, bytes, table.n_embd, out)
             .map_err(|error| ModelError::Vocabulary(error.to_string()))?;
         Ok(())

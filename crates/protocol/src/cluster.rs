@@ -297,9 +297,8 @@ impl Cluster {
                 }
             }
             Input::Tick => {
-                if self.settle_until.is_some_and(|until| now >= until) {
-                    self.place(&mut actions);
-                } else if self.epoch == Epoch(0) {
+                let is_new = self.epoch == Epoch(0);
+                if is_new || self.settle_until.is_some_and(|until| now >= until) {
                     self.place(&mut actions);
                 }
             }

@@ -25,6 +25,7 @@ pub fn options() -> StageOptions {
         n_threads: 1,
         n_embd: 0,
         n_vocab: 0,
+        input_node: None,
         stop_node: None,
     }
 }

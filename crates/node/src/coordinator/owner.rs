@@ -36,7 +36,7 @@ pub(super) enum Event {
     WorkerGone(NodeId, u64, String),
     DataLink(Arc<dyn Link>, Attach),
     TailProgress(Epoch, f32),
-    TailLoaded(Epoch, Result<LoadedStage, String>),
+    TailLoaded(Epoch, Result<Box<LoadedStage>, String>),
     WentAround(Epoch),
     RingEnded(Epoch, Box<LoadedStage>, RingEnd),
     Stop,
@@ -48,6 +48,13 @@ pub(super) enum Tail {
     Loaded(Box<LoadedStage>),
     /// The ring thread has it.
     InRing,
+}
+
+/// A ring thread waits for the link of the last worker.
+pub(super) struct RingWait {
+    attach: Attach,
+    last: NodeId,
+    sender: Sender<Arc<dyn Link>>,
 }
 
 /// All state of a coordinator.
@@ -69,7 +76,7 @@ pub(super) struct Owner {
     pub(super) tail_wanted: Option<(Epoch, LayerRange)>,
     pub(super) tail_share: f32,
     /// Where the ring thread waits for the link of the last worker.
-    pub(super) ring_waits: Option<(Attach, NodeId, Sender<Arc<dyn Link>>)>,
+    pub(super) ring_waits: Option<RingWait>,
     pub(super) ring_stop: Option<RingStopper>,
     pub(super) started: Instant,
     pub(super) _doorway: Doorway,
@@ -117,8 +124,8 @@ impl Owner {
             Event::Message(..) | Event::WorkerGone(..) => None,
             Event::DataLink(link, attach) => {
                 match &self.ring_waits {
-                    Some((wanted, last, sender)) if *wanted == attach && *last == link.peer() => {
-                        let _ = sender.send(link);
+                    Some(wait) if wait.attach == attach && wait.last == link.peer() => {
+                        let _ = wait.sender.send(link);
                     }
                     _ => link.close(),
                 }
@@ -314,7 +321,7 @@ impl Owner {
         if let Tail::Loaded(tail) = std::mem::replace(&mut self.tail, Tail::Empty)
             && tail.key == key
         {
-            let _ = self.events.send(Event::TailLoaded(epoch, Ok(*tail)));
+            let _ = self.events.send(Event::TailLoaded(epoch, Ok(tail)));
             self.tail = Tail::Loading(Arc::new(AtomicBool::new(false)));
             return;
         }
@@ -326,7 +333,8 @@ impl Owner {
                 let _ = events.send(Event::TailProgress(epoch, share));
                 !cancelled.load(Ordering::Relaxed)
             };
-            let result = load_stage(key, &view, source, threads, &mut progress).map_err(|error| chain(&error));
+            let result = load_stage(key, &view, source, threads, &mut progress);
+            let result = result.map(Box::new).map_err(|error| chain(&error));
             let _ = events.send(Event::TailLoaded(epoch, result));
         };
         self.tail = Tail::Loading(cancel);
@@ -335,13 +343,13 @@ impl Owner {
         }
     }
 
-    fn tail_loaded(&mut self, epoch: Epoch, result: Result<LoadedStage, String>) -> Option<String> {
+    fn tail_loaded(&mut self, epoch: Epoch, result: Result<Box<LoadedStage>, String>) -> Option<String> {
         self.tail = Tail::Empty;
         let own = self.identity.node_id();
         match result {
             Ok(tail) => {
                 let memory = tail.memory;
-                self.tail = Tail::Loaded(Box::new(tail));
+                self.tail = Tail::Loaded(tail);
                 self.feed(Input::Loaded(own, epoch, memory))
             }
             // Given up for a newer placement, which is loaded next.
@@ -371,7 +379,7 @@ impl Owner {
             links: Arc::new(Mutex::new(Vec::new())),
         };
         let (last_sender, last_link) = channel();
-        self.ring_waits = ends.map(|(_, last)| (attach, last, last_sender));
+        self.ring_waits = ends.map(|(_, last)| RingWait { attach, last, sender: last_sender });
         self.ring_stop = Some(stopper.clone());
         let first = ends.map(|(first, _)| {
             let member = self.cluster.members().iter().find(|m| m.id == first);

@@ -29,7 +29,7 @@ pub(super) enum Event {
     Disconnected(String),
     GaveUp(WorkerError),
     Inbound(Arc<dyn Link>, Attach),
-    Loaded(Epoch, Result<LoadedStage, LoadFailure>),
+    Loaded(Epoch, Result<Box<LoadedStage>, LoadFailure>),
     Dialled(Epoch, Result<Arc<dyn Link>, String>),
     StageEnded(Epoch, Box<LoadedStage>, StageEnd),
     Stop,
@@ -248,18 +248,18 @@ impl Owner {
         };
         let events = self.events.clone();
         let epoch = deploy.epoch;
-        match spawn("loader", move || drop(events.send(Event::Loaded(epoch, loader.load())))) {
+        match spawn("loader", move || drop(events.send(Event::Loaded(epoch, loader.load().map(Box::new))))) {
             Ok(()) => self.slot = Slot::Loading(cancel),
             Err(error) => self.fail(epoch, format!("no thread to load the stage: {error}")),
         }
     }
 
-    fn loaded(&mut self, epoch: Epoch, result: Result<LoadedStage, LoadFailure>) {
+    fn loaded(&mut self, epoch: Epoch, result: Result<Box<LoadedStage>, LoadFailure>) {
         self.slot = Slot::Empty;
         match result {
             Ok(stage) if self.deploy.is_some() => {
                 let memory = stage.memory;
-                self.slot = Slot::Loaded(Box::new(stage));
+                self.slot = Slot::Loaded(stage);
                 if self.deploy.as_ref().is_some_and(|d| d.epoch == epoch) {
                     self.tell(&ToCoordinator::Loaded { epoch, memory });
                 }
