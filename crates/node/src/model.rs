@@ -160,6 +160,7 @@ fn profile_of(a: &Architecture) -> ModelProfile {
         head_bytes: a.head_bytes() + if a.tied_head { 0 } else { a.embedding_bytes() },
         cut_points: a.cut_points(),
         n_embd: a.n_embd,
+        n_heads: a.n_head.iter().copied().max().unwrap_or(0),
         n_ff: a.n_ff.iter().copied().max().unwrap_or(0),
         n_vocab: a.n_vocab,
     }

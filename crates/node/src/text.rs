@@ -34,8 +34,9 @@ impl Assembler {
         self.partial.extend_from_slice(bytes);
         let characters = take_characters(&mut self.partial);
         self.held.push_str(&characters);
-        let first = self.stop.iter().filter_map(|stop| self.held.find(stop.as_str())).min();
-        if let Some(at) = first {
+        // The one that ends first, so that it does not matter how the text was cut into tokens.
+        let found = self.stop.iter().filter_map(|stop| self.held.find(stop.as_str()).map(|at| (at + stop.len(), at)));
+        if let Some((_, at)) = found.min() {
             self.held.truncate(at);
             return Assembled { text: std::mem::take(&mut self.held), stopped: true };
         }

@@ -301,3 +301,132 @@ impl io::Read for TensorReader<'_> {
         Ok(n)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+    use std::sync::Mutex;
+
+    use brigade_base::{ByteSize, NodeId};
+    use brigade_gguf::{Builder, GgmlType, Metadata};
+    use brigade_net::LinkStats;
+
+    use super::*;
+
+    const TENSOR: [u8; 32] = [7; 32];
+
+    /// A coordinator in memory: answers each fetch with what `answer` makes of it.
+    struct FakeLink {
+        answer: fn(Fetch) -> Vec<(u8, Vec<u8>)>,
+        queue: Mutex<VecDeque<(u8, Vec<u8>)>>,
+        offsets: Arc<Mutex<Vec<u64>>>,
+    }
+
+    impl Link for FakeLink {
+        fn send(&self, _kind: u8, parts: &[&[u8]]) -> Result<(), LinkError> {
+            let fetch = Fetch::decode(parts[0]).unwrap();
+            self.offsets.lock().unwrap().push(fetch.offset);
+            self.queue.lock().unwrap().extend((self.answer)(fetch));
+            Ok(())
+        }
+
+        fn recv(&self, buf: &mut Vec<u8>, _deadline: Option<Instant>) -> Result<u8, LinkError> {
+            let (kind, bytes) = self.queue.lock().unwrap().pop_front().ok_or(LinkError::Closed)?;
+            *buf = bytes;
+            Ok(kind)
+        }
+
+        fn peer(&self) -> NodeId {
+            NodeId::from_bytes([0; 32])
+        }
+
+        fn peer_addr(&self) -> String {
+            String::new()
+        }
+
+        fn close(&self) {}
+
+        fn stats(&self) -> LinkStats {
+            LinkStats::default()
+        }
+
+        fn set_frame_limit(&self, _bytes: usize) {}
+
+        fn set_spin(&self, _spin: Duration) {}
+    }
+
+    fn rest(fetch: Fetch) -> Vec<u8> {
+        TENSOR[fetch.offset as usize..].to_vec()
+    }
+
+    /// Gathers one tensor from a coordinator that answers so; also says from where it was asked for.
+    fn gather(
+        dir: &std::path::Path,
+        answer: fn(Fetch) -> Vec<(u8, Vec<u8>)>,
+    ) -> (Result<Weights, WeightsError>, Vec<u64>) {
+        let mut builder = Builder::new(&Metadata::new());
+        builder.tensor("t", &[8], GgmlType::F32).unwrap();
+        let catalog = Catalog::parse_header(&builder.header_bytes()).unwrap();
+        let hash = crate::cache::hash_reader(&mut &TENSOR[..]).unwrap();
+        let cache = Cache::open(dir, ByteSize::mib(1)).unwrap();
+        let offsets = Arc::new(Mutex::new(Vec::new()));
+        let seen = Arc::clone(&offsets);
+        let dial = move || {
+            let link = FakeLink { answer, queue: Mutex::default(), offsets: Arc::clone(&seen) };
+            Ok(Arc::new(link) as Arc<dyn Link>)
+        };
+        let gather = Gather {
+            model_name: "m",
+            catalog: &catalog,
+            tensors: &[(0, hash)],
+            own: None,
+            cache: &cache,
+            dial: &dial,
+            progress: &mut |_, _| true,
+        };
+        let result = gather.run();
+        let offsets = offsets.lock().unwrap().clone();
+        (result, offsets)
+    }
+
+    fn read(weights: &Weights) -> [u8; 32] {
+        let mut bytes = [0; 32];
+        weights.read_tensor(0, 0, &mut bytes).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn a_tensor_comes_in_pieces_and_is_there_the_next_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let (weights, offsets) =
+            gather(dir.path(), |fetch| rest(fetch).chunks(5).map(|chunk| (kind::CHUNK, chunk.to_vec())).collect());
+        assert_eq!((read(&weights.unwrap()), offsets.as_slice()), (TENSOR, &[0][..]));
+        let (weights, offsets) = gather(dir.path(), |_| unreachable!());
+        assert_eq!((read(&weights.unwrap()), offsets.len()), (TENSOR, 0));
+    }
+
+    #[test]
+    fn a_broken_transfer_goes_on_where_it_broke_off() {
+        let dir = tempfile::tempdir().unwrap();
+        // Ten bytes at a time, then the link closes.
+        let (weights, offsets) =
+            gather(dir.path(), |fetch| vec![(kind::CHUNK, rest(fetch).into_iter().take(10).collect())]);
+        assert_eq!((read(&weights.unwrap()), offsets.as_slice()), (TENSOR, &[0, 10, 20, 30][..]));
+    }
+
+    #[test]
+    fn wrong_bytes_are_asked_for_again_once_and_then_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let (result, offsets) = gather(dir.path(), |_| vec![(kind::CHUNK, vec![8; 32])]);
+        assert!(matches!(result, Err(WeightsError::WrongBytes { .. })));
+        assert_eq!(offsets, [0, 0]);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn more_bytes_than_the_tensor_has_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let (result, _) = gather(dir.path(), |_| vec![(kind::CHUNK, vec![7; 33])]);
+        assert!(matches!(result, Err(WeightsError::Disk(_))));
+    }
+}

@@ -29,6 +29,8 @@ pub struct ModelProfile {
     pub cut_points: Vec<u32>,
     /// Width of the hidden state.
     pub n_embd: u32,
+    /// Attention heads of the layer with the most.
+    pub n_heads: u32,
     /// Width of the widest feed-forward activation.
     pub n_ff: u32,
     /// Size of the vocabulary.

@@ -13,6 +13,9 @@ pub const HEADROOM_DIVISOR: u64 = 16;
 /// Measured between 20 and 40 MiB; rounded up.
 pub const COMPUTE_FLOOR: u64 = 48 << 20;
 
+/// Attention scores of a batch are held up to this size; beyond it the engine uses flash attention, which holds none.
+const MAX_SCORES_BYTES: u64 = 512 << 20;
+
 /// libllama rounds each session's KV cache up to so many tokens.
 const KV_PADDING: u32 = 256;
 
@@ -41,13 +44,15 @@ pub(crate) fn stage_memory(model: &ModelProfile, demand: &Demand, layers: LayerR
     };
     let tokens = u64::from(demand.context.next_multiple_of(KV_PADDING)) * u64::from(demand.parallel);
     // Activations of a layer live one after the other: the hidden state and its residual, the widest product, and
-    // what attention holds; all in F32. Logits exist only where tokens are chosen, for one row of each session.
+    // the scores of attention; all in F32. Logits exist only where tokens are chosen, for one row of each session.
     let row = 4 * (6 * u64::from(model.n_embd) + 3 * u64::from(model.n_ff));
+    let scores = 4 * u64::from(model.n_heads) * u64::from(demand.context) * u64::from(demand.max_rows);
+    let scores = if scores <= MAX_SCORES_BYTES { scores } else { 0 };
     let logits = if is_tail { 4 * u64::from(model.n_vocab) * u64::from(demand.parallel.max(1)) } else { 0 };
     StageMemory {
         weights: ByteSize(of(&model.layer_bytes).saturating_add(if is_tail { model.head_bytes } else { 0 })),
         kv: ByteSize(of(&model.kv_bytes_per_token).saturating_mul(tokens)),
-        compute: ByteSize(COMPUTE_FLOOR + row.saturating_mul(u64::from(demand.max_rows)) + logits),
+        compute: ByteSize(COMPUTE_FLOOR + row.saturating_mul(u64::from(demand.max_rows)) + scores + logits),
     }
 }
 

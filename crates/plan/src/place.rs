@@ -195,6 +195,7 @@ mod tests {
             head_bytes: 200 * MIB,
             cut_points: (1..n_layers).collect(),
             n_embd: 64,
+            n_heads: 4,
             n_ff: 128,
             n_vocab: 1000,
         }

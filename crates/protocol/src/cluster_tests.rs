@@ -24,6 +24,7 @@ fn cluster(mib: u64, nodes_wanted: usize) -> Cluster {
         head_bytes: 1 << 20,
         cut_points: (1..9).collect(),
         n_embd: 8,
+        n_heads: 2,
         n_ff: 16,
         n_vocab: 100,
     };
