@@ -45,9 +45,12 @@ impl Submissions {
         receiver
     }
 
-    /// No way in, and what those who are in will hear.
+    /// No way in, and what those who are in will hear: the first reason, if there are several.
     pub(crate) fn close(&self, failure: Failure) {
-        *lock(&self.0) = (None, failure);
+        let mut inner = lock(&self.0);
+        if inner.0.take().is_some() {
+            inner.1 = failure;
+        }
     }
 
     /// What was said when it was closed.

@@ -14,6 +14,7 @@ mod handle;
 mod known;
 mod loaded;
 mod model;
+mod outgoing;
 mod reach;
 mod ring;
 pub mod serving;

@@ -13,13 +13,14 @@ use std::time::{Duration, Instant};
 use brigade_base::{SessionId, Token};
 use brigade_engine::Sampler;
 use brigade_net::{Link, LinkError};
-use brigade_protocol::frame::{Attach, FrameHead, row_bytes};
+use brigade_protocol::frame::{Attach, FrameHead};
 use brigade_protocol::kind;
 use brigade_protocol::passes::{Limits, Pass, Passes};
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::loaded::LoadedStage;
 use crate::model::LocalModel;
+use crate::outgoing::Outgoing;
 use crate::serving::{Event, Failure, FinishReason, Request, TokenLogprob, Usage};
 use crate::stats::RingStats;
 use crate::text::Assembler;
@@ -67,7 +68,7 @@ pub enum RingEnd {
 /// The links of a ring with workers.
 pub struct RingLinks {
     /// To the first worker.
-    pub first: Arc<dyn Link>,
+    pub first: Outgoing,
     /// From the last one.
     pub last: Arc<dyn Link>,
 }
@@ -295,7 +296,7 @@ impl Running<'_> {
             self.head.encode(&mut self.buffers.header);
             links
                 .first
-                .send(kind::FRAME, &[&self.buffers.header, row_bytes(rows)])
+                .send(&self.buffers.header, rows)
                 .map_err(|error| RingEnd::Broke(format!("the link to the first stage ended: {error}")))?;
         }
         self.sent.push_back(Sent { pass, at, hidden });
@@ -341,7 +342,7 @@ impl Running<'_> {
             .runner
             .run(&sent.pass.sets, &mut self.buffers.hidden, &mut self.buffers.logits)
             .map_err(|error| RingEnd::Broke(format!("the coordinator's stage failed: {error}")))?;
-        self.ring.stats.tail_done(&sent.pass, begin.elapsed(), sent.at.elapsed());
+        self.ring.stats.tail_done(&sent.pass, begin.elapsed());
         Ok(())
     }
 

@@ -96,7 +96,7 @@ impl RingStats {
     }
 
     /// The tail was computed.
-    pub fn tail_done(&self, pass: &Pass, compute: Duration, _around: Duration) {
+    pub fn tail_done(&self, pass: &Pass, compute: Duration) {
         if !is_decode(pass) {
             return;
         }
@@ -174,7 +174,7 @@ mod tests {
         let pass = Pass { id: PassId(1), sets: vec![set], tokens: vec![1] };
         let timings = [Timing { compute_us: 400, software_us: 9 }, Timing { compute_us: 300, software_us: 9 }];
         stats.pass_back(&pass, Duration::from_micros(1000), &timings);
-        stats.tail_done(&pass, Duration::from_micros(500), Duration::from_micros(1500));
+        stats.tail_done(&pass, Duration::from_micros(500));
         assert_eq!(stats.hop_us(), (100.0, 100.0));
         assert_eq!((stats.stage_ms(0), stats.stage_ms(2)), (0.4, 0.5));
     }

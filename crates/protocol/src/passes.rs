@@ -1,9 +1,11 @@
 //! Which rows of which sessions travel in the next pass, and what has come back.
 //!
 //! A session waits, takes a slot, has its prompt computed in chunks, then decodes one token a pass until it ends. Up to
-//! one pass per stage is in the ring, and a session is in at most one of them, so the sessions that decode are dealt
-//! evenly over the passes: with two stages and eight sessions, four travel while four are sampled. A pass carries the
-//! decode rows first and at most one chunk of one prompt, so nobody waits longer than a chunk for a neighbour's prompt.
+//! one pass per stage is in the ring. A session that decodes is in at most one of them, so those sessions are dealt
+//! evenly over the passes: with two stages and eight sessions, four travel while four are sampled. The chunks of a
+//! prompt need not wait for each other: while one is in the second stage, the next is in the first. A pass carries the
+//! decode rows first and at most one chunk of one prompt, so nobody waits longer than a chunk for a neighbour's prompt;
+//! prompts take turns.
 //! A chunk's length depends on its own prompt alone: libllama's matrix products round differently for different
 //! numbers of rows, and a prompt must be computed the same whoever else is here.
 
@@ -77,9 +79,11 @@ struct Session {
     id: SessionId,
     /// Prompt and answer so far.
     tokens: Vec<Token>,
-    /// How many of them have been sent through the ring.
+    n_prompt: u32,
+    /// How many of the tokens have been sent through the ring.
     n_sent: u32,
-    in_flight: bool,
+    /// Passes in the ring with rows of it.
+    in_flight: u32,
     /// Ended while in flight: its slot is free when the pass is back.
     ended: bool,
 }
@@ -87,6 +91,14 @@ struct Session {
 impl Session {
     fn n_unsent(&self) -> u32 {
         self.tokens.len() as u32 - self.n_sent
+    }
+
+    fn has_prompt_left(&self) -> bool {
+        !self.ended && self.n_sent < self.n_prompt
+    }
+
+    fn is_decoding(&self) -> bool {
+        !self.ended && self.n_sent >= self.n_prompt
     }
 }
 
@@ -107,8 +119,10 @@ pub struct Passes {
     to_clear: Vec<bool>,
     in_flight: VecDeque<InFlight>,
     next_pass: PassId,
-    /// The slot after the last one that was served, so that all are served in turn.
-    turn: usize,
+    /// The slot after the last one that decoded, so that all do in turn.
+    decode_turn: usize,
+    /// The slot after the last one whose prompt was computed, likewise.
+    prompt_turn: usize,
 }
 
 impl Passes {
@@ -122,7 +136,8 @@ impl Passes {
             to_clear: vec![false; n],
             in_flight: VecDeque::new(),
             next_pass: PassId(1),
-            turn: 0,
+            decode_turn: 0,
+            prompt_turn: 0,
         }
     }
 
@@ -157,24 +172,14 @@ impl Passes {
                 pass.sets.push(RowSet { slot: slot as u32, keep: 0, n_rows: 0, n_outputs: 0 });
             }
         }
-        let n_slots = self.slots.len();
-        let order: Vec<usize> = (0..n_slots).map(|i| (self.turn + i) % n_slots).collect();
-        let mut quota = self.decode_quota();
-        let mut prompt_slot = None;
-        for &slot in &order {
-            let Some(session) = self.slots[slot].as_ref().filter(|s| !s.in_flight && !s.ended) else { continue };
-            match session.n_unsent() {
-                0 => {}
-                1 if session.n_sent > 0 && quota > 0 => {
-                    quota -= 1;
-                    self.turn = (slot + 1) % n_slots;
-                    self.put(&mut pass, &mut slots, slot, 1);
-                }
-                1 if session.n_sent > 0 => {}
-                _ => prompt_slot = prompt_slot.or(Some(slot)),
-            }
+        for _ in 0..self.decode_quota() {
+            let ready = |s: &Session| s.is_decoding() && s.in_flight == 0 && s.n_unsent() > 0;
+            let Some(slot) = self.next_slot(self.decode_turn, ready) else { break };
+            self.decode_turn = slot + 1;
+            self.put(&mut pass, &mut slots, slot, 1);
         }
-        if let Some(slot) = prompt_slot {
+        if let Some(slot) = self.next_slot(self.prompt_turn, Session::has_prompt_left) {
+            self.prompt_turn = slot + 1;
             self.put(&mut pass, &mut slots, slot, self.limits.chunk);
         }
         if pass.sets.is_empty() {
@@ -185,9 +190,15 @@ impl Passes {
         Some(pass)
     }
 
+    /// The first slot from `turn` on, all around, whose session is wanted.
+    fn next_slot(&self, turn: usize, wanted: impl Fn(&Session) -> bool) -> Option<usize> {
+        let n_slots = self.slots.len();
+        (0..n_slots).map(|i| (turn + i) % n_slots).find(|&slot| self.slots[slot].as_ref().is_some_and(&wanted))
+    }
+
     /// How many sessions may decode in one pass, so that all passes of the ring are about equally full.
     fn decode_quota(&self) -> usize {
-        let decoding = self.slots.iter().flatten().filter(|s| !s.ended && s.n_sent > 0 && s.n_unsent() <= 1).count();
+        let decoding = self.slots.iter().flatten().filter(|s| s.is_decoding()).count();
         decoding.div_ceil(self.limits.n_stages.max(1) as usize)
     }
 
@@ -201,7 +212,7 @@ impl Passes {
         let start = session.n_sent as usize;
         pass.tokens.extend_from_slice(&session.tokens[start..start + n_rows as usize]);
         session.n_sent += n_rows;
-        session.in_flight = true;
+        session.in_flight += 1;
         slots.push((slot, last));
     }
 
@@ -215,9 +226,11 @@ impl Passes {
         let mut row = 0;
         for (slot, has_output) in pass.slots {
             if let Some(session) = &mut self.slots[slot] {
-                session.in_flight = false;
+                session.in_flight -= 1;
                 if session.ended {
-                    self.free(slot);
+                    if session.in_flight == 0 {
+                        self.free(slot);
+                    }
                 } else if has_output {
                     outputs.push(Output { session: session.id, row, position: session.tokens.len() as u32 });
                 }
@@ -241,7 +254,7 @@ impl Passes {
         self.waiting.retain(|(other, _)| *other != id);
         let Some(slot) = self.slots.iter().position(|s| s.as_ref().is_some_and(|s| s.id == id)) else { return };
         match &mut self.slots[slot] {
-            Some(session) if session.in_flight => session.ended = true,
+            Some(session) if session.in_flight > 0 => session.ended = true,
             _ => self.free(slot),
         }
     }
@@ -257,7 +270,8 @@ impl Passes {
             let Some((id, tokens)) = self.waiting.pop_front() else { return };
             // Its first row set keeps nothing, which clears what was there.
             self.to_clear[slot] = false;
-            self.slots[slot] = Some(Session { id, tokens, n_sent: 0, in_flight: false, ended: false });
+            let n_prompt = tokens.len() as u32;
+            self.slots[slot] = Some(Session { id, tokens, n_prompt, n_sent: 0, in_flight: 0, ended: false });
         }
     }
 
@@ -349,7 +363,7 @@ mod tests {
         for id in 1..=4 {
             passes.admit(SessionId(id), vec![1, 2]).unwrap();
         }
-        while passes.slots.iter().flatten().any(|s| s.n_sent == 0) {
+        while passes.slots.iter().flatten().any(|s| s.n_unsent() != 1 || s.n_sent == 0) {
             let pass = passes.next_pass().unwrap();
             for output in passes.complete(pass.id).unwrap() {
                 passes.push(output.session, 9);
@@ -358,6 +372,38 @@ mod tests {
         let (one, two) = (passes.next_pass().unwrap(), passes.next_pass().unwrap());
         assert_eq!((one.tokens.len(), two.tokens.len()), (2, 2));
         assert_eq!(passes.next_pass(), None);
+    }
+
+    #[test]
+    fn the_chunks_of_a_prompt_do_not_wait_for_each_other() {
+        let mut passes = Passes::new(limits(1, 3));
+        passes.admit(SessionId(1), vec![0; 18]).unwrap();
+        let sent: Vec<_> = std::iter::from_fn(|| passes.next_pass()).collect();
+        let sets: Vec<_> = sent.iter().flat_map(|pass| pass.sets.clone()).collect();
+        assert_eq!(sets, [set(0, 0, 8, 0), set(0, 8, 8, 0), set(0, 16, 2, 1)]);
+        let outputs: Vec<_> = sent.iter().map(|pass| passes.complete(pass.id).unwrap().len()).collect();
+        assert_eq!(outputs, [0, 0, 1]);
+    }
+
+    #[test]
+    fn prompts_take_turns() {
+        let mut passes = Passes::new(limits(2, 4));
+        passes.admit(SessionId(1), vec![0; 40]).unwrap();
+        passes.admit(SessionId(2), vec![0; 9]).unwrap();
+        let slots: Vec<u32> = std::iter::from_fn(|| passes.next_pass()).map(|pass| pass.sets[0].slot).collect();
+        assert_eq!(slots, [0, 1, 0, 1]);
+    }
+
+    #[test]
+    fn a_session_that_ends_in_several_passes_is_free_after_the_last() {
+        let mut passes = Passes::new(limits(1, 2));
+        passes.admit(SessionId(1), vec![0; 16]).unwrap();
+        let (one, two) = (passes.next_pass().unwrap(), passes.next_pass().unwrap());
+        passes.end(SessionId(1));
+        passes.complete(one.id).unwrap();
+        assert_eq!(passes.next_pass(), None);
+        passes.complete(two.id).unwrap();
+        assert_eq!(passes.next_pass().unwrap().sets, [set(0, 0, 0, 0)]);
     }
 
     #[test]

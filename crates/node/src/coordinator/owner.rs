@@ -98,8 +98,7 @@ impl Owner {
                 Err(RecvTimeoutError::Timeout) => given_up = self.feed(Input::Tick),
             }
         };
-        self.stop_ring("the server is stopping");
-        self.shared.set_readiness(Readiness::NotReady("the server is stopping".to_owned()));
+        self.stop_ring(Failure::Stopping);
         for worker in self.workers.values() {
             let _ = worker.outbox.send(ToWorker::Goodbye { reason: "the coordinator was stopped".to_owned() });
         }
@@ -235,7 +234,7 @@ impl Owner {
                     }
                 }
                 Action::LoadTail { epoch, layers } => {
-                    self.stop_ring("the model is placed anew");
+                    self.stop_ring(Failure::PlacementLost("the model is placed anew".to_owned()));
                     self.tail_share = 0.0;
                     self.tail_wanted = Some((epoch, layers));
                 }
@@ -251,7 +250,7 @@ impl Owner {
                     tracing::info!(%epoch, "ready");
                     self.shared.set_readiness(Readiness::Ready);
                 }
-                Action::StopRing { reason, .. } => self.stop_ring(&reason),
+                Action::StopRing { reason, .. } => self.stop_ring(Failure::PlacementLost(reason)),
                 Action::Undeploy { node, epoch } => {
                     self.send(node, ToWorker::Undeploy { deployment: self.deployment(), epoch });
                 }
@@ -401,9 +400,10 @@ impl Owner {
         Ok(())
     }
 
-    fn stop_ring(&mut self, reason: &str) {
-        self.shared.set_readiness(Readiness::NotReady(reason.to_owned()));
-        self.shared.submissions.close(Failure::PlacementLost(reason.to_owned()));
+    /// Ends the ring, if there is one; its sessions hear why.
+    fn stop_ring(&mut self, why: Failure) {
+        self.shared.set_readiness(Readiness::NotReady(why.to_string()));
+        self.shared.submissions.close(why);
         if let Some(stopper) = &self.ring_stop {
             stopper.stop();
         }

@@ -15,6 +15,7 @@ use super::owner::Event;
 use crate::handle::Shared;
 use crate::loaded::LoadedStage;
 use crate::model::LocalModel;
+use crate::outgoing::Outgoing;
 use crate::reach::reach;
 use crate::ring::{Ring, RingEnd, RingLinks};
 use crate::stats::RingStats;
@@ -99,6 +100,7 @@ impl RingThread {
             match self.last_link.recv_timeout(Duration::from_millis(50)) {
                 Ok(last) => {
                     lock(&self.stopper.links).push(Arc::clone(&last));
+                    let first = Outgoing::new(first).map_err(|error| broke(error.to_string()))?;
                     return Ok(Some(RingLinks { first, last }));
                 }
                 Err(RecvTimeoutError::Timeout) if self.stopper.stop.load(Ordering::Relaxed) => {
