@@ -218,8 +218,9 @@ pub struct PlanArgs {
 /// `brigade ticket`
 #[derive(Debug, Args)]
 pub struct TicketArgs {
-    #[command(flatten)]
-    pub state: StateArgs,
+    /// State directory of the coordinator [default: ~/.local/state/brigade]
+    #[arg(long, global = true, value_name = "DIR", env = "BRIGADE_STATE_DIR")]
+    pub state_dir: Option<PathBuf>,
     /// What to do with tickets [default: create]
     #[command(subcommand)]
     pub action: Option<TicketAction>,

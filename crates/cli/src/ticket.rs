@@ -4,14 +4,14 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::args::{TicketAction, TicketArgs};
+use crate::args::{StateArgs, TicketAction, TicketArgs};
 use crate::endpoint::{Endpoint, Note};
 use crate::error::Failure;
 use crate::output;
 
 /// Makes, lists or revokes.
 pub fn run(args: &TicketArgs) -> Result<(), Failure> {
-    let note = Note::find(&args.state.dir())?;
+    let note = Note::find(&StateArgs { state_dir: args.state_dir.clone() }.dir())?;
     let endpoint = Endpoint::at(&note.url, Some(note.admin_token))?;
     match &args.action {
         None => create(&endpoint, Duration::from_secs(3600)),

@@ -58,10 +58,10 @@ impl RingStats {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Forgets everything but the number of tokens.
+    /// Forgets what was measured, but not the number of tokens, nor what a row weighs.
     pub fn reset(&self) {
         let mut inner = self.lock();
-        *inner = Inner { tokens: inner.tokens, ..Inner::default() };
+        *inner = Inner { tokens: inner.tokens, bytes_per_token: inner.bytes_per_token, ..Inner::default() };
     }
 
     /// Sessions that have a slot, and that wait for one.

@@ -30,7 +30,8 @@ impl Control {
     /// Runs until the worker stops or the coordinator refuses it for good.
     pub(super) fn run(mut self) {
         let mut pause = REDIAL.0;
-        let mut was_connected = false;
+        // Without a ticket this node was a member before: its coordinator may just be starting.
+        let mut was_connected = self.secret.is_none();
         while !self.stopping.load(Ordering::Relaxed) {
             match self.known.dial(&self.identity, Purpose::Control, self.secret.as_ref()) {
                 Ok(link) => {
@@ -45,7 +46,7 @@ impl Control {
                     let _ = self.events.send(Event::GaveUp(error.into()));
                     return;
                 }
-                Err(error) => tracing::debug!(%error, "the coordinator is not there"),
+                Err(error) => drop(self.events.send(Event::Unreachable(error.to_string()))),
             }
             let until = Instant::now() + pause;
             while Instant::now() < until && !self.stopping.load(Ordering::Relaxed) {

@@ -26,6 +26,7 @@ use crate::threads::{lock, spawn};
 pub(super) enum Event {
     Connected(Arc<dyn Link>),
     Message(ToWorker),
+    Unreachable(String),
     Disconnected(String),
     GaveUp(WorkerError),
     Inbound(Arc<dyn Link>, Attach),
@@ -106,6 +107,10 @@ impl Owner {
     fn apply(&mut self, event: Event) {
         match event {
             Event::Connected(link) => self.control = Some(link),
+            Event::Unreachable(reason) => {
+                tracing::debug!(reason, "the coordinator is not there");
+                self.set_trouble(reason);
+            }
             Event::Disconnected(reason) => {
                 tracing::warn!(reason, "the coordinator is gone; this node's stage is dropped");
                 self.set_trouble(format!("the coordinator is gone: {reason}"));
