@@ -6,8 +6,8 @@
 use std::ops::RangeInclusive;
 
 use brigade_base::Token;
-use brigade_engine::Sampling;
 use brigade_node::serving::ModelCard;
+use brigade_node::serving::Sampling;
 use serde_json::{Map, Value};
 
 use crate::error::ApiError;

@@ -108,8 +108,8 @@ unsafe extern "C" fn on_node(node: *mut sys::ggml_tensor, ask: bool, user_data: 
         }
         hook.entered = true;
         let data = hook.input.as_ptr().cast();
-        // SAFETY: the node is computed and dense, and both sides have `n_rows * row_bytes` bytes. The nodes that read it
-        // are computed after this call.
+        // SAFETY: the node is computed and dense, and both sides have `n_rows * row_bytes` bytes. The nodes that read
+        // it are computed after this call.
         unsafe { sys::ggml_backend_tensor_set(std::ptr::from_ref(node).cast_mut(), data, 0, hook.n_rows * row_bytes) };
         return true;
     }

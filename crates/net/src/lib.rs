@@ -44,5 +44,5 @@ pub use preamble::{
 pub use socket::WRITE_TIMEOUT;
 pub use store::{StoreError, create_private_dir, write_atomic};
 pub use tcp::{PREAMBLE_FRAME_MAX, TcpLink};
-pub use token::{RandomError, random_token};
 pub use ticket::{Secret, Ticket, TicketError, TicketId, TicketIdError, TicketSecret};
+pub use token::{RandomError, random_token};

@@ -1,9 +1,9 @@
 //! Tensors on disk, named by their hash.
 //!
 //! A finished tensor is a file named by its BLAKE3; one on its way ends in `.part` and is continued where it broke off.
-//! A file is believed only after its bytes have been hashed, each time it is used, so neither a crash in the middle of a
-//! write nor a failing disk can put wrong weights into a model. The least recently used files go first when the cache
-//! is full.
+//! A file is believed only after its bytes have been hashed, each time it is used, so neither a crash in the middle of
+//! a write nor a failing disk can put wrong weights into a model. The least recently used files go first when the
+//! cache is full.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};

@@ -1,7 +1,7 @@
 //! The worker and the coordinator: owner loops that hold stages and move tokens through them.
 //!
-//! - [`Coordinator`] opens a [`LocalModel`], places it with the state machine of `brigade-protocol`, holds the tail stage
-//!   and serves [`serving::Request`]s through a [`Handle`].
+//! - [`Coordinator`] opens a [`LocalModel`], places it with the state machine of `brigade-protocol`, holds the tail
+//!   stage and serves [`serving::Request`]s through a [`Handle`].
 //! - [`Worker`] runs a stage for a coordinator elsewhere.
 //!
 //! Each has one thread that owns its state and hears of everything else through one channel; threads that block (links,

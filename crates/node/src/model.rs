@@ -57,8 +57,8 @@ struct EmbeddingTable {
 }
 
 impl LocalModel {
-    /// Opens a model and hashes its tensors; the hashes are kept in `state_dir`, so the next start reads only the header.
-    /// `progress` hears how many bytes were hashed, and of how many.
+    /// Opens a model and hashes its tensors; the hashes are kept in `state_dir`, so the next start reads only the
+    /// header. `progress` hears how many bytes were hashed, and of how many.
     ///
     /// # Errors
     /// If the file is no model that can be served.

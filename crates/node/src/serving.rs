@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use brigade_base::{ByteSize, LayerRange, ModelId, NodeId, Token};
-use brigade_engine::Sampling;
+pub use brigade_engine::Sampling;
 use serde::Serialize;
 use tokio::sync::mpsc;
 

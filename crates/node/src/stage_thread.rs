@@ -1,7 +1,7 @@
 //! The thread that computes a worker's stage: a frame comes in, the next one goes out.
 //!
-//! It reads its incoming link itself: while there is nothing to compute there is nothing else to do, and handing a frame
-//! from a reading thread to a computing one would cost a wake-up more than the frame's way.
+//! It reads its incoming link itself: while there is nothing to compute there is nothing else to do, and handing a
+//! frame from a reading thread to a computing one would cost a wake-up more than the frame's way.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -8,8 +8,9 @@ use crate::{Demand, ModelProfile, NodeProfile, Plan, PlanError, PlannedStage};
 /// Places a model on nodes, in ring order with the coordinator last.
 ///
 /// The fewest nodes that hold the model are used (all of them with [`Demand::spread`]): each further one adds a hop to
-/// every token. Among those, the cuts minimise the fullest node's use of its memory, which is what a split in proportion
-/// to memory does where layers can be divided freely; an exact dynamic programme over the legal cuts, O(nodes · cuts²).
+/// every token. Among those, the cuts minimise the fullest node's use of its memory, which is what a split in
+/// proportion to memory does where layers can be divided freely; an exact dynamic programme over the legal cuts,
+/// O(nodes · cuts²).
 ///
 /// # Errors
 /// If the model does not fit, or a pinned split is not possible.
@@ -274,7 +275,8 @@ mod tests {
         fn a_plan_holds_every_layer_once_and_overfills_nobody(
             memory in prop::collection::vec(60u64..1500, 1..6), n_layers in 1u32..20, step in 1u32..4, spread: bool,
         ) {
-            let model = ModelProfile { cut_points: (1..n_layers).filter(|c| c % step == 0).collect(), ..model(n_layers) };
+            let cut_points = (1..n_layers).filter(|c| c % step == 0).collect();
+            let model = ModelProfile { cut_points, ..model(n_layers) };
             let nodes = nodes(&memory);
             if let Ok(plan) = place(&model, &nodes, &Demand { spread, ..demand() }) {
                 let mut next = 0;
@@ -290,7 +292,9 @@ mod tests {
         }
 
         #[test]
-        fn no_split_is_emptier_at_its_fullest(memory in prop::collection::vec(700u64..1500, 2..4), n_layers in 3u32..7) {
+        fn no_split_is_emptier_at_its_fullest(
+            memory in prop::collection::vec(700u64..1500, 2..4), n_layers in 3u32..7,
+        ) {
             let (model, nodes) = (model(n_layers), nodes(&memory));
             let demand = Demand { spread: true, ..demand() };
             let ring: Vec<_> = nodes.iter().collect();

@@ -4,7 +4,8 @@
 //! endian:
 //!
 //! ```text
-//! deployment u64 | epoch u64 | pass u64 | dtype u8 | reserved u8 | n_sets u16 | n_timings u16 | n_embd u32 | n_rows u32
+//! deployment u64 | epoch u64 | pass u64
+//! dtype u8 | reserved u8 | n_sets u16 | n_timings u16 | n_embd u32 | n_rows u32
 //! n_sets    x (slot u32, keep u32, n_rows u32, n_outputs u32)
 //! n_timings x (compute_us u32, software_us u32)
 //! n_rows x n_embd x f32

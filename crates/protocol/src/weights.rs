@@ -1,7 +1,7 @@
 //! Tensors asked for and sent.
 //!
-//! A worker asks with a [`Fetch`] for the rest of one tensor; the coordinator answers with chunks until its end, or with
-//! `FETCH_FAILED`. The worker knows length and hash from the deployment, so chunks carry nothing but bytes.
+//! A worker asks with a [`Fetch`] for the rest of one tensor; the coordinator answers with chunks until its end, or
+//! with `FETCH_FAILED`. The worker knows length and hash from the deployment, so chunks carry nothing but bytes.
 
 use crate::DecodeError;
 

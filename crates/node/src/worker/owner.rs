@@ -154,7 +154,8 @@ impl Owner {
                     return;
                 }
                 self.stop_stage();
-                tracing::info!(epoch = %deploy.epoch, layers = %deploy.layers, model = deploy.model_name, "stage assigned");
+                let (epoch, layers) = (deploy.epoch, deploy.layers);
+                tracing::info!(%epoch, %layers, model = deploy.model_name, "stage assigned");
                 *lock(&self.upstream) = Some(deploy.upstream);
                 self.deploy = Some(Arc::new(*deploy));
                 self.to_load = true;
