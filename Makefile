@@ -16,7 +16,6 @@ export CMAKE_C_COMPILER_LAUNCHER ?= ccache
 export CMAKE_CXX_COMPILER_LAUNCHER ?= ccache
 endif
 
-VENV := $(abspath $(CARGO_TARGET_DIR))/test-venv
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 
 help: ## List these targets
@@ -34,17 +33,10 @@ demo: build ## Split a small model over three processes and watch it answer
 
 test: build ## Run all tests
 	@if cargo nextest --version >/dev/null 2>&1; then \
-		set -x; cargo nextest run --release --workspace && cargo test --release --workspace --doc; \
+		set -x; cargo nextest run --release --workspace --no-fail-fast && cargo test --release --workspace --doc; \
 	else \
-		set -x; cargo test --release --workspace; \
+		set -x; cargo test --release --workspace --no-fail-fast; \
 	fi
-	@if [ ! "$(VENV)/ready" -nt scripts/requirements.txt ]; then \
-		echo "installing the official openai client into $(VENV)"; \
-		python3 -m venv --clear "$(VENV)" && \
-		"$(VENV)/bin/pip" install --quiet --disable-pip-version-check -r scripts/requirements.txt && \
-		touch "$(VENV)/ready"; \
-	fi
-	"$(VENV)/bin/python" scripts/openai_client_test.py "$(CARGO_TARGET_DIR)/release/brigade"
 
 lint: deps ## Check format, clippy, the house rules and (with cargo-deny) licences
 	@cargo fmt --version >/dev/null 2>&1 && cargo clippy --version >/dev/null 2>&1 || rustup component add rustfmt clippy

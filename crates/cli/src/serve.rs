@@ -136,7 +136,7 @@ fn watch(coordinator: &Coordinator, handle: &dyn Serving, ready: &str) -> Result
         show_loading(&mut bars, &status);
         let state = match handle.readiness() {
             Readiness::Ready => ready.to_owned(),
-            Readiness::NotReady(_) => status.state.clone(),
+            Readiness::NotReady(why) => why,
         };
         if state != shown {
             bars.clear();

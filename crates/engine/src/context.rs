@@ -95,6 +95,7 @@ unsafe extern "C" fn on_node(node: *mut sys::ggml_tensor, ask: bool, user_data: 
     if ask {
         return true;
     }
+    hook.n_hits += u32::from(stops);
     let row_bytes = hook.n_embd * size_of::<f32>();
     let shape = [hook.n_embd as i64, hook.n_rows as i64, 1, 1];
     let dense = node.nb[0] == size_of::<f32>() && (hook.n_rows == 1 || node.nb[1] == row_bytes);
@@ -113,7 +114,6 @@ unsafe extern "C" fn on_node(node: *mut sys::ggml_tensor, ask: bool, user_data: 
         unsafe { sys::ggml_backend_tensor_set(std::ptr::from_ref(node).cast_mut(), data, 0, hook.n_rows * row_bytes) };
         return true;
     }
-    hook.n_hits += 1;
     // The capacity was reserved for the largest pass, so this allocates nothing.
     hook.values.resize(hook.n_rows * hook.n_embd, 0.0);
     // SAFETY: the node is computed and dense, and both sides have `n_rows * row_bytes` bytes.

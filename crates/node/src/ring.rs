@@ -161,6 +161,8 @@ impl Ring {
                 break end;
             }
         };
+        // Whoever stops a ring closes its links and cancels its stage, which then look broken.
+        let end = if running.ring.stop.load(Ordering::Relaxed) { RingEnd::Stopped } else { end };
         let failure = match &end {
             RingEnd::Stopped => reason(),
             RingEnd::Broke(why) => Failure::PlacementLost(why.clone()),

@@ -9,7 +9,7 @@ mod memory;
 mod place;
 
 pub use memory::{COMPUTE_FLOOR, HEADROOM_DIVISOR, StageMemory};
-pub use place::place;
+pub use place::{check_split, place};
 
 use std::fmt;
 

@@ -93,7 +93,11 @@ fn balance(model: &ModelProfile, ring: &[&NodeProfile], demand: &Demand) -> Opti
     Some(ranges)
 }
 
-fn pinned(model: &ModelProfile, nodes: &[NodeProfile], demand: &Demand, split: &[u32]) -> Result<Plan, PlanError> {
+/// Whether a pinned split is possible for this model at all, whatever the nodes.
+///
+/// # Errors
+/// If it has a stage without layers, does not add up, or cuts where the model cannot be cut.
+pub fn check_split(model: &ModelProfile, split: &[u32]) -> Result<(), PlanError> {
     let n_layers = model.n_layers();
     if split.contains(&0) || split.is_empty() {
         return Err(PlanError::SplitEmpty { split: split.to_vec() });
@@ -101,6 +105,18 @@ fn pinned(model: &ModelProfile, nodes: &[NodeProfile], demand: &Demand, split: &
     if split.iter().map(|&n| u64::from(n)).sum::<u64>() != u64::from(n_layers) {
         return Err(PlanError::SplitSum { split: split.to_vec(), n_layers });
     }
+    let mut at = 0;
+    for count in &split[..split.len() - 1] {
+        at += count;
+        if !model.cut_points.contains(&at) {
+            return Err(PlanError::SplitCut { at, allowed: model.cut_points.clone() });
+        }
+    }
+    Ok(())
+}
+
+fn pinned(model: &ModelProfile, nodes: &[NodeProfile], demand: &Demand, split: &[u32]) -> Result<Plan, PlanError> {
+    check_split(model, split)?;
     let (Some((coordinator, workers)), true) = (nodes.split_last(), split.len() <= nodes.len()) else {
         return Err(PlanError::SplitNodes { stages: split.len(), nodes: nodes.len() });
     };
@@ -108,9 +124,6 @@ fn pinned(model: &ModelProfile, nodes: &[NodeProfile], demand: &Demand, split: &
     let mut ranges = Vec::new();
     let mut start = 0;
     for (k, (&count, node)) in split.iter().zip(&ring).enumerate() {
-        if start != 0 && !model.cut_points.contains(&start) {
-            return Err(PlanError::SplitCut { at: start, allowed: model.cut_points.clone() });
-        }
         let layers =
             LayerRange::new(start, start + count).map_err(|_| PlanError::SplitEmpty { split: split.to_vec() })?;
         let needed = stage_memory(model, demand, layers, k + 1 == ring.len()).total();

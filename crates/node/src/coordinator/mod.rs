@@ -19,7 +19,7 @@ use std::time::Instant;
 use brigade_base::{ByteSize, DeploymentId};
 use brigade_gguf::StageViewError;
 use brigade_net::{Identity, Listener, Members, TicketBook, advertised_addrs};
-use brigade_plan::{Demand, NodeProfile};
+use brigade_plan::{Demand, NodeProfile, check_split};
 use brigade_protocol::cluster::{Cluster, Settings};
 
 use self::door::Door;
@@ -145,6 +145,10 @@ impl Coordinator {
         let members = Members::open(&options.state_dir).map_err(|e| state(e.to_string()))?;
         let model = Arc::new(model);
         let context = context_of(&model, options.context)?;
+        let profile = model.profile();
+        if let Some(split) = &options.split {
+            check_split(&profile, split).map_err(|error| CoordinatorError::Setting(error.to_string()))?;
+        }
         let listener = Listener::bind(&identity, &[options.listen])?;
         let link_addresses: Vec<SocketAddr> =
             listener.local_addrs().iter().flat_map(|a| advertised_addrs(*a)).collect();
@@ -162,7 +166,7 @@ impl Coordinator {
         let settings = Settings {
             deployment: DeploymentId(seconds_since_1970()),
             coordinator,
-            model: model.profile(),
+            model: profile,
             demand,
             nodes_wanted: options.nodes_wanted.max(1),
         };

@@ -343,7 +343,8 @@ impl Owner {
     }
 
     fn tail_loaded(&mut self, epoch: Epoch, result: Result<Box<LoadedStage>, String>) -> Option<String> {
-        self.tail = Tail::Empty;
+        let was_loading = std::mem::replace(&mut self.tail, Tail::Empty);
+        let was_cancelled = matches!(was_loading, Tail::Loading(cancel) if cancel.load(Ordering::Relaxed));
         let own = self.identity.node_id();
         match result {
             Ok(tail) => {
@@ -351,8 +352,8 @@ impl Owner {
                 self.tail = Tail::Loaded(tail);
                 self.feed(Input::Loaded(own, epoch, memory))
             }
-            // Given up for a newer placement, which is loaded next.
-            Err(_) if self.tail_wanted.is_some() => None,
+            // Nobody wants it any more; the next placement loads its own.
+            Err(_) if was_cancelled => None,
             Err(reason) => self.feed(Input::StageFailed(own, epoch, reason)),
         }
     }

@@ -1,0 +1,209 @@
+//! The verbs as people and scripts use them.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+mod support;
+
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use serde_json::{Value, json};
+use support::oracle::{conversation, oracle};
+use support::{Cluster, MAX_ANSWER, PATIENCE, abacus, eventually, run, run_with_input};
+
+fn parsed(args: &[&str]) -> Value {
+    serde_json::from_str(&run(args).ok()).unwrap()
+}
+
+#[test]
+fn every_verb_explains_itself() {
+    for verb in ["serve", "join", "chat", "status", "inspect", "plan", "ticket", "doctor"] {
+        for help in ["--help", "-h"] {
+            assert!(run(&[verb, help]).ok().contains(&format!("Usage: brigade {verb}")), "{verb}");
+        }
+        assert!(run(&["--help"]).ok().contains(&format!("  {verb} ")), "{verb}");
+    }
+    assert_eq!(run(&["--version"]).ok().trim(), concat!("brigade ", env!("CARGO_PKG_VERSION")));
+    for wrong in [&[][..], &["nonsense"], &["serve", "--nonsense"], &["serve", "--memory", "much"]] {
+        let ended = run(wrong);
+        assert!(ended.code == Some(2) && !ended.stderr.is_empty(), "{wrong:?}: {ended:?}");
+    }
+}
+
+#[test]
+fn inspect_tells_what_is_in_a_file() {
+    let abacus = abacus();
+    let path = abacus.to_str().unwrap();
+    let report = parsed(&["inspect", path, "--json"]);
+    let expected = json!({
+        "name": "abacus", "architecture": "llama", "unsupported": null, "quantisation": "F16", "layers": 8,
+        "embedding_length": 256, "vocabulary": 1024, "context": 1024, "experts": 0, "tied_head": false,
+        "kv_bytes_per_token": 4096, "cut_points": [1, 2, 3, 4, 5, 6, 7],
+    });
+    for (key, value) in expected.as_object().unwrap() {
+        assert_eq!(&report[key], value, "{key}");
+    }
+    assert_eq!(report["bytes_per_layer"].as_array().unwrap().len(), 8);
+    assert!(report.get("tensors").is_none());
+    let tensors = parsed(&["inspect", path, "--json", "--tensors"])["tensors"].as_array().unwrap().clone();
+    let embedding = tensors.iter().find(|tensor| tensor["name"] == "token_embd.weight").unwrap();
+    assert_eq!(embedding["dims"], json!([256, 1024]));
+    let text = run(&["inspect", path, "--tensors"]).ok();
+    assert!(text.contains("cut points     1-7") && text.contains("blk.7.ffn_down.weight"), "{text}");
+}
+
+#[test]
+fn plan_tells_who_gets_what() {
+    let abacus = abacus();
+    let path = abacus.to_str().unwrap();
+    let plan = |args: &[&str]| parsed(&[&["plan", path, "--json"], args].concat());
+    let stages = |plan: &Value| -> Vec<(String, Value)> {
+        let stages = plan["stages"].as_array().unwrap().iter();
+        stages.map(|stage| (stage["name"].as_str().unwrap().to_owned(), stage["layers"].clone())).collect()
+    };
+    let fits = plan(&["--node", "a=4GiB", "--node", "b=4GiB", "--context", "1024"]);
+    assert_eq!(stages(&fits), [("b".to_owned(), json!([0, 8]))], "one machine is enough, and that is the coordinator");
+    assert!(!fits["explanation"].as_array().unwrap().is_empty());
+    let spread = plan(&["--node", "a=4GiB,b=4GiB", "--context", "1024", "--spread"]);
+    assert_eq!(stages(&spread).len(), 2);
+    let pinned = plan(&["--node", "a=4GiB,b=4GiB", "--layers", "5,3", "--context", "1024"]);
+    assert_eq!(stages(&pinned), [("a".to_owned(), json!([0, 5])), ("b".to_owned(), json!([5, 8]))]);
+    assert_eq!(pinned["stages"][0]["node"].as_str().unwrap().len(), 64, "ids are hexadecimal");
+    let text = run(&["plan", path, "--node", "a=4GiB"]).ok();
+    assert!(text.contains("0..8"), "{text}");
+}
+
+#[test]
+fn status_and_doctor_show_the_cluster() {
+    let cluster = Cluster::of(2);
+    let [coordinator, worker] = ["a", "w0"].map(|node| cluster.state_dir(node));
+    let [coordinator, worker] = [&coordinator, &worker].map(|dir| dir.to_str().unwrap());
+    // So that there is something to measure.
+    (0..3).for_each(|_| cluster.check_answer());
+
+    let id_len = |value: &Value| value.as_str().map_or(0, str::len);
+    let status = eventually("measurements", || {
+        let status = parsed(&["status", "--state-dir", coordinator, "--json"]);
+        let pass_ms = |i: usize| status["nodes"][i]["pass_ms"].as_f64().unwrap();
+        let measured = pass_ms(0) > 0.0 && pass_ms(1) > 0.0 && status["hop_us_p50"].as_f64().unwrap() > 0.0;
+        (measured && status["running"] == 0).then_some(status)
+    });
+    let expected = json!({
+        "model": "abacus", "n_layers": 8, "state": "ready", "epoch": 1, "context": 1024, "parallel": 4, "waiting": 0,
+    });
+    for (key, value) in expected.as_object().unwrap() {
+        assert_eq!(&status[key], value, "{key}");
+    }
+    assert_eq!((id_len(&status["coordinator"]), id_len(&status["model_id"])), (64, 64), "{status}");
+    assert!(status["tokens_generated"].as_u64().unwrap() >= 6 && status["tokens_per_second"].as_f64().unwrap() > 0.0);
+    let nodes = status["nodes"].as_array().unwrap();
+    assert_eq!(nodes.len(), 2);
+    for (node, (name, role)) in nodes.iter().zip([("w0", "worker"), ("a", "coordinator")]) {
+        assert_eq!((&node["name"], &node["role"], &node["state"]), (&json!(name), &json!(role), &json!("ready")));
+        assert_eq!((&node["connected"], &node["loaded"], &node["threads"]), (&json!(true), &json!(1.0), &json!(1)));
+        assert_eq!(id_len(&node["id"]), 64);
+        let [stage, resident, offered] =
+            ["stage", "resident", "offered"].map(|kind| node[format!("memory_{kind}")].as_u64().unwrap());
+        assert!(1 << 20 < stage && stage < offered && 1 << 20 < resident, "{node}");
+        let port = node["address"].as_str().unwrap().parse::<std::net::SocketAddr>().unwrap().port();
+        assert!(port > 0);
+    }
+    assert!(nodes[0]["rtt_ms"].as_f64().unwrap() > 0.0);
+    assert_eq!(nodes[0]["layers"][1], nodes[1]["layers"][0], "one stage begins where the other ends");
+
+    let text = run(&["status", "--state-dir", coordinator]).ok();
+    assert!(text.starts_with("abacus: ready\n0 of 4 sessions run"), "{text}");
+    assert!(text.lines().any(|line| line.starts_with("w0 ") && line.contains(" worker ")), "{text}");
+    assert_eq!(text, run(&["status", "--url", cluster.url()]).ok(), "found and told are one");
+
+    let text = run(&["status", "--state-dir", worker]).ok();
+    let id = status["coordinator"].as_str().unwrap();
+    assert!(text.contains(&format!("worker of {}", &id[..8])) && text.contains("layers  0.."), "{text}");
+    let report = parsed(&["status", "--state-dir", worker, "--json"]);
+    assert_eq!((&report["state"], &report["connected"]), (&json!("running"), &json!(true)), "{report}");
+
+    for (dir, what) in [(coordinator, "model"), (worker, "coordinator")] {
+        let checks = parsed(&["doctor", "--state-dir", dir, "--json"]);
+        let checks = checks.as_array().unwrap();
+        assert!(checks.iter().all(|check| check["verdict"] != "fail" && check["found"].is_string()), "{checks:?}");
+        let found = checks.iter().find(|check| check["what"] == what).unwrap();
+        assert_eq!(found["verdict"], "ok", "{found}");
+        assert!(run(&["doctor", "--state-dir", dir]).ok().contains("ok    loopback"));
+    }
+    cluster.check_answer();
+}
+
+#[test]
+fn doctor_finds_a_lost_coordinator() {
+    let mut cluster = Cluster::of(2);
+    cluster.coordinator.kill();
+    for node in ["a", "w0"] {
+        let ended = run(&["doctor", "--state-dir", cluster.state_dir(node).to_str().unwrap(), "--json"]);
+        assert_eq!(ended.code, Some(1), "{ended:?}");
+        let checks: Value = serde_json::from_str(&ended.stdout).unwrap();
+        let failed: Vec<&Value> =
+            checks.as_array().unwrap().iter().filter(|check| check["verdict"] == "fail").collect();
+        assert!(failed.len() == 1 && failed[0]["fix"].is_string(), "{failed:?}");
+        assert!(ended.stderr.starts_with("brigade: 1 of "), "{ended:?}");
+    }
+}
+
+#[test]
+fn chat_answers_once_or_line_by_line() {
+    let cluster = Cluster::of(2);
+    let state = cluster.state_dir("a");
+    let state = state.to_str().unwrap();
+    let limit = MAX_ANSWER.to_string();
+    let chat = ["chat", "--state-dir", state, "--max-tokens", &limit];
+
+    let (first, second) = ("What is 17 + 25?", "What is 8 + 5?");
+    let answer = oracle().chat(first).text.clone();
+    assert_eq!(run(&[&chat[..], &[first]].concat()).ok(), format!("{answer}\n"));
+
+    let prompt = oracle().tokens(&conversation(&[first, &answer, second]));
+    let then = oracle().generate(&prompt, MAX_ANSWER, false).text.clone();
+    let said = run_with_input(&chat, &format!("{first}\n\n{second}\n")).ok();
+    assert_eq!(said, format!("{answer}\n{then}\n"), "the second turn knows of the first");
+    assert_eq!(run_with_input(&chat, "").ok(), "");
+
+    let long = "seven eight ".repeat(600);
+    let ended = run(&[&chat[..], &[&long]].concat());
+    assert!(ended.code == Some(1) && ended.stderr.contains("the prompt has"), "{ended:?}");
+}
+
+/// `brigade serve | head -1`: the reader that goes is no error.
+#[test]
+fn a_closed_pipe_is_no_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = dir.path().to_str().unwrap();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_brigade"))
+        .args(["serve", "--state-dir", state, "--port", "0", "--listen", "127.0.0.1:0", "--threads", "1"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    let mut reader = BufReader::with_capacity(1, child.stdout.take().unwrap());
+    reader.read_line(&mut line).unwrap();
+    assert!(line.starts_with("model "), "{line}");
+    drop(reader);
+    let deadline = Instant::now() + PATIENCE;
+    while child.try_wait().unwrap().is_none() {
+        if Instant::now() > deadline {
+            child.kill().unwrap();
+        }
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), String::from_utf8_lossy(&output.stderr).as_ref()), (Some(0), ""));
+
+    let mut child = Command::new(env!("CARGO_BIN_EXE_brigade"))
+        .args(["inspect", "--tensors", abacus().to_str().unwrap()])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), String::from_utf8_lossy(&output.stderr).as_ref()), (Some(0), ""));
+}

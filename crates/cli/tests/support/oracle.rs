@@ -1,0 +1,135 @@
+//! The right answers: the same file, whole, in this process, without network, batching or scheduling.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use brigade_base::Token;
+use brigade_engine::{Input, Row, Stage, StageOptions, Vocabulary};
+use brigade_gguf::{ModelFile, vocabulary_header};
+
+use super::{MAX_ANSWER, abacus};
+
+/// Tokens of one session: what abacus was trained for.
+const CONTEXT: u32 = 1024;
+
+/// What a session yields.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Answer {
+    /// The tokens, the end token not among them.
+    pub tokens: Vec<Token>,
+    /// Their text.
+    pub text: String,
+    /// The natural logarithm of each token's probability.
+    pub logprobs: Vec<f64>,
+    /// `stop` or `length`.
+    pub finish: &'static str,
+    /// Tokens generated, the end token counted.
+    pub n_generated: usize,
+}
+
+/// A model and what it has answered so far.
+pub struct Oracle {
+    stage: Stage,
+    vocabulary: Vocabulary,
+    known: HashMap<(Vec<Token>, u32, bool), Arc<Answer>>,
+}
+
+/// The oracle of this test binary.
+pub fn oracle() -> MutexGuard<'static, Oracle> {
+    static ORACLE: OnceLock<Mutex<Oracle>> = OnceLock::new();
+    ORACLE.get_or_init(|| Mutex::new(Oracle::load())).lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A chat with one message, as abacus was trained on it.
+pub fn rendered(prompt: &str) -> String {
+    conversation(&[prompt])
+}
+
+/// A conversation of user and assistant in turns; the last turn is the user's.
+pub fn conversation(turns: &[&str]) -> String {
+    let roles = ["user", "assistant"].into_iter().cycle();
+    let turns: String =
+        turns.iter().zip(roles).map(|(text, role)| format!("<|im_start|>{role}\n{text}<|im_end|>\n")).collect();
+    format!("{turns}<|im_start|>assistant\n")
+}
+
+impl Oracle {
+    fn load() -> Self {
+        brigade_engine::init();
+        let options = StageOptions {
+            n_ctx: CONTEXT,
+            n_sessions: 1,
+            max_rows: brigade_node::CHUNK,
+            max_outputs: 1,
+            n_threads: 1,
+            n_embd: 0,
+            n_vocab: 0,
+            input_node: None,
+            stop_node: None,
+        };
+        let stage = Stage::load_file(&abacus(), options).unwrap();
+        let header = vocabulary_header(ModelFile::open(abacus()).unwrap().catalog());
+        let n_bytes = header.len() as u64;
+        let vocabulary = Vocabulary::load(Box::new(std::io::Cursor::new(header)), n_bytes).unwrap();
+        Self { stage, vocabulary, known: HashMap::new() }
+    }
+
+    /// The tokens of a text, control tokens among them.
+    pub fn tokens(&self, text: &str) -> Vec<Token> {
+        self.vocabulary.tokenize(text, true, true).unwrap()
+    }
+
+    /// The answer to one question.
+    pub fn chat(&mut self, prompt: &str) -> Arc<Answer> {
+        let tokens = self.tokens(&rendered(prompt));
+        self.generate(&tokens, MAX_ANSWER, false)
+    }
+
+    /// The likeliest continuation of `prompt`, the lowest token id among equals.
+    pub fn generate(&mut self, prompt: &[Token], max_tokens: u32, ignore_end: bool) -> Arc<Answer> {
+        let question = (prompt.to_vec(), max_tokens, ignore_end);
+        if let Some(answer) = self.known.get(&question) {
+            return Arc::clone(answer);
+        }
+        let answer = Arc::new(self.compute(prompt, max_tokens, ignore_end));
+        self.known.insert(question, Arc::clone(&answer));
+        answer
+    }
+
+    fn compute(&mut self, prompt: &[Token], max_tokens: u32, ignore_end: bool) -> Answer {
+        self.stage.clear_all();
+        let mut logits = Vec::new();
+        prompt.chunks(brigade_node::CHUNK as usize).for_each(|chunk| self.feed(chunk, &mut logits));
+        let (mut tokens, mut logprobs, mut n_generated) = (Vec::new(), Vec::new(), 0);
+        let finish = loop {
+            let (token, logprob) = likeliest(&logits);
+            n_generated += 1;
+            if self.vocabulary.is_end(token) && !ignore_end {
+                break "stop";
+            }
+            tokens.push(token);
+            logprobs.push(logprob);
+            if n_generated >= max_tokens as usize {
+                break "length";
+            }
+            self.feed(&[token], &mut logits);
+        };
+        let bytes: Vec<u8> = tokens.iter().flat_map(|&token| self.vocabulary.token_bytes(token, false)).collect();
+        Answer { text: String::from_utf8_lossy(&bytes).into_owned(), tokens, logprobs, finish, n_generated }
+    }
+
+    /// Appends tokens; `logits` are those of the last.
+    fn feed(&mut self, tokens: &[Token], logits: &mut Vec<f32>) {
+        let start = self.stage.len(0);
+        let row = |i: usize| Row { slot: 0, position: start + i as u32, output: i + 1 == tokens.len() };
+        let rows: Vec<Row> = (0..tokens.len()).map(row).collect();
+        self.stage.run(&rows, Input::Tokens(tokens), logits).unwrap();
+    }
+}
+
+/// The likeliest token and the logarithm of its probability.
+fn likeliest(logits: &[f32]) -> (Token, f64) {
+    let best = (1..logits.len()).fold(0, |best, i| if logits[i] > logits[best] { i } else { best });
+    let sum: f64 = logits.iter().map(|&logit| (f64::from(logit) - f64::from(logits[best])).exp()).sum();
+    (best as Token, -sum.ln())
+}
