@@ -33,7 +33,7 @@ demo: build ## Split a small model over three processes and watch it answer
 
 test: build ## Run all tests
 	@if cargo nextest --version >/dev/null 2>&1; then \
-		set -x; cargo nextest run --release --workspace --no-fail-fast && cargo test --release --workspace --doc; \
+		set -x; cargo test --release --workspace --doc && cargo nextest run --release --workspace --no-fail-fast; \
 	else \
 		set -x; cargo test --release --workspace --no-fail-fast; \
 	fi

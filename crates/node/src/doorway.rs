@@ -17,6 +17,10 @@ use brigade_protocol::kind;
 /// How often the accepting thread looks whether it should end.
 const ACCEPT_POLL: Duration = Duration::from_millis(200);
 
+/// Links that may be about to say what they want. As many as may be in their handshake: nobody needs more, and each
+/// has a thread.
+const MAX_AT_THE_DOOR: usize = brigade_net::MAX_HANDSHAKES;
+
 /// Decides who may come in, and takes them in.
 pub trait Doorkeeper: Send + Sync + 'static {
     /// Whether this peer may have what it asks for.
@@ -40,12 +44,14 @@ impl Doorway {
     pub fn open(listener: Listener, keeper: Arc<dyn Doorkeeper>) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
+        let at_the_door = Arc::new(());
         let accept = move || {
             while !stopped.load(Ordering::Relaxed) {
                 match listener.accept(ACCEPT_POLL) {
+                    Ok(link) if Arc::strong_count(&at_the_door) > MAX_AT_THE_DOOR => link.close(),
                     Ok(link) => {
-                        let keeper = Arc::clone(&keeper);
-                        let serve = move || enter(&*keeper, link);
+                        let (keeper, place) = (Arc::clone(&keeper), Arc::clone(&at_the_door));
+                        let serve = move || enter(&*keeper, link, place);
                         if let Err(error) = std::thread::Builder::new().name("link".into()).spawn(serve) {
                             tracing::error!(%error, "no thread for a new link");
                         }
@@ -72,7 +78,8 @@ impl Drop for Doorway {
     }
 }
 
-fn enter(keeper: &dyn Doorkeeper, link: Arc<TcpLink>) {
+/// Hears a link out and lets it in; its place at the door is free once that is decided.
+fn enter(keeper: &dyn Doorkeeper, link: Arc<TcpLink>, place: Arc<()>) {
     let deadline = Instant::now() + PREAMBLE_TIMEOUT;
     let hello = match receive_hello(&*link, deadline) {
         Ok(hello) => hello,
@@ -82,6 +89,7 @@ fn enter(keeper: &dyn Doorkeeper, link: Arc<TcpLink>) {
         }
     };
     let admitted = hello.common_version().and_then(|version| keeper.admit(&hello, link.peer()).map(|()| version));
+    drop(place);
     match admitted {
         Ok(version) => match welcome(&*link, version) {
             Ok(()) => keeper.enter(hello, link),

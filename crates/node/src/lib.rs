@@ -31,6 +31,7 @@ pub use coordinator::{
     CHUNK, Coordinator, CoordinatorError, CoordinatorOptions, CoordinatorStopper, DEFAULT_CONTEXT_MAX, MAX_WAITING,
 };
 pub use handle::Handle;
+pub use known::probe_coordinator;
 pub use model::{LocalModel, ModelError, model_profile};
-pub use reach::{ReachError, probe_coordinator};
+pub use reach::ReachError;
 pub use worker::{Worker, WorkerError, WorkerOptions, WorkerStatus, WorkerStopper};

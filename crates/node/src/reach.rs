@@ -48,17 +48,3 @@ pub fn reach(
     greet(&*link, &Hello::new(purpose, secret.cloned()))?;
     Ok(link)
 }
-
-/// How long the coordinator that this node has joined takes to be reached and to let it in; `None` if there is none.
-pub fn probe_coordinator(state_dir: &std::path::Path) -> Option<Result<Duration, String>> {
-    let known = crate::known::KnownCoordinator::load(state_dir).ok()??;
-    let probe = || -> Result<Duration, String> {
-        let identity = Identity::load_or_create(state_dir).map_err(|error| error.to_string())?;
-        let begin = std::time::Instant::now();
-        let link = known.dial(&identity, Purpose::Weights, None).map_err(|error| error.to_string())?;
-        let took = begin.elapsed();
-        brigade_net::Link::close(&*link);
-        Ok(took)
-    };
-    Some(probe())
-}

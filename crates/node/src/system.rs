@@ -34,9 +34,11 @@ pub fn open_file_limit() -> Option<u64> {
     System::open_files_limit().map(|n| n as u64)
 }
 
-/// Threads that a node computes with unless told otherwise: one for each core that this process may use.
+/// Threads that a node computes with unless told otherwise: one for each core that this process may use. Two threads
+/// of one core share what computes, so they count once.
 pub fn default_threads() -> u32 {
-    std::thread::available_parallelism().map_or(1, |n| n.get() as u32)
+    let usable = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    System::physical_core_count().map_or(usable, |cores| usable.min(cores)).max(1) as u32
 }
 
 /// The machine's name for people.

@@ -22,6 +22,13 @@ use crate::control::Offer;
 /// killed process closes all its links within a millisecond; a vanished machine takes the heartbeat's time.
 const SETTLE: Duration = Duration::from_millis(300);
 
+/// A ring that breaks so often before it was ready is placed without the worker that says so: two machines that cannot
+/// reach each other never will. Until then each wait is twice the one before.
+const MAX_BREAKS: u32 = 3;
+
+/// Most doublings of the wait: about 20 seconds.
+const MAX_DOUBLINGS: u32 = 6;
+
 /// What stays the same over all placements.
 #[derive(Debug, Clone)]
 pub struct Settings {
@@ -50,12 +57,12 @@ pub enum Input {
     Loaded(NodeId, Epoch, ByteSize),
     /// A stage has reached the next one.
     Joined(NodeId, Epoch),
-    /// A stage cannot be loaded, or broke; the coordinator's own included.
+    /// A stage cannot be loaded; the coordinator's own included.
     StageFailed(NodeId, Epoch, String),
     /// A token went around the ring.
     WentAround(Epoch),
-    /// The ring broke at a link.
-    RingBroke(Epoch, String),
+    /// A link broke or a pass failed; the worker is the one that says so, if it is one.
+    RingBroke(Option<NodeId>, Epoch, String),
     /// Time has passed.
     Tick,
 }
@@ -186,6 +193,8 @@ pub struct Cluster {
     tail_loaded: bool,
     tail_memory: ByteSize,
     settle_until: Option<Instant>,
+    /// How often the ring broke since it was last ready.
+    n_breaks: u32,
     placed_before: bool,
     given_up: bool,
 }
@@ -202,6 +211,7 @@ impl Cluster {
             tail_loaded: false,
             tail_memory: ByteSize(0),
             settle_until: None,
+            n_breaks: 0,
             placed_before: false,
             given_up: false,
         }
@@ -289,11 +299,9 @@ impl Cluster {
                     actions.push(Action::Ready { epoch });
                 }
             }
-            Input::RingBroke(epoch, reason) => {
+            Input::RingBroke(by, epoch, reason) => {
                 if epoch == self.epoch && matches!(self.phase, Phase::Joining | Phase::Probing | Phase::Ready) {
-                    actions.push(Action::StopRing { epoch, reason: reason.clone() });
-                    self.phase = Phase::Settling(reason);
-                    self.settle_until = Some(now + SETTLE);
+                    self.ring_broke(now, by, reason, &mut actions);
                 }
             }
             Input::Tick => {
@@ -355,6 +363,19 @@ impl Cluster {
             member.stage = StageState::Failed(reason.to_owned());
             self.replace(&why, actions);
         }
+    }
+
+    fn ring_broke(&mut self, now: Instant, by: Option<NodeId>, reason: String, actions: &mut Vec<Action>) {
+        self.n_breaks = if self.phase == Phase::Ready { 0 } else { self.n_breaks + 1 };
+        if let Some(id) = by
+            && self.n_breaks > MAX_BREAKS
+        {
+            self.n_breaks = 0;
+            return self.stage_failed(id, self.epoch, &reason, actions);
+        }
+        actions.push(Action::StopRing { epoch: self.epoch, reason: reason.clone() });
+        self.phase = Phase::Settling(reason);
+        self.settle_until = Some(now + SETTLE * 2u32.pow(self.n_breaks.min(MAX_DOUBLINGS)));
     }
 
     /// Drops the present placement and makes another one.

@@ -137,7 +137,7 @@ fn a_broken_ring_waits_a_moment_for_the_news_of_who_is_gone() {
     let now = Instant::now();
     let mut cluster = cluster(600, 3);
     ready(&mut cluster, now);
-    assert_eq!(kinds(&cluster.handle(now, Input::RingBroke(Epoch(1), "closed".into()))), ["stop"]);
+    assert_eq!(kinds(&cluster.handle(now, Input::RingBroke(None, Epoch(1), "closed".into()))), ["stop"]);
     assert!(cluster.handle(now, Input::Tick).is_empty());
     let actions = cluster.handle(now, Input::Gone(node(2), "closed".into()));
     assert_eq!(kinds(&actions), ["deploy", "load tail"]);
@@ -149,10 +149,33 @@ fn a_broken_ring_without_a_loss_is_placed_again_with_all() {
     let now = Instant::now();
     let mut cluster = cluster(600, 3);
     ready(&mut cluster, now);
-    cluster.handle(now, Input::RingBroke(Epoch(1), "closed".into()));
+    cluster.handle(now, Input::RingBroke(None, Epoch(1), "closed".into()));
     let actions = cluster.handle(cluster.next_tick().unwrap(), Input::Tick);
     assert_eq!(kinds(&actions), ["deploy", "deploy", "load tail"]);
     make_ready(&mut cluster, now, &[1, 2]);
+}
+
+#[test]
+fn a_worker_that_never_reaches_the_next_is_left_out_after_some_tries() {
+    let now = Instant::now();
+    let mut cluster = cluster(600, 3);
+    ready(&mut cluster, now);
+    let mut waits = Vec::new();
+    loop {
+        let epoch = cluster.epoch();
+        cluster.handle(now, Input::Loaded(COORDINATOR, epoch, ByteSize(1)));
+        for n in [1, 2] {
+            cluster.handle(now, Input::Loaded(node(n), epoch, ByteSize(1)));
+        }
+        cluster.handle(now, Input::RingBroke(Some(node(1)), epoch, "no route".into()));
+        let Some(until) = cluster.next_tick() else { break };
+        waits.push((until - now).as_millis());
+        cluster.handle(until, Input::Tick);
+    }
+    assert_eq!(waits, [300, 600, 1200, 2400]);
+    let member = cluster.members().iter().find(|m| m.id == node(1)).unwrap();
+    assert_eq!(member.stage, StageState::Failed("no route".into()));
+    assert_eq!(cluster.plan().unwrap().stages.len(), 2);
 }
 
 #[test]
@@ -176,7 +199,7 @@ fn news_of_an_old_epoch_change_nothing() {
         Input::Loaded(node(2), Epoch(1), ByteSize(1)),
         Input::Joined(node(2), Epoch(1)),
         Input::StageFailed(node(2), Epoch(1), "late".into()),
-        Input::RingBroke(Epoch(1), "late".into()),
+        Input::RingBroke(None, Epoch(1), "late".into()),
         Input::WentAround(Epoch(1)),
     ] {
         assert!(cluster.handle(now, input).is_empty());

@@ -156,8 +156,15 @@ pub enum ToCoordinator {
         /// Epoch of the stage.
         epoch: Epoch,
     },
-    /// The stage cannot be loaded, or broke.
+    /// The stage cannot be loaded.
     StageFailed {
+        /// Epoch of the stage.
+        epoch: Epoch,
+        /// Why, for people.
+        reason: String,
+    },
+    /// The next stage cannot be reached, or a pass could not be computed.
+    RingBroke {
         /// Epoch of the stage.
         epoch: Epoch,
         /// Why, for people.

@@ -147,7 +147,7 @@ impl Owner {
                 match end {
                     RingEnd::Broke(reason) => {
                         tracing::warn!(%epoch, reason, "the ring broke");
-                        self.feed(Input::RingBroke(epoch, reason))
+                        self.feed(Input::RingBroke(None, epoch, reason))
                     }
                     RingEnd::Stopped => None,
                 }
@@ -204,6 +204,10 @@ impl Owner {
             ToCoordinator::StageFailed { epoch, reason } => {
                 tracing::warn!(node = %id.short(), %epoch, reason, "a worker's stage failed");
                 self.feed(Input::StageFailed(id, epoch, reason))
+            }
+            ToCoordinator::RingBroke { epoch, reason } => {
+                tracing::warn!(node = %id.short(), %epoch, reason, "a worker says that the ring broke");
+                self.feed(Input::RingBroke(Some(id), epoch, reason))
             }
             ToCoordinator::Goodbye { reason } => {
                 if let Some(worker) = self.workers.remove(&id) {
@@ -364,7 +368,13 @@ impl Owner {
         ends: Option<(NodeId, NodeId)>,
         n_stages: u32,
     ) -> Result<(), CoordinatorError> {
-        let Tail::Loaded(tail) = std::mem::replace(&mut self.tail, Tail::InRing) else { return Ok(()) };
+        let tail = match std::mem::replace(&mut self.tail, Tail::InRing) {
+            Tail::Loaded(tail) => tail,
+            other => {
+                self.tail = other;
+                return Err(CoordinatorError::Tail("the ring was to start without its tail".to_owned()));
+            }
+        };
         let attach = Attach { deployment: self.deployment(), epoch };
         let limits = Limits {
             n_slots: self.options.parallel,

@@ -133,7 +133,7 @@ impl Owner {
                 self.slot = if self.deploy.is_some() { Slot::Loaded(stage) } else { Slot::Empty };
                 (self.inbound, self.outbound) = (None, None);
                 if let StageEnd::Failed(reason) = end {
-                    self.fail(epoch, reason);
+                    self.broke(epoch, reason);
                 }
             }
             Event::Stop | Event::GaveUp(_) => {}
@@ -189,6 +189,13 @@ impl Owner {
         if self.deploy.as_ref().is_some_and(|d| d.epoch == epoch) {
             self.tell(&ToCoordinator::StageFailed { epoch, reason });
         }
+    }
+
+    /// The stage is as it should be, but the ring is not.
+    fn broke(&mut self, epoch: Epoch, reason: String) {
+        tracing::warn!(%epoch, reason, "the ring broke");
+        self.set_trouble(reason.clone());
+        self.tell(&ToCoordinator::RingBroke { epoch, reason });
     }
 
     fn set_trouble(&self, text: String) {
@@ -309,7 +316,7 @@ impl Owner {
                 self.outbound = Some(link);
                 self.tell(&ToCoordinator::Joined { epoch });
             }
-            Err(reason) => self.fail(epoch, reason),
+            Err(reason) => self.broke(epoch, reason),
         }
     }
 
