@@ -114,7 +114,10 @@ fn status_and_doctor_show_the_cluster() {
     let text = run(&["status", "--state-dir", coordinator]).ok();
     assert!(text.starts_with("abacus: ready\n0 of 4 sessions run"), "{text}");
     assert!(text.lines().any(|line| line.starts_with("w0 ") && line.contains(" worker ")), "{text}");
-    assert_eq!(text, run(&["status", "--url", cluster.url()]).ok(), "found and told are one");
+    // Measurements change from one look to the next; who is here does not.
+    let names =
+        |text: &str| text.lines().filter_map(|line| line.split(' ').next().map(str::to_owned)).collect::<Vec<_>>();
+    assert_eq!(names(&text), names(&run(&["status", "--url", cluster.url()]).ok()), "found and told are one");
 
     let text = run(&["status", "--state-dir", worker]).ok();
     let id = status["coordinator"].as_str().unwrap();

@@ -41,21 +41,24 @@ impl Submissions {
     /// A new way in; the old one ends.
     pub(crate) fn open(&self) -> Receiver<Submission> {
         let (sender, receiver) = channel();
-        lock(&self.0).0 = Some(sender);
+        *lock(&self.0) = (Some(sender), Failure::PlacementLost("the model is placed anew".to_owned()));
         receiver
     }
 
     /// No way in, and what those who are in will hear: the first reason, if there are several.
     pub(crate) fn close(&self, failure: Failure) {
-        let mut inner = lock(&self.0);
-        if inner.0.take().is_some() {
-            inner.1 = failure;
-        }
+        self.end(Some(failure));
     }
 
-    /// What was said when it was closed.
-    pub(crate) fn failure(&self) -> Failure {
-        lock(&self.0).1.clone()
+    /// No way in any more, if there still was one; returns what those who are in are to hear.
+    pub(crate) fn end(&self, failure: Option<Failure>) -> Failure {
+        let mut inner = lock(&self.0);
+        if inner.0.take().is_some()
+            && let Some(failure) = failure
+        {
+            inner.1 = failure;
+        }
+        inner.1.clone()
     }
 
     fn send(&self, submission: Submission) -> bool {

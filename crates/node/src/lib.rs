@@ -20,6 +20,7 @@ mod ring;
 pub mod serving;
 mod stage_pass;
 mod stage_thread;
+mod state_lock;
 mod stats;
 pub mod system;
 mod text;

@@ -153,8 +153,9 @@ impl Ring {
         Ok(())
     }
 
-    /// Serves until it breaks or is stopped. Every session has heard its end when this returns.
-    pub fn run(&mut self, inbox: &Receiver<Submission>, reason: &dyn Fn() -> Failure) -> RingEnd {
+    /// Serves until it breaks or is stopped. Every session has heard its end when this returns. `close` is called once,
+    /// with what broke if something did: it lets no more submissions in and says what to tell those who are.
+    pub fn run(&mut self, inbox: &Receiver<Submission>, close: &dyn Fn(Option<Failure>) -> Failure) -> RingEnd {
         let mut running = self.running();
         let end = loop {
             if let Err(end) = running.turn(inbox) {
@@ -164,8 +165,8 @@ impl Ring {
         // Whoever stops a ring closes its links and cancels its stage, which then look broken.
         let end = if running.ring.stop.load(Ordering::Relaxed) { RingEnd::Stopped } else { end };
         let failure = match &end {
-            RingEnd::Stopped => reason(),
-            RingEnd::Broke(why) => Failure::PlacementLost(why.clone()),
+            RingEnd::Stopped => close(None),
+            RingEnd::Broke(why) => close(Some(Failure::PlacementLost(why.clone()))),
         };
         let waiting = inbox.try_iter().map(|submission| submission.events);
         let open = running.sessions.drain().map(|(_, session)| session.events);

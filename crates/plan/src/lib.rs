@@ -155,10 +155,14 @@ pub enum PlanError {
 
 fn does_not_fit(needed: ByteSize, offered: ByteSize, missing: ByteSize, n_nodes: usize) -> String {
     let who = if n_nodes == 1 { "this node".to_owned() } else { format!("the {n_nodes} nodes here") };
-    format!(
-        "the model needs {needed} with its KV cache, and {who} can use {offered}: {missing} are missing. \
-         Let another machine join, raise --memory, or lower --context or --parallel"
-    )
+    let advice = "Let another machine join, raise --memory, or lower --context or --parallel";
+    if offered >= needed {
+        return format!(
+            "the model needs {needed} with its KV cache, and {who} can use {offered}, but between its layers there is \
+             no cut that fits; up to {missing} more are needed. {advice}"
+        );
+    }
+    format!("the model needs {needed} with its KV cache, and {who} can use {offered}: {missing} are missing. {advice}")
 }
 
 fn list(cuts: &[u32]) -> String {

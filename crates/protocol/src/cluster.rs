@@ -29,6 +29,10 @@ const MAX_BREAKS: u32 = 3;
 /// Most doublings of the wait: about 20 seconds.
 const MAX_DOUBLINGS: u32 = 6;
 
+/// While the model does not fit without the nodes that were left out, they get another chance this often: what failed
+/// may have been a switch that restarted or a disk that was full.
+const RETRY: Duration = Duration::from_secs(10);
+
 /// What stays the same over all placements.
 #[derive(Debug, Clone)]
 pub struct Settings {
@@ -197,6 +201,8 @@ pub struct Cluster {
     n_breaks: u32,
     placed_before: bool,
     given_up: bool,
+    /// When the present input came.
+    now: Option<Instant>,
 }
 
 impl Cluster {
@@ -214,6 +220,7 @@ impl Cluster {
             n_breaks: 0,
             placed_before: false,
             given_up: false,
+            now: None,
         }
     }
 
@@ -255,6 +262,7 @@ impl Cluster {
     /// Takes note of what happened and says what to do, in this order.
     pub fn handle(&mut self, now: Instant, input: Input) -> Vec<Action> {
         let mut actions = Vec::new();
+        self.now = Some(now);
         if self.given_up {
             return actions;
         }
@@ -307,6 +315,9 @@ impl Cluster {
             Input::Tick => {
                 let is_new = self.epoch == Epoch(0);
                 if is_new || self.settle_until.is_some_and(|until| now >= until) {
+                    if matches!(self.phase, Phase::Waiting(_)) {
+                        self.forgive();
+                    }
                     self.place(&mut actions);
                 }
             }
@@ -324,6 +335,7 @@ impl Cluster {
 
     fn offer(&mut self, id: NodeId, offer: Offer, actions: &mut Vec<Action>) {
         let had_stage = self.remove(id);
+        self.n_breaks = 0;
         let member = Member { id, offer, layers: None, stage: StageState::Idle, stage_memory: ByteSize(0) };
         self.members.push(member);
         if had_stage {
@@ -335,10 +347,20 @@ impl Cluster {
 
     fn gone(&mut self, id: NodeId, reason: &str, actions: &mut Vec<Action>) {
         let name = self.members.iter().find(|m| m.id == id).map(|m| m.offer.name.clone());
+        self.n_breaks = 0;
         if self.remove(id) {
             self.replace(&format!("node {} is gone ({reason})", name.unwrap_or_default()), actions);
         } else if matches!(self.phase, Phase::Waiting(_)) {
             self.place(actions);
+        }
+    }
+
+    /// Lets the nodes that were left out take part again.
+    fn forgive(&mut self) {
+        for member in &mut self.members {
+            if matches!(member.stage, StageState::Failed(_)) {
+                member.stage = StageState::Idle;
+            }
         }
     }
 
@@ -421,6 +443,9 @@ impl Cluster {
                         _ => None,
                     })
                     .collect();
+                if !failures.is_empty() {
+                    self.settle_until = self.now.map(|now| now + RETRY);
+                }
                 let all: Vec<String> = std::iter::once(reason).chain(failures).collect();
                 self.phase = Phase::Waiting(all.join("; "));
             }

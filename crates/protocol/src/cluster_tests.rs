@@ -190,6 +190,19 @@ fn a_node_whose_stage_fails_is_left_out_until_it_comes_anew() {
 }
 
 #[test]
+fn nodes_that_were_left_out_get_another_chance_while_the_model_does_not_fit_without_them() {
+    let now = Instant::now();
+    let mut cluster = cluster(400, 3);
+    ready(&mut cluster, now);
+    let actions = cluster.handle(now, Input::StageFailed(node(1), Epoch(1), "disk full".into()));
+    assert_eq!(kinds(&actions), ["stop", "undeploy"]);
+    let Phase::Waiting(why) = cluster.phase() else { panic!() };
+    assert!(why.contains("disk full"), "{why}");
+    let until = cluster.next_tick().unwrap();
+    assert_eq!(kinds(&cluster.handle(until, Input::Tick)), ["deploy", "deploy", "load tail"]);
+}
+
+#[test]
 fn news_of_an_old_epoch_change_nothing() {
     let now = Instant::now();
     let mut cluster = cluster(600, 3);

@@ -26,8 +26,6 @@ pub struct Limits {
     pub chunk: u32,
     /// Stages of the ring, and so the most passes in it.
     pub n_stages: u32,
-    /// Most sessions that wait for a slot.
-    pub max_waiting: usize,
 }
 
 /// A pass to send: the row sets and the tokens of their rows, in the same order.
@@ -55,12 +53,6 @@ pub struct Output {
 /// Why a session was not taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum AdmitError {
-    /// The queue is full.
-    #[error("{waiting} sessions are waiting already")]
-    Busy {
-        /// How many wait.
-        waiting: usize,
-    },
     /// The prompt leaves no room for an answer.
     #[error("the prompt has {tokens} tokens and the context {context}")]
     TooLong {
@@ -141,19 +133,16 @@ impl Passes {
         }
     }
 
-    /// Takes a session; it starts as soon as a slot is free.
+    /// Takes a session; it starts as soon as a slot is free. How many may wait is up to the caller.
     ///
     /// # Errors
-    /// If it can never run, or too many wait.
+    /// If it can never run.
     pub fn admit(&mut self, id: SessionId, prompt: Vec<Token>) -> Result<(), AdmitError> {
         if prompt.is_empty() {
             return Err(AdmitError::Empty);
         }
         if prompt.len() >= self.limits.context as usize {
             return Err(AdmitError::TooLong { tokens: prompt.len(), context: self.limits.context });
-        }
-        if self.waiting.len() >= self.limits.max_waiting && self.slots.iter().all(Option::is_some) {
-            return Err(AdmitError::Busy { waiting: self.waiting.len() });
         }
         self.waiting.push_back((id, prompt));
         self.fill_slots();
@@ -298,7 +287,7 @@ mod tests {
     use std::collections::HashMap;
 
     fn limits(n_slots: u32, n_stages: u32) -> Limits {
-        Limits { n_slots, context: 64, chunk: 8, n_stages, max_waiting: 2 }
+        Limits { n_slots, context: 64, chunk: 8, n_stages }
     }
 
     fn set(slot: u32, keep: u32, n_rows: u32, n_outputs: u32) -> RowSet {
@@ -345,12 +334,11 @@ mod tests {
     }
 
     #[test]
-    fn those_who_wait_come_next_and_the_queue_has_an_end() {
+    fn those_who_wait_come_next() {
         let mut passes = Passes::new(limits(1, 1));
         for id in 1..=3 {
             passes.admit(SessionId(id), vec![1]).unwrap();
         }
-        assert_eq!(passes.admit(SessionId(4), vec![1]), Err(AdmitError::Busy { waiting: 2 }));
         passes.end(SessionId(2));
         passes.end(SessionId(1));
         assert_eq!((passes.n_running(), passes.n_waiting()), (1, 0));

@@ -27,8 +27,9 @@ use self::owner::{Event, Owner, Tail};
 use crate::doorway::{Doorkeeper, Doorway};
 use crate::handle::{Handle, Shared};
 use crate::model::{LocalModel, ModelError};
+use crate::state_lock::StateLock;
 use crate::stats::RingStats;
-use crate::threads::seconds_since_1970;
+use crate::threads::unique_number;
 
 mod door;
 mod owner;
@@ -140,6 +141,7 @@ impl Coordinator {
     pub fn start(model: LocalModel, options: CoordinatorOptions) -> Result<Self, CoordinatorError> {
         brigade_engine::init();
         let identity = Arc::new(Identity::load_or_create(&options.state_dir)?);
+        let lock = StateLock::take(&options.state_dir).map_err(|error| CoordinatorError::State(error.to_string()))?;
         let state = |error: String| CoordinatorError::State(error);
         let tickets = TicketBook::open(&options.state_dir).map_err(|e| state(e.to_string()))?;
         let members = Members::open(&options.state_dir).map_err(|e| state(e.to_string()))?;
@@ -164,7 +166,7 @@ impl Coordinator {
             split: options.split.clone(),
         };
         let settings = Settings {
-            deployment: DeploymentId(seconds_since_1970()),
+            deployment: DeploymentId(unique_number()),
             coordinator,
             model: profile,
             demand,
@@ -198,6 +200,7 @@ impl Coordinator {
             ring_stop: None,
             started: Instant::now(),
             _doorway: doorway,
+            _lock: lock,
         };
         let thread = std::thread::Builder::new().name("coordinator".into()).spawn(move || owner.run(&inbox))?;
         let handle = Arc::new(Handle::new(shared, model, stats));

@@ -16,13 +16,14 @@ use brigade_protocol::passes::Limits;
 
 use super::ring_thread::{RingStopper, RingThread};
 use super::worker_link::{Pulse, WorkerLink, read_worker, with_seen_address, write_worker};
-use super::{CHUNK, CoordinatorError, CoordinatorOptions, MAX_WAITING};
+use super::{CHUNK, CoordinatorError, CoordinatorOptions};
 use crate::doorway::Doorway;
 use crate::handle::Shared;
 use crate::loaded::{LoadedStage, StageKey, chain, load_stage};
 use crate::model::LocalModel;
 use crate::ring::RingEnd;
 use crate::serving::{Failure, Readiness};
+use crate::state_lock::StateLock;
 use crate::stats::RingStats;
 use crate::threads::spawn;
 
@@ -80,6 +81,7 @@ pub(super) struct Owner {
     pub(super) ring_stop: Option<RingStopper>,
     pub(super) started: Instant,
     pub(super) _doorway: Doorway,
+    pub(super) _lock: StateLock,
 }
 
 impl Owner {
@@ -254,7 +256,10 @@ impl Owner {
                     tracing::info!(%epoch, "ready");
                     self.shared.set_readiness(Readiness::Ready);
                 }
-                Action::StopRing { reason, .. } => self.stop_ring(Failure::PlacementLost(reason)),
+                Action::StopRing { reason, .. } => {
+                    self.tail_wanted = None;
+                    self.stop_ring(Failure::PlacementLost(reason));
+                }
                 Action::Undeploy { node, epoch } => {
                     self.send(node, ToWorker::Undeploy { deployment: self.deployment(), epoch });
                 }
@@ -376,13 +381,7 @@ impl Owner {
             }
         };
         let attach = Attach { deployment: self.deployment(), epoch };
-        let limits = Limits {
-            n_slots: self.options.parallel,
-            context: self.context,
-            chunk: CHUNK,
-            n_stages,
-            max_waiting: MAX_WAITING,
-        };
+        let limits = Limits { n_slots: self.options.parallel, context: self.context, chunk: CHUNK, n_stages };
         let stopper = RingStopper {
             stop: Arc::new(AtomicBool::new(false)),
             canceller: tail.runner.stage().canceller(),
@@ -413,7 +412,11 @@ impl Owner {
 
     /// Ends the ring, if there is one; its sessions hear why.
     fn stop_ring(&mut self, why: Failure) {
-        self.shared.set_readiness(Readiness::NotReady(why.to_string()));
+        let reason = match &why {
+            Failure::PlacementLost(reason) => reason.clone(),
+            other => other.to_string(),
+        };
+        self.shared.set_readiness(Readiness::NotReady(reason));
         self.shared.submissions.close(why);
         if let Some(stopper) = &self.ring_stop {
             stopper.stop();

@@ -77,7 +77,7 @@ impl RingThread {
             Ok(()) => {
                 let inbox = self.shared.submissions.open();
                 let _ = self.events.send(Event::WentAround(self.attach.epoch));
-                ring.run(&inbox, &|| self.shared.submissions.failure())
+                ring.run(&inbox, &|failure| self.shared.submissions.end(failure))
             }
             Err(end) => end,
         };
@@ -100,6 +100,10 @@ impl RingThread {
             match self.last_link.recv_timeout(Duration::from_millis(50)) {
                 Ok(last) => {
                     lock(&self.stopper.links).push(Arc::clone(&last));
+                    // Whoever stops the ring sets the flag before it closes the links that it finds.
+                    if self.stopper.stop.load(Ordering::Relaxed) {
+                        return Err(RingEnd::Stopped);
+                    }
                     let first = Outgoing::new(first).map_err(|error| broke(error.to_string()))?;
                     return Ok(Some(RingLinks { first, last }));
                 }

@@ -27,6 +27,7 @@ use crate::cache::Cache;
 use crate::doorway::Doorway;
 use crate::known::KnownCoordinator;
 use crate::reach::ReachError;
+use crate::state_lock::StateLock;
 use crate::threads::{lock, spawn};
 
 mod control;
@@ -133,6 +134,7 @@ impl Worker {
     pub fn start(options: WorkerOptions) -> Result<Self, WorkerError> {
         brigade_engine::init();
         let identity = Arc::new(Identity::load_or_create(&options.state_dir)?);
+        let lock = StateLock::take(&options.state_dir)?;
         let own = options.own_copy.as_ref().map(ModelFile::open).transpose()?.map(Arc::new);
         let known = match &options.ticket {
             Some(ticket) => KnownCoordinator::of(ticket),
@@ -178,6 +180,7 @@ impl Worker {
             inbound: None,
             outbound: None,
             _doorway: doorway,
+            _lock: lock,
         };
         let offer = Offer {
             name: options.name,

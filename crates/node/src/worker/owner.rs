@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
 use std::sync::{Arc, Mutex};
 
-use brigade_base::{Epoch, Hash, NodeId};
+use brigade_base::{Hash, NodeId};
 use brigade_gguf::ModelFile;
 use brigade_net::{Identity, Link, Purpose};
 use brigade_protocol::control::{Deploy, ToCoordinator, ToWorker};
@@ -20,6 +20,7 @@ use crate::known::KnownCoordinator;
 use crate::loaded::{LoadedStage, StageKey};
 use crate::reach::reach;
 use crate::stage_thread::{RunningStage, StageEnd};
+use crate::state_lock::StateLock;
 use crate::threads::{lock, spawn};
 
 /// What the other threads tell the owner loop.
@@ -30,9 +31,9 @@ pub(super) enum Event {
     Disconnected(String),
     GaveUp(WorkerError),
     Inbound(Arc<dyn Link>, Attach),
-    Loaded(Epoch, Result<Box<LoadedStage>, LoadFailure>),
-    Dialled(Epoch, Result<Arc<dyn Link>, String>),
-    StageEnded(Epoch, Box<LoadedStage>, StageEnd),
+    Loaded(Attach, Result<Box<LoadedStage>, LoadFailure>),
+    Dialled(Attach, Result<Arc<dyn Link>, String>),
+    StageEnded(Attach, Box<LoadedStage>, StageEnd),
     Stop,
 }
 
@@ -75,6 +76,7 @@ pub(super) struct Owner {
     pub(super) inbound: Option<Arc<dyn Link>>,
     pub(super) outbound: Option<Arc<dyn Link>>,
     pub(super) _doorway: Doorway,
+    pub(super) _lock: StateLock,
 }
 
 impl Owner {
@@ -85,8 +87,8 @@ impl Owner {
             match event {
                 Event::Stop => break Ok(()),
                 Event::GaveUp(error) => break Err(error),
-                Event::Loaded(epoch, Err(LoadFailure::OtherModel(reason))) => {
-                    self.tell(&ToCoordinator::StageFailed { epoch, reason: reason.clone() });
+                Event::Loaded(attach, Err(LoadFailure::OtherModel(reason))) => {
+                    self.tell(&ToCoordinator::StageFailed { epoch: attach.epoch, reason: reason.clone() });
                     break Err(WorkerError::OtherModel(reason));
                 }
                 event => self.apply(event),
@@ -125,15 +127,15 @@ impl Owner {
                     link.close();
                 }
             }
-            Event::Loaded(epoch, result) => self.loaded(epoch, result),
-            Event::Dialled(epoch, result) => self.dialled(epoch, result),
-            Event::StageEnded(epoch, stage, end) => {
+            Event::Loaded(attach, result) => self.loaded(attach, result),
+            Event::Dialled(attach, result) => self.dialled(attach, result),
+            Event::StageEnded(attach, stage, end) => {
                 let mut stage = stage;
                 stage.runner.clear();
                 self.slot = if self.deploy.is_some() { Slot::Loaded(stage) } else { Slot::Empty };
                 (self.inbound, self.outbound) = (None, None);
                 if let StageEnd::Failed(reason) = end {
-                    self.broke(epoch, reason);
+                    self.broke(attach, reason);
                 }
             }
             Event::Stop | Event::GaveUp(_) => {}
@@ -150,7 +152,8 @@ impl Owner {
                 lock(&self.status).trouble = None;
             }
             ToWorker::Deploy(deploy) => {
-                if self.deploy.as_ref().is_some_and(|now| now.epoch >= deploy.epoch) {
+                let is_old = |now: &Attach| now.deployment == deploy.deployment && now.epoch >= deploy.epoch;
+                if self.attach().as_ref().is_some_and(is_old) {
                     return;
                 }
                 self.stop_stage();
@@ -160,9 +163,9 @@ impl Owner {
                 self.deploy = Some(Arc::new(*deploy));
                 self.to_load = true;
             }
-            ToWorker::Join { epoch, .. } => self.dial_next(epoch),
-            ToWorker::Undeploy { epoch, .. } => {
-                if self.deploy.as_ref().is_some_and(|now| now.epoch <= epoch) {
+            ToWorker::Join { deployment, epoch } => self.dial_next(Attach { deployment, epoch }),
+            ToWorker::Undeploy { deployment, epoch } => {
+                if self.attach().is_some_and(|now| now.deployment == deployment && now.epoch <= epoch) {
                     self.undeploy();
                 }
             }
@@ -183,19 +186,24 @@ impl Owner {
         }
     }
 
-    fn fail(&mut self, epoch: Epoch, reason: String) {
+    /// The stage cannot be loaded.
+    fn fail(&mut self, attach: Attach, reason: String) {
+        let epoch = attach.epoch;
         tracing::error!(%epoch, reason, "the stage failed");
         self.set_trouble(reason.clone());
-        if self.deploy.as_ref().is_some_and(|d| d.epoch == epoch) {
+        if self.attach() == Some(attach) {
             self.tell(&ToCoordinator::StageFailed { epoch, reason });
         }
     }
 
     /// The stage is as it should be, but the ring is not.
-    fn broke(&mut self, epoch: Epoch, reason: String) {
+    fn broke(&mut self, attach: Attach, reason: String) {
+        let epoch = attach.epoch;
         tracing::warn!(%epoch, reason, "the ring broke");
         self.set_trouble(reason.clone());
-        self.tell(&ToCoordinator::RingBroke { epoch, reason });
+        if self.attach() == Some(attach) {
+            self.tell(&ToCoordinator::RingBroke { epoch, reason });
+        }
     }
 
     fn set_trouble(&self, text: String) {
@@ -260,52 +268,52 @@ impl Owner {
             status: Arc::clone(&self.status),
         };
         let events = self.events.clone();
-        let epoch = deploy.epoch;
-        match spawn("loader", move || drop(events.send(Event::Loaded(epoch, loader.load().map(Box::new))))) {
+        let attach = Attach { deployment: deploy.deployment, epoch: deploy.epoch };
+        match spawn("loader", move || drop(events.send(Event::Loaded(attach, loader.load().map(Box::new))))) {
             Ok(()) => self.slot = Slot::Loading(cancel),
-            Err(error) => self.fail(epoch, format!("no thread to load the stage: {error}")),
+            Err(error) => self.fail(attach, format!("no thread to load the stage: {error}")),
         }
     }
 
-    fn loaded(&mut self, epoch: Epoch, result: Result<Box<LoadedStage>, LoadFailure>) {
+    fn loaded(&mut self, attach: Attach, result: Result<Box<LoadedStage>, LoadFailure>) {
         self.slot = Slot::Empty;
         match result {
             Ok(stage) if self.deploy.is_some() => {
                 let memory = stage.memory;
                 self.slot = Slot::Loaded(stage);
-                if self.deploy.as_ref().is_some_and(|d| d.epoch == epoch) {
-                    self.tell(&ToCoordinator::Loaded { epoch, memory });
+                if self.attach() == Some(attach) {
+                    self.tell(&ToCoordinator::Loaded { epoch: attach.epoch, memory });
                 }
             }
             Ok(_) => {}
             Err(LoadFailure::OtherModel(reason) | LoadFailure::Other(reason)) => {
-                if self.deploy.as_ref().is_some_and(|d| d.epoch == epoch) {
-                    self.fail(epoch, reason);
+                // A load that was given up is no failure: what it was for is gone.
+                if self.attach() == Some(attach) {
+                    self.fail(attach, reason);
                 }
             }
         }
     }
 
-    fn dial_next(&mut self, epoch: Epoch) {
-        let Some(deploy) = self.deploy.clone().filter(|d| d.epoch == epoch) else { return };
+    fn dial_next(&mut self, attach: Attach) {
+        let Some(deploy) = self.deploy.clone().filter(|_| self.attach() == Some(attach)) else { return };
         let (identity, events) = (Arc::clone(&self.identity), self.events.clone());
         let dial = move || {
-            let attach = Attach { deployment: deploy.deployment, epoch };
             let result = reach(&identity, deploy.downstream, &deploy.downstream_addresses, Purpose::Data, None)
                 .map_err(|error| format!("the next stage cannot be reached: {error}"))
                 .and_then(|link| {
                     link.send(kind::ATTACH, &[&attach.encode()]).map_err(|error| error.to_string())?;
                     Ok(link as Arc<dyn Link>)
                 });
-            let _ = events.send(Event::Dialled(epoch, result));
+            let _ = events.send(Event::Dialled(attach, result));
         };
         if let Err(error) = spawn("dial", dial) {
-            self.fail(epoch, format!("no thread to dial the next stage: {error}"));
+            self.fail(attach, format!("no thread to dial the next stage: {error}"));
         }
     }
 
-    fn dialled(&mut self, epoch: Epoch, result: Result<Arc<dyn Link>, String>) {
-        if self.deploy.as_ref().is_none_or(|d| d.epoch != epoch) {
+    fn dialled(&mut self, attach: Attach, result: Result<Arc<dyn Link>, String>) {
+        if self.attach() != Some(attach) {
             if let Ok(link) = result {
                 link.close();
             }
@@ -314,9 +322,9 @@ impl Owner {
         match result {
             Ok(link) => {
                 self.outbound = Some(link);
-                self.tell(&ToCoordinator::Joined { epoch });
+                self.tell(&ToCoordinator::Joined { epoch: attach.epoch });
             }
-            Err(reason) => self.broke(epoch, reason),
+            Err(reason) => self.broke(attach, reason),
         }
     }
 
@@ -328,10 +336,10 @@ impl Owner {
         let (Some(inbound), Some(outbound)) = (self.inbound.clone(), self.outbound.clone()) else { return };
         let Slot::Loaded(stage) = std::mem::replace(&mut self.slot, Slot::Empty) else { return };
         let events = self.events.clone();
-        let ended = move |stage, end| drop(events.send(Event::StageEnded(attach.epoch, Box::new(stage), end)));
+        let ended = move |stage, end| drop(events.send(Event::StageEnded(attach, Box::new(stage), end)));
         match RunningStage::start(attach, *stage, inbound, outbound, ended) {
             Ok(running) => self.slot = Slot::Running(running),
-            Err(error) => self.fail(attach.epoch, format!("no thread to run the stage: {error}")),
+            Err(error) => self.fail(attach, format!("no thread to run the stage: {error}")),
         }
     }
 
