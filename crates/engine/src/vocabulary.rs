@@ -3,6 +3,7 @@
 use std::ffi::{CStr, c_char};
 use std::ptr;
 
+use aho_corasick::{AhoCorasick, MatchKind};
 use brigade_base::Token;
 use llama_cpp_sys_2 as sys;
 
@@ -42,6 +43,14 @@ pub enum TokenizeError {
         /// Most characters.
         max: usize,
     },
+    /// The text has more tokens than asked for.
+    #[error("the text has at least {at_least} tokens; at most {max} were asked for")]
+    TooManyTokens {
+        /// Tokens that it has for certain.
+        at_least: usize,
+        /// Most tokens.
+        max: usize,
+    },
     /// The tokenizer failed, or had no memory for its stack.
     #[error("the tokenizer failed on a text of {n_bytes} bytes")]
     Failed {
@@ -57,7 +66,15 @@ pub enum TokenizeError {
 pub struct Vocabulary {
     model: Model,
     n_tokens: u32,
+    /// Bytes of the longest token.
+    longest: usize,
+    /// The texts that are one token wherever they stand: control and user-defined tokens.
+    specials: AhoCorasick,
 }
+
+/// Attributes of tokens that llama.cpp looks for before it cuts a text into words.
+const SPECIAL: sys::llama_token_attr =
+    sys::LLAMA_TOKEN_ATTR_CONTROL | sys::LLAMA_TOKEN_ATTR_USER_DEFINED | sys::LLAMA_TOKEN_ATTR_UNKNOWN;
 
 impl std::fmt::Debug for Vocabulary {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -78,12 +95,46 @@ impl Vocabulary {
             return Err(LoadError::Refused("the file has no vocabulary".to_owned()));
         }
         let n_tokens = model.n_vocab();
-        Ok(Self { model, n_tokens })
+        let none = || AhoCorasick::new([] as [&str; 0]);
+        let failed = |error: aho_corasick::BuildError| LoadError::Refused(error.to_string());
+        let mut vocabulary = Self { model, n_tokens, longest: 1, specials: none().map_err(failed)? };
+        let mut specials = Vec::new();
+        for token in 0..n_tokens as Token {
+            let text = vocabulary.text_of(token).unwrap_or_default();
+            vocabulary.longest = vocabulary.longest.max(text.len()).max(vocabulary.token_bytes(token, true).len());
+            // SAFETY: the token exists.
+            let attributes = unsafe { sys::llama_vocab_get_attr(vocabulary.model.vocab(), token) };
+            if attributes & SPECIAL != 0 && !text.is_empty() {
+                specials.push(text);
+            }
+        }
+        let longest_first = AhoCorasick::builder().match_kind(MatchKind::LeftmostLongest).build(specials);
+        vocabulary.specials = longest_first.map_err(failed)?;
+        Ok(vocabulary)
     }
 
     /// How many tokens there are; ids are below.
     pub fn n_tokens(&self) -> u32 {
         self.n_tokens
+    }
+
+    /// The tokens of `text` as [`tokenize`](Self::tokenize) gives them, if they are at most about `n_max`: a text that has
+    /// more for certain is refused without much work. llama.cpp takes time by the square of the number of special tokens.
+    ///
+    /// # Errors
+    /// As [`tokenize`](Self::tokenize), and if the text has too many tokens.
+    pub fn tokenize_at_most(
+        &self,
+        text: &str,
+        add_special: bool,
+        parse_special: bool,
+        n_max: usize,
+    ) -> Result<Vec<Token>, TokenizeError> {
+        let at_least = (text.len() / self.longest).max(self.specials.find_iter(text).take(n_max + 1).count());
+        if at_least > n_max {
+            return Err(TokenizeError::TooManyTokens { at_least, max: n_max });
+        }
+        self.tokenize(text, add_special, parse_special)
     }
 
     /// The tokens of `text`. `add_special` puts the start token before, and the end token behind, where the model wants

@@ -116,3 +116,15 @@ proptest! {
         })?;
     }
 }
+
+#[test]
+fn a_text_with_too_many_tokens_is_refused_before_the_work() {
+    let vocabulary = vocabulary();
+    // The first would take llama.cpp minutes.
+    for text in ["<|im_start|>".repeat(100_000), "ab ".repeat(2_000_000)] {
+        let error = vocabulary.tokenize_at_most(&text, false, true, 1024).unwrap_err();
+        assert!(matches!(error, TokenizeError::TooManyTokens { max: 1024, .. }), "{error}");
+    }
+    let text = "<|im_start|>user\nhello";
+    assert_eq!(vocabulary.tokenize_at_most(text, false, true, 5), vocabulary.tokenize(text, false, true));
+}

@@ -3,6 +3,8 @@
 //! libllama answers an unsound hyperparameter by ending the process. So everything that its asserts look at is checked
 //! here: a model for which [`Architecture::of`] succeeds does not trip them.
 
+use std::collections::HashSet;
+
 use crate::catalog::{Catalog, TensorRole};
 use crate::rules::{Experts, Rules, Sliding, rules_of, supported_architectures};
 use crate::value::{Array, Metadata, Value};
@@ -371,19 +373,48 @@ impl Keys<'_> {
         Ok(Some(SlidingWindow { n_tokens, slides }))
     }
 
-    /// The vocabulary, where it is told, must have as many tokens as the embedding has rows.
+    /// The vocabulary, where it is told, must have as many tokens as the embedding has rows, each once, and be of a kind
+    /// that the architectures here use. libllama ends the process over what is refused here.
     fn check_vocabulary(&self, n_vocab: u32) -> Result<(), ArchitectureError> {
-        let found = self.metadata.array("tokenizer.ggml.tokens").map(|tokens| tokens.len() as u64);
-        match found {
-            Some(found) if found != u64::from(n_vocab) => Err(ArchitectureError::Value {
-                key: "tokenizer.ggml.tokens".to_owned(),
-                found: format!("a list of {found} tokens"),
-                expected: format!("{n_vocab} tokens, one for each row of token_embd.weight"),
-            }),
-            _ => Ok(()),
+        let wrong = |key: &str, found: String, expected: String| {
+            Err(ArchitectureError::Value { key: format!("tokenizer.ggml.{key}"), found, expected })
+        };
+        let kind = self.metadata.str("tokenizer.ggml.model");
+        if let Some(kind) = kind.filter(|kind| !TOKENIZERS.contains(kind)) {
+            return wrong("model", format!("{:?}", kind.chars().take(80).collect::<String>()), TOKENIZERS.join(", "));
+        }
+        let Some(Array::Strings(tokens)) = self.metadata.array("tokenizer.ggml.tokens") else { return Ok(()) };
+        if tokens.len() as u64 != u64::from(n_vocab) {
+            let expected = format!("{n_vocab} tokens, one for each row of token_embd.weight");
+            return wrong("tokens", format!("a list of {} tokens", tokens.len()), expected);
+        }
+        let mut seen = HashSet::with_capacity(tokens.len());
+        for (i, token) in tokens.iter().enumerate() {
+            let text = String::from_utf8_lossy(token).chars().take(80).collect::<String>();
+            if token.contains(&0) {
+                return wrong("tokens", format!("a zero byte in token {i}"), "texts without zero bytes".to_owned());
+            }
+            // libllama names empty ones by their number.
+            if !token.is_empty() && !seen.insert(token) {
+                return wrong(
+                    "tokens",
+                    format!("{text:?} twice, the second time as token {i}"),
+                    "each once".to_owned(),
+                );
+            }
+        }
+        let has_byte = |byte: u8| seen.contains(format!("<0x{byte:02X}>").as_bytes());
+        match (0..=u8::MAX).find(|byte| kind == Some("llama") && !has_byte(*byte)) {
+            Some(byte) => {
+                wrong("tokens", format!("no token <0x{byte:02X}>"), "one for each of the 256 bytes".to_owned())
+            }
+            None => Ok(()),
         }
     }
 }
+
+/// Kinds of tokenizers: byte-level BPE, SentencePiece, and none, which stages have.
+const TOKENIZERS: [&str; 3] = ["gpt2", "llama", "no_vocab"];
 
 fn describe(value: &Value) -> String {
     match value {

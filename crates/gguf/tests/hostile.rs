@@ -211,6 +211,28 @@ fn any_tensor() -> impl Strategy<Value = (Vec<u64>, GgmlType)> {
     })
 }
 
+/// The embedded model with some bytes behind the first occurrence of `after` replaced.
+fn tampered(after: &[u8], skip: usize, with: &[u8]) -> String {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/abacus-f16.gguf");
+    let mut bytes = std::fs::read(path).unwrap();
+    let at = bytes.windows(after.len()).position(|window| window == after).unwrap() + after.len() + skip;
+    bytes[at..at + with.len()].copy_from_slice(with);
+    let catalog = Catalog::parse(&bytes, bytes.len() as u64).unwrap();
+    Architecture::of(&catalog).unwrap_err().to_string()
+}
+
+#[test]
+fn vocabularies_that_would_end_the_process_are_refused() {
+    let kind = tampered(b"tokenizer.ggml.model", 4 + 8, b"rwkv");
+    assert!(kind.contains("rwkv") && kind.contains("gpt2"), "{kind}");
+    // The first tokens are <|endoftext|>, <|im_start|> and <|im_end|>.
+    let zero = tampered(b"<|endoftext|>", 8, b"\0");
+    assert!(zero.contains("zero byte in token 1"), "{zero}");
+    // Byte tokens follow, each one character long: "!" and then a double quote, which becomes another "!".
+    let twice = tampered(b"<|im_end|>", 8 + 1 + 8, b"!");
+    assert!(twice.contains("twice"), "{twice}");
+}
+
 proptest! {
     #[test]
     fn what_is_written_is_read(

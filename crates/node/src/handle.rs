@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use brigade_base::{NodeId, Token};
+use brigade_engine::TokenizeError;
 use brigade_net::{Identity, TicketBook, TicketState};
 use tokio::sync::mpsc;
 
@@ -159,10 +160,12 @@ impl Serving for Handle {
     }
 
     fn tokenize(&self, text: &str, add_special: bool, parse_special: bool) -> Result<Vec<Token>, SubmitError> {
-        self.model
-            .vocabulary()
-            .tokenize(text, add_special, parse_special)
-            .map_err(|error| SubmitError::Invalid(error.to_string()))
+        let context = self.shared.card.context;
+        let vocabulary = self.model.vocabulary();
+        vocabulary.tokenize_at_most(text, add_special, parse_special, context as usize).map_err(|error| match error {
+            TokenizeError::TooManyTokens { at_least: tokens, .. } => SubmitError::PromptTooLong { tokens, context },
+            other => SubmitError::Invalid(other.to_string()),
+        })
     }
 
     fn token_bytes(&self, token: Token) -> Vec<u8> {
