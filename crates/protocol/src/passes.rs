@@ -111,9 +111,9 @@ pub struct Passes {
     to_clear: Vec<bool>,
     in_flight: VecDeque<InFlight>,
     next_pass: PassId,
-    /// The slot after the last one that decoded, so that all do in turn.
+    /// The run of slots after the last one that decoded, so that all do in turn.
     decode_turn: usize,
-    /// The slot after the last one whose prompt was computed, likewise.
+    /// The slot after the last one whose prompt was computed, so that all are in turn.
     prompt_turn: usize,
 }
 
@@ -161,10 +161,7 @@ impl Passes {
                 pass.sets.push(RowSet { slot: slot as u32, keep: 0, n_rows: 0, n_outputs: 0 });
             }
         }
-        for _ in 0..self.decode_quota() {
-            let ready = |s: &Session| s.is_decoding() && s.in_flight == 0 && s.n_unsent() > 0;
-            let Some(slot) = self.next_slot(self.decode_turn, ready) else { break };
-            self.decode_turn = slot + 1;
+        for slot in self.decode_share() {
             self.put(&mut pass, &mut slots, slot, 1);
         }
         if let Some(slot) = self.next_slot(self.prompt_turn, Session::has_prompt_left) {
@@ -185,10 +182,24 @@ impl Passes {
         (0..n_slots).map(|i| (turn + i) % n_slots).find(|&slot| self.slots[slot].as_ref().is_some_and(&wanted))
     }
 
-    /// How many sessions may decode in one pass, so that all passes of the ring are about equally full.
-    fn decode_quota(&self) -> usize {
-        let decoding = self.slots.iter().flatten().filter(|s| s.is_decoding()).count();
-        decoding.div_ceil(self.limits.n_stages.max(1) as usize)
+    /// The slots that decode in the next pass. Those that decode at all are cut into as many runs of neighbours as there
+    /// are stages, so that all passes of the ring are about equally full; the next run that has tokens to send is taken.
+    /// Neighbours, because the engine computes rows of consecutive slots as one batch, and others one by one.
+    fn decode_share(&mut self) -> Vec<usize> {
+        let is = |slot: &usize, wanted: &dyn Fn(&Session) -> bool| self.slots[*slot].as_ref().is_some_and(wanted);
+        let decoding: Vec<usize> = (0..self.slots.len()).filter(|slot| is(slot, &Session::is_decoding)).collect();
+        let share = decoding.len().div_ceil(self.limits.n_stages.max(1) as usize).max(1);
+        let runs: Vec<&[usize]> = decoding.chunks(share).collect();
+        for i in 0..runs.len() {
+            let turn = (self.decode_turn + i) % runs.len();
+            let ready = |s: &Session| s.in_flight == 0 && s.n_unsent() > 0;
+            let slots: Vec<usize> = runs[turn].iter().copied().filter(|slot| is(slot, &ready)).collect();
+            if !slots.is_empty() {
+                self.decode_turn = turn + 1;
+                return slots;
+            }
+        }
+        Vec::new()
     }
 
     /// Adds up to `most` rows of a slot to a pass.
@@ -357,9 +368,19 @@ mod tests {
                 passes.push(output.session, 9);
             }
         }
-        let (one, two) = (passes.next_pass().unwrap(), passes.next_pass().unwrap());
-        assert_eq!((one.tokens.len(), two.tokens.len()), (2, 2));
-        assert_eq!(passes.next_pass(), None);
+        for _ in 0..3 {
+            let (one, two) = (passes.next_pass().unwrap(), passes.next_pass().unwrap());
+            let slots = |pass: &Pass| pass.sets.iter().map(|set| set.slot).collect::<Vec<_>>();
+            let mut shares = [slots(&one), slots(&two)];
+            shares.sort();
+            assert_eq!(shares, [[0, 1], [2, 3]], "neighbours travel together");
+            assert_eq!(passes.next_pass(), None);
+            for pass in [one, two] {
+                for output in passes.complete(pass.id).unwrap() {
+                    passes.push(output.session, 9);
+                }
+            }
+        }
     }
 
     #[test]
