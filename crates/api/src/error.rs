@@ -4,6 +4,7 @@
 //! needs one way to read them.
 
 use axum::Json;
+use axum::extract::rejection::PathRejection;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use brigade_node::serving::{Failure, SubmitError};
@@ -74,6 +75,13 @@ impl ApiError {
         error
     }
 
+    /// 429 while there is no room for the request.
+    pub(crate) fn busy(message: impl Into<String>) -> Self {
+        let mut error = Self::new(StatusCode::TOO_MANY_REQUESTS, message).with_code("rate_limit_exceeded");
+        error.retry_after_s = Some(RETRY_BUSY_S);
+        error
+    }
+
     /// 404 for a model that is not served.
     pub(crate) fn unknown_model(asked: &str, served: &str) -> Self {
         let message = format!("the model `{asked}` is not served here; use `{served}` (or `default`)");
@@ -103,11 +111,7 @@ impl From<SubmitError> for ApiError {
         let message = error.to_string();
         match error {
             SubmitError::NotReady(_) | SubmitError::Stopping => Self::unavailable(message),
-            SubmitError::Busy { .. } => {
-                let mut error = Self::new(StatusCode::TOO_MANY_REQUESTS, message).with_code("rate_limit_exceeded");
-                error.retry_after_s = Some(RETRY_BUSY_S);
-                error
-            }
+            SubmitError::Busy { .. } => Self::busy(message),
             SubmitError::PromptTooLong { .. } => Self::bad_request(message).with_code("context_length_exceeded"),
             SubmitError::PromptEmpty | SubmitError::UnknownToken { .. } | SubmitError::Invalid(_) => {
                 Self::bad_request(message)
@@ -123,6 +127,12 @@ impl From<Failure> for ApiError {
             Failure::PlacementLost(_) | Failure::Stopping => Self::unavailable(message),
             Failure::Engine(_) => Self::internal(message),
         }
+    }
+}
+
+impl From<PathRejection> for ApiError {
+    fn from(rejection: PathRejection) -> Self {
+        Self::new(rejection.status(), format!("the path cannot be read: {}", rejection.body_text()))
     }
 }
 

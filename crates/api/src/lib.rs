@@ -36,8 +36,8 @@ use brigade_node::serving::Serving;
 
 pub use server::{Server, serve};
 
-/// Default of [`ApiOptions::body_limit`]: some two million tokens of text, more than any model's context.
-pub const DEFAULT_BODY_LIMIT: usize = 8 << 20;
+/// Default of [`ApiOptions::body_limit`]: some million tokens of text, more than a context of 2^18.
+pub const DEFAULT_BODY_LIMIT: usize = 4 << 20;
 
 /// How the endpoint is set up.
 #[derive(Clone)]

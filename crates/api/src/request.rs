@@ -199,12 +199,11 @@ fn include_usage(fields: &mut Fields, stream: bool) -> Result<bool, ApiError> {
 
 fn sampling(fields: &mut Fields, scope: Scope<'_>) -> Result<Sampling, ApiError> {
     let default = Sampling::default();
+    let top_p = top_p(fields)?.unwrap_or(default.top_p);
     let mut or = |name, range: RangeInclusive<f64>, default: f32| -> Result<f32, ApiError> {
         Ok(fields.number(name, range)?.map_or(default, |value| value as f32))
     };
     let temperature = or("temperature", 0.0..=2.0, default.temperature)?;
-    // Above 0, since at 0 nothing would be left; what rounds to 0 in single precision is no less nonsense.
-    let top_p = or("top_p", f64::from(f32::MIN_POSITIVE)..=1.0, default.top_p)?;
     let min_p = or("min_p", 0.0..=1.0, default.min_p)?;
     let repeat_penalty = or("repetition_penalty", 0.01..=10.0, default.repeat_penalty)?;
     let frequency_penalty = or("frequency_penalty", -2.0..=2.0, default.frequency_penalty)?;
@@ -225,6 +224,17 @@ fn sampling(fields: &mut Fields, scope: Scope<'_>) -> Result<Sampling, ApiError>
         seed: fields.integer("seed", i64::MIN..=i64::MAX)?.map_or(scope.random_seed, |seed| seed as u64),
         logit_bias: logit_bias(fields, scope.model.n_vocab)?,
     })
+}
+
+/// Above 0, since at 0 nothing would be left; what rounds to 0 in single precision is no less nonsense.
+fn top_p(fields: &mut Fields) -> Result<Option<f32>, ApiError> {
+    match fields.number("top_p", f64::MIN..=f64::MAX)? {
+        Some(number) if !(number as f32 > 0.0 && number <= 1.0) => {
+            let message = format!("`top_p` must be above 0 and at most 1, not {number}");
+            Err(ApiError::field("top_p", message).with_code("invalid_value"))
+        }
+        number => Ok(number.map(|number| number as f32)),
+    }
 }
 
 fn logit_bias(fields: &mut Fields, n_vocab: u32) -> Result<Vec<(Token, f32)>, ApiError> {

@@ -159,6 +159,8 @@ fn numbers_have_ranges() {
         ("temperature", json!(2), json!(2.1)),
         ("temperature", json!(0.0), json!("0")),
         ("top_p", json!(1), json!(0)),
+        ("top_p", json!(1e-30), json!(1e-60)),
+        ("top_p", json!(0.5), json!(1.1)),
         ("min_p", json!(0), json!(1.1)),
         ("top_k", json!(0), json!(-2)),
         ("repetition_penalty", json!(1.1), json!(0)),

@@ -1,11 +1,12 @@
 //! The routes: each handler reads a request, asks [`Serving`], and writes an answer.
 //!
-//! What may take long (templates, tokenizing, files of tickets) runs on the runtime's blocking threads, so that a huge
-//! prompt delays nobody's stream.
+//! What may take long (JSON, templates, tokenizing, files of tickets) runs on the runtime's blocking threads, so that a
+//! huge prompt delays nobody's stream.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use axum::extract::rejection::PathRejection;
 use axum::extract::{OriginalUri, Path, Request, State};
 use axum::http::{HeaderMap, Method, StatusCode};
 use axum::middleware::from_fn_with_state;
@@ -18,7 +19,7 @@ use serde_json::{Value, json};
 
 use crate::access::{Access, guard};
 use crate::answer::{Answer, Kind};
-use crate::body::BodyReader;
+use crate::body::{Body, BodyReader};
 use crate::error::ApiError;
 use crate::fields::{Fields, clip, mismatch};
 use crate::request::{Chat, Completion, Options, Prompt, Scope, tokens};
@@ -38,6 +39,8 @@ struct App {
 }
 
 type Shared = State<Arc<App>>;
+/// The end of a path, which is no text if it is not UTF-8.
+type PathEnd = Result<Path<String>, PathRejection>;
 type Answered<T = Response> = Result<T, ApiError>;
 
 /// All routes over `serving`.
@@ -69,8 +72,8 @@ pub(crate) fn router(serving: Arc<dyn Serving>, options: &ApiOptions) -> Router 
 }
 
 async fn chat(State(app): Shared, request: Request) -> Answered {
-    let body = app.bodies.json(request).await?;
-    complete(app, Kind::Chat, move |app, random_seed| {
+    let body = app.bodies.read(request).await?;
+    complete(app, Kind::Chat, body, |app, body, random_seed| {
         let chat = Chat::parse(body, Scope { model: app.serving.model(), random_seed })?;
         let template = app.template.as_ref().map_err(|error| ApiError::from(error.clone()))?;
         let prompt = template.render(&chat.messages, &Zoned::now())?;
@@ -81,8 +84,8 @@ async fn chat(State(app): Shared, request: Request) -> Answered {
 }
 
 async fn completion(State(app): Shared, request: Request) -> Answered {
-    let body = app.bodies.json(request).await?;
-    complete(app, Kind::Plain, move |app, random_seed| {
+    let body = app.bodies.read(request).await?;
+    complete(app, Kind::Plain, body, |app, body, random_seed| {
         let completion = Completion::parse(body, Scope { model: app.serving.model(), random_seed })?;
         let prompt = match completion.prompt {
             Prompt::Text(text) => app.serving.tokenize(&text, true, true)?,
@@ -97,10 +100,13 @@ async fn completion(State(app): Shared, request: Request) -> Answered {
 async fn complete(
     app: Arc<App>,
     kind: Kind,
-    prepare: impl FnOnce(&App, u64) -> Answered<(Vec<brigade_base::Token>, Options)> + Send + 'static,
+    body: Body,
+    prepare: impl FnOnce(&App, Value, u64) -> Answered<(Vec<brigade_base::Token>, Options)> + Send + 'static,
 ) -> Answered {
     let (answer, events, streams) = blocking(move || {
-        let (prompt, options) = prepare(&app, random()?)?;
+        // What is made of the body takes as much memory, so its room is kept until the session has the prompt.
+        let (body, _room) = body.json()?;
+        let (prompt, options) = prepare(&app, body, random()?)?;
         let answer = answer(kind, app.serving.model(), &options)?;
         let events = app.serving.submit(serving::Request {
             prompt,
@@ -137,7 +143,8 @@ async fn models(State(app): Shared) -> Json<Value> {
     Json(json!({"object": "list", "data": [model_object(app.serving.model())]}))
 }
 
-async fn model(State(app): Shared, Path(id): Path<String>) -> Answered<Json<Value>> {
+async fn model(State(app): Shared, id: PathEnd) -> Answered<Json<Value>> {
+    let Path(id) = id?;
     let card = app.serving.model();
     if id != card.name && id != "default" {
         return Err(ApiError::unknown_model(&clip(&id), &card.name));
@@ -180,18 +187,23 @@ async fn list_tickets(State(app): Shared, headers: HeaderMap) -> Answered {
 
 async fn create_ticket(State(app): Shared, request: Request) -> Answered {
     app.access.check_admin(request.headers())?;
-    let mut fields = Fields::of_body(app.bodies.json(request).await?)?;
-    let Some(ttl_s) = fields.integer("ttl_s", 1..=MAX_TICKET_TTL_S)? else {
-        return Err(ApiError::field("ttl_s", "`ttl_s` is required: how many seconds the ticket admits nodes"));
-    };
-    fields.finish()?;
-    let ttl = Duration::from_secs(ttl_s.unsigned_abs());
-    let ticket = blocking(move || app.serving.create_ticket(ttl).map_err(ApiError::internal)).await?;
+    let body = app.bodies.read(request).await?;
+    let ticket = blocking(move || {
+        let (body, _room) = body.json()?;
+        let mut fields = Fields::of_body(body)?;
+        let Some(ttl_s) = fields.integer("ttl_s", 1..=MAX_TICKET_TTL_S)? else {
+            return Err(ApiError::field("ttl_s", "`ttl_s` is required: how many seconds the ticket admits nodes"));
+        };
+        fields.finish()?;
+        app.serving.create_ticket(Duration::from_secs(ttl_s.unsigned_abs())).map_err(ApiError::internal)
+    })
+    .await?;
     Ok((StatusCode::CREATED, Json(ticket)).into_response())
 }
 
-async fn revoke_ticket(State(app): Shared, Path(id): Path<String>, headers: HeaderMap) -> Answered {
+async fn revoke_ticket(State(app): Shared, id: PathEnd, headers: HeaderMap) -> Answered {
     app.access.check_admin(&headers)?;
+    let Path(id) = id?;
     let asked = id.clone();
     if !blocking(move || app.serving.revoke_ticket(&asked).map_err(ApiError::internal)).await? {
         let message = format!("there is no valid ticket `{}`", clip(&id));
@@ -201,25 +213,32 @@ async fn revoke_ticket(State(app): Shared, Path(id): Path<String>, headers: Head
 }
 
 async fn tokenize(State(app): Shared, request: Request) -> Answered {
-    let mut fields = Fields::of_body(app.bodies.json(request).await?)?;
-    let Some(text) = fields.string("text")? else {
-        return Err(ApiError::field("text", "`text` is required"));
-    };
-    let add_special = fields.bool("add_special")?.unwrap_or(true);
-    let parse_special = fields.bool("parse_special")?.unwrap_or(true);
-    fields.finish()?;
-    let tokens = blocking(move || Ok(app.serving.tokenize(&text, add_special, parse_special)?)).await?;
+    let body = app.bodies.read(request).await?;
+    let tokens = blocking(move || {
+        let (body, _room) = body.json()?;
+        let mut fields = Fields::of_body(body)?;
+        let Some(text) = fields.string("text")? else {
+            return Err(ApiError::field("text", "`text` is required"));
+        };
+        let add_special = fields.bool("add_special")?.unwrap_or(true);
+        let parse_special = fields.bool("parse_special")?.unwrap_or(true);
+        fields.finish()?;
+        Ok(app.serving.tokenize(&text, add_special, parse_special)?)
+    })
+    .await?;
     Ok(Json(json!({"tokens": tokens, "count": tokens.len()})).into_response())
 }
 
 async fn detokenize(State(app): Shared, request: Request) -> Answered {
-    let mut fields = Fields::of_body(app.bodies.json(request).await?)?;
-    let items = match fields.require("tokens")? {
-        Value::Array(items) => items,
-        other => return Err(mismatch("tokens", "an array of tokens", &other)),
-    };
-    fields.finish()?;
+    let body = app.bodies.read(request).await?;
     let text = blocking(move || {
+        let (body, _room) = body.json()?;
+        let mut fields = Fields::of_body(body)?;
+        let items = match fields.require("tokens")? {
+            Value::Array(items) => items,
+            other => return Err(mismatch("tokens", "an array of tokens", &other)),
+        };
+        fields.finish()?;
         let tokens = tokens("tokens", items, app.serving.model().n_vocab)?;
         let bytes: Vec<u8> = tokens.into_iter().flat_map(|token| app.serving.token_bytes(token)).collect();
         Ok(String::from_utf8_lossy(&bytes).into_owned())

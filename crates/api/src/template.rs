@@ -4,11 +4,17 @@
 //! same whitespace rules, the same extra functions (`raise_exception`, `strftime_now`) and a `tojson` that writes as
 //! Python does. A model without a template gets [`CHATML`].
 //!
-//! Trust. The template comes with the weights, so it is limited: source, work and output have caps, and it can reach
-//! nothing but the messages and the clock. Memory of intermediate values is bounded only by the work allowed: serve
-//! models whose origin you trust, as with the weights themselves. Message *contents* are data to the template, but the
-//! rendered text is tokenized with control tokens recognised in all of it, as llama.cpp's and vLLM's servers do: a
-//! user who writes `<|im_end|>` ends the turn. Who passes on text of strangers should strip such marks first.
+//! Trust. The template comes with the weights, so it is limited: source, work and output have caps, it can reach
+//! nothing but the messages and the clock, and it is parsed and run on a thread of its own whose stack holds the
+//! deepest expression of the longest source. What the engine leaves unbounded is how much memory a template takes while
+//! it works (a text may be doubled at each step), and how deep a value may be that it compares, drops or joins by `~`:
+//! a template is code from the model's author. Serve models whose origin you trust, as with the weights themselves.
+//!
+//! Message *contents* are data to the template, but the rendered text is tokenized with control tokens recognised in
+//! all of it, as llama.cpp's and vLLM's servers do: a user who writes `<|im_end|>` ends the turn. Who passes on text of
+//! strangers should strip such marks first.
+
+mod bounds;
 
 use std::error::Error as StdError;
 use std::io;
@@ -19,10 +25,16 @@ use minijinja::value::Kwargs;
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, Value, context};
 use serde::Serialize as _;
 
-/// Longest template source. The longest published ones (tools, reasoning, dates) stay under 20 KiB.
-pub const MAX_SOURCE_BYTES: usize = 1 << 20;
+/// Longest template source. The longest published ones (tools, reasoning, dates) stay under 20 KiB. The engine
+/// compiles a chain of `+` in quadratic time, at worst 15 seconds for this length, once when the model is set up.
+pub const MAX_SOURCE_BYTES: usize = 64 << 10;
 /// Longest rendered prompt: twice the default body limit, since a template adds marks around each message.
-pub const MAX_OUTPUT_BYTES: usize = 16 << 20;
+pub const MAX_OUTPUT_BYTES: usize = 8 << 20;
+/// Stack to parse and to render on. The engine bounds brackets, not chains of operators, so a source may nest nearly
+/// as many expressions as it has bytes. Measured: the worst sources of that kind overflow 24 MiB and fit in 32; eight
+/// times that leaves room for builds without optimisation and for values that templates nest. Address space, not
+/// memory.
+const STACK_BYTES: usize = 256 << 20;
 /// Instructions of one rendering. A message costs some hundred, so this allows tens of thousands of messages, and ends
 /// an endless loop within seconds.
 const FUEL: u64 = 10_000_000;
@@ -121,10 +133,14 @@ impl ChatTemplate {
         if source.len() > MAX_SOURCE_BYTES {
             return Err(TemplateError::SourceTooLong { bytes: source.len() });
         }
-        let mut environment = environment().map_err(|error| TemplateError::Syntax(error.to_string()))?;
-        environment
-            .add_template_owned(NAME, without_generation_marks(source))
-            .map_err(|error| TemplateError::Syntax(error.to_string()))?;
+        let parse = || {
+            let mut environment = environment()?;
+            environment.add_template_owned(NAME, without_generation_marks(source))?;
+            Ok(environment)
+        };
+        let environment = on_deep_stack(parse)
+            .map_err(|error| TemplateError::Syntax(error.to_string()))?
+            .map_err(|error: Error| TemplateError::Syntax(error.to_string()))?;
         Ok(Self { environment, bos_text: bos_text.to_owned(), eos_text: eos_text.to_owned() })
     }
 
@@ -133,6 +149,11 @@ impl ChatTemplate {
     /// # Errors
     /// All but the two of [`ChatTemplate::new`].
     pub fn render(&self, messages: &[Message], now: &Zoned) -> Result<String, TemplateError> {
+        on_deep_stack(|| self.render_here(messages, now))
+            .unwrap_or_else(|error| Err(TemplateError::Render(error.to_string())))
+    }
+
+    fn render_here(&self, messages: &[Message], now: &Zoned) -> Result<String, TemplateError> {
         let now = now.clone();
         let strftime_now = Value::from_function(move |format: &str| strftime(format, &now));
         let context = context! {
@@ -162,12 +183,22 @@ impl ChatTemplate {
     }
 }
 
+/// Runs `work` on a thread with [`STACK_BYTES`] and waits for it. The thread costs some ten microseconds; memory is
+/// taken only for what of the stack is used.
+fn on_deep_stack<T: Send>(work: impl FnOnce() -> T + Send) -> io::Result<T> {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name("chat-template".to_owned()).stack_size(STACK_BYTES);
+        let ended = thread.spawn_scoped(scope, work)?.join();
+        ended.map_err(|_| io::Error::other("the template engine panicked"))
+    })
+}
+
 /// An engine that behaves as `transformers` sets up Jinja2.
 fn environment() -> Result<Environment<'static>, Error> {
     let mut environment = Environment::new();
     environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
     environment.set_auto_escape_callback(|_| AutoEscape::None);
-    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    bounds::apply(&mut environment);
     environment.set_fuel(Some(FUEL));
     environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
         Err(Error::new(ErrorKind::InvalidOperation, "raised").with_source(Raised(message)))
@@ -208,18 +239,20 @@ fn to_json(value: Value, options: Kwargs) -> Result<String, Error> {
     let _: (Option<Value>, Option<Value>, Option<Value>) =
         (options.get("ensure_ascii")?, options.get("separators")?, options.get("sort_keys")?);
     options.assert_all_used()?;
-    let mut bytes = Vec::new();
+    bounds::check_nesting(&value)?;
+    let mut output = Capped { bytes: Vec::new(), full: false };
+    let mut writer = &mut output;
     let written = match indent {
         Some(width) => {
             let indent = " ".repeat(width.min(16));
             let pretty = serde_json::ser::PrettyFormatter::with_indent(indent.as_bytes());
-            value.serialize(&mut serde_json::Serializer::with_formatter(&mut bytes, pretty))
+            value.serialize(&mut serde_json::Serializer::with_formatter(&mut writer, pretty))
         }
-        None => value.serialize(&mut serde_json::Serializer::with_formatter(&mut bytes, PythonFormatter)),
+        None => value.serialize(&mut serde_json::Serializer::with_formatter(&mut writer, PythonFormatter)),
     };
     written
         .map_err(|error| error.to_string())
-        .and_then(|()| String::from_utf8(bytes).map_err(|error| error.to_string()))
+        .and_then(|()| String::from_utf8(output.bytes).map_err(|error| error.to_string()))
         .map_err(|error| Error::new(ErrorKind::BadSerialization, error))
 }
 

@@ -240,3 +240,73 @@ fn a_start_token_is_seen_once() {
     assert!(!template.starts_itself("x<s>"));
     assert!(!ChatTemplate::new(None, "", "").unwrap().starts_itself("x"));
 }
+
+/// Fills a source to its limit with one thing.
+fn filled(before: &str, unit: &str, after: &str) -> String {
+    let room = MAX_SOURCE_BYTES - before.len() - after.len();
+    format!("{before}{}{after}", unit.repeat(room / unit.len()))
+}
+
+#[test]
+fn no_source_is_too_deep_for_the_stack() {
+    for (before, unit, after) in [
+        ("{{ ", "-", "1 }}"),
+        ("{{ ", "not ", "1 }}"),
+        ("{{ x", ".a", " }}"),
+        ("{{ x", "[0]", " }}"),
+        ("{{ x", "()", " }}"),
+        ("{{ x", "|e", " }}"),
+        ("{{ x", " is x", " }}"),
+        ("{{ 1", "+1", " }}"),
+        ("{{ 1", "~1", " }}"),
+        ("{{ 1", " and 1", " }}"),
+        ("{{ 1", " or 1", " }}"),
+        ("{{ x", " in 1", " }}"),
+        ("{{ x", "==1", " }}"),
+        ("{{ ", "1**", "1 }}"),
+        ("{{ ", "1 if 1 else ", "1 }}"),
+        ("{{ ", "x if x ", "}}"),
+        ("{{ ", "(", ""),
+        ("{{ ", "[", ""),
+        ("{% if x %}", "{%elif x%}", "{% endif %}"),
+        ("", "{%if x%}", ""),
+        ("", "{{x}}", ""),
+        ("{% set x", ".a", " = 1 %}"),
+        ("{% filter e", "|e", " %}{% endfilter %}"),
+    ] {
+        // An overflow would end the process.
+        drop(render(&filled(before, unit, after), &[]));
+    }
+}
+
+#[test]
+fn what_grows_or_nests_without_end_is_refused() {
+    for source in [
+        "{% set ns = namespace() %}{% set ns.x = ns %}{{ ns }}",
+        "{% set ns = namespace() %}{% set ns.x = [ns] %}{{ ns | string }}",
+        "{% set ns = namespace() %}{% set ns.x = ns %}{{ ns | tojson }}",
+        "{% set ns = namespace() %}{% set ns.x = ns %}{{ [ns] | join }}",
+        "{% set ns = namespace(x=0) %}{% for i in range(1000) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x }}",
+        "{% set ns = namespace(x=0) %}{% for i in range(40) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
+        "{{ 'x' | indent(9999999999, true) }}",
+        "{{ 'x' | indent(width=9999999999) }}",
+        "{{ ('x' * 10000) | replace('', 'y' * 10000) }}",
+        "{{ ('x' * 10000).replace('x', 'y' * 10000) }}",
+        "{{ (['x' * 10000] * 10000) | join }}",
+        "{{ ('x' * 10000).join(['y'] * 10000) }}",
+        "{{ (['x' * 10000] * 10000) | tojson }}",
+        "{{ '{:999999999999}'.format(1) }}",
+        "{{ [1] | batch(999999999999, 0) }}",
+        "{{ [1] | slice(999999999999) }}",
+    ] {
+        assert!(matches!(render(source, &[]), Err(TemplateError::Render(_) | TemplateError::Syntax(_))), "{source}");
+    }
+}
+
+#[test]
+fn bounded_filters_work_as_before() {
+    check("{{ ['a', 1] | join(', ') }}{{ '-'.join(['b', 'c']) }}{{ 'd' | join }}", &[], "a, 1b-cd");
+    check("{{ 'aab' | replace('a', 'x') }}{{ 'aab'.replace('a', 'y', 1) }}", &[], "xxbyab");
+    check("{{ 'a\nb' | indent }}{{ 'a\nb' | indent(width=1, first=true) }}", &[], "a\n    b a\n b");
+    check("{{ [1, {'a': none}] | string }}{{ '{:02}'.format(3) }}", &[], "[1, {'a': None}]03");
+}

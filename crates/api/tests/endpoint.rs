@@ -303,6 +303,20 @@ fn bodies_have_a_limit() {
 }
 
 #[test]
+fn announced_bodies_that_never_come_block_nobody() {
+    let house = House::open();
+    let head = format!(
+        "POST {PLAIN} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n",
+        brigade_api::DEFAULT_BODY_LIMIT
+    );
+    let silent: Vec<_> = (0..100).map(|_| house.send_raw(head.as_bytes())).collect();
+    assert_eq!(house.post(CHAT, &hello()).status, 200);
+    drop(silent);
+    let many = format!("[{}0]", "{\"\":0},".repeat(500_000));
+    house.ask("POST", PLAIN, &[("Content-Type", "application/json")], &many).check_error(400, None, None);
+}
+
+#[test]
 fn keys_are_asked_for() {
     let options =
         ApiOptions { keys: vec!["sk-a".to_owned()], admin_token: Some("root".to_owned()), ..ApiOptions::default() };
@@ -352,6 +366,8 @@ fn tickets_need_the_admin_token() {
     assert_eq!(listed["data"], json!([{"id": "t0", "expires_in_s": 60}]));
     assert_eq!(house.ask("DELETE", "/brigade/v1/tickets/t0", &root, "").json()["deleted"], true);
     house.ask("DELETE", "/brigade/v1/tickets/t0", &root, "").check_error(404, None, None);
+    house.ask("DELETE", "/brigade/v1/tickets/%ff", &root, "").check_error(400, None, None);
+    house.ask("DELETE", "/brigade/v1/tickets/%ff", &[], "").check_error(401, None, Some("invalid_api_key"));
 
     let closed = House::open();
     closed.ask("GET", path, &root, "").check_error(403, None, Some("forbidden"));
@@ -366,6 +382,7 @@ fn models_and_state_are_told() {
     assert_eq!(house.get("/v1/models").json(), json!({"object": "list", "data": [model]}));
     assert_eq!(house.get("/v1/models/team/abacus").json(), model);
     assert_eq!(house.get("/v1/models/team%2Fabacus").json(), model);
+    house.get("/v1/models/%ff").check_error(400, None, None);
     house.get("/v1/models/gpt-5").check_error(404, Some("model"), Some("model_not_found"));
     assert_eq!(house.get("/brigade/v1/status").json()["epoch"], 3);
     assert_eq!(house.get("/ready").json(), json!({"status": "ready"}));

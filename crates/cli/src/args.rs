@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use brigade_base::ByteSize;
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{ArgAction, Args, Parser, Subcommand};
 
 /// Pools the machines you own and serves one language model that none of them can hold.
@@ -15,7 +16,7 @@ pub struct Cli {
     #[arg(short, long, global = true, action = ArgAction::Count)]
     pub verbose: u8,
     /// Read settings from this file [default: config.toml in the state directory]
-    #[arg(long, global = true, value_name = "FILE", env = "BRIGADE_CONFIG")]
+    #[arg(long, global = true, value_name = "FILE", env = "BRIGADE_CONFIG", value_parser = OsStringValueParser::new().map(PathBuf::from))]
     pub config: Option<PathBuf>,
     /// What to do
     #[command(subcommand)]
@@ -63,7 +64,7 @@ pub struct NodeArgs {
     /// [default: all addresses, port 7411 for serve and any port for join]
     #[arg(long, value_name = "ADDR", env = "BRIGADE_LISTEN", value_parser = listen_address)]
     pub listen: Option<SocketAddr>,
-    /// Threads that compute [default: one per core]
+    /// Threads that compute [default: one per physical core]
     #[arg(long, value_name = "N", env = "BRIGADE_THREADS", value_parser = clap::value_parser!(u32).range(1..=512))]
     pub threads: Option<u32>,
     /// Memory that this node gives, for example 8GiB [default: what is free now]
@@ -123,8 +124,8 @@ pub struct JoinArgs {
     /// The ticket that `brigade serve` printed; a node that was admitted before needs none
     #[arg(value_name = "TICKET", env = "BRIGADE_TICKET", hide_env_values = true)]
     pub ticket: Option<String>,
-    /// Read the ticket from this file
-    #[arg(long, value_name = "FILE", env = "BRIGADE_TICKET_FILE", conflicts_with = "ticket")]
+    /// Read the ticket from this file; a ticket that is given as well wins
+    #[arg(long, value_name = "FILE", env = "BRIGADE_TICKET_FILE")]
     pub ticket_file: Option<PathBuf>,
     #[command(flatten)]
     pub node: NodeArgs,
@@ -159,8 +160,8 @@ pub struct ChatArgs {
     /// What the model is told first
     #[arg(long, env = "BRIGADE_SYSTEM")]
     pub system: Option<String>,
-    /// Randomness; 0 always takes the likeliest token
-    #[arg(long, default_value_t = 0.0, env = "BRIGADE_TEMPERATURE")]
+    /// Randomness, 0 to 2; 0 always takes the likeliest token
+    #[arg(long, default_value_t = 0.0, env = "BRIGADE_TEMPERATURE", value_parser = temperature, allow_negative_numbers = true)]
     pub temperature: f32,
     /// Most tokens of an answer
     #[arg(long, value_name = "N", env = "BRIGADE_MAX_TOKENS")]
@@ -198,9 +199,9 @@ pub struct PlanArgs {
     /// A machine and its memory, for example tower=16GiB; the last one is the coordinator [default: this machine]
     #[arg(long = "node", value_name = "NAME=SIZE", value_parser = named_size, env = "BRIGADE_NODE", value_delimiter = ',')]
     pub nodes: Vec<(String, ByteSize)>,
-    /// Tokens of one session
-    #[arg(long, value_name = "N", default_value_t = 4096, env = "BRIGADE_CONTEXT", value_parser = clap::value_parser!(u32).range(1..=16_777_216))]
-    pub context: u32,
+    /// Tokens of one session [default: what the model was trained for, at most 4096]
+    #[arg(long, value_name = "N", env = "BRIGADE_CONTEXT", value_parser = clap::value_parser!(u32).range(1..=16_777_216))]
+    pub context: Option<u32>,
     /// Sessions at once
     #[arg(long, value_name = "N", default_value_t = 4, env = "BRIGADE_PARALLEL", value_parser = clap::value_parser!(u32).range(1..=256))]
     pub parallel: u32,
@@ -221,6 +222,9 @@ pub struct TicketArgs {
     /// State directory of the coordinator [default: ~/.local/state/brigade]
     #[arg(long, global = true, value_name = "DIR", env = "BRIGADE_STATE_DIR")]
     pub state_dir: Option<PathBuf>,
+    /// How long a ticket that is made admits nodes, for example 30m or 2h
+    #[arg(long, global = true, value_name = "TIME", default_value = "1h", env = "BRIGADE_TICKET_TTL", value_parser = ticket_ttl)]
+    pub ticket_ttl: Duration,
     /// What to do with tickets [default: create]
     #[command(subcommand)]
     pub action: Option<TicketAction>,
@@ -230,11 +234,7 @@ pub struct TicketArgs {
 #[derive(Debug, Subcommand)]
 pub enum TicketAction {
     /// Make one and print it
-    Create {
-        /// How long it admits nodes
-        #[arg(long, value_name = "TIME", default_value = "1h", env = "BRIGADE_TICKET_TTL", value_parser = ticket_ttl)]
-        ticket_ttl: Duration,
-    },
+    Create,
     /// Show the valid ones, without their secrets
     List,
     /// Make one void; nodes that it admitted stay members
@@ -263,6 +263,12 @@ fn ticket_ttl(text: &str) -> Result<Duration, String> {
         return Err("a ticket lives from 1s to 31days".to_owned());
     }
     Ok(ttl)
+}
+
+fn temperature(text: &str) -> Result<f32, String> {
+    // NaN and infinities lie in no range.
+    let number = text.parse().ok().filter(|number| (0.0..=2.0).contains(number));
+    number.ok_or_else(|| "write a number from 0 to 2".to_owned())
 }
 
 fn node_name(text: &str) -> Result<String, String> {
@@ -355,6 +361,10 @@ mod tests {
         assert!(listen_address("tower").is_err());
         assert_eq!(ticket_ttl("90m"), Ok(Duration::from_secs(5400)));
         assert!(ticket_ttl("0s").is_err() && ticket_ttl("9y").is_err());
+        assert_eq!((temperature("0"), temperature("2")), (Ok(0.0), Ok(2.0)));
+        for wrong in ["nan", "inf", "-1", "2.1", "warm", ""] {
+            assert!(temperature(wrong).is_err(), "{wrong}");
+        }
         assert_eq!(named_size("a=2GiB"), Ok(("a".into(), ByteSize::gib(2))));
     }
 }

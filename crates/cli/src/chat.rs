@@ -1,6 +1,6 @@
 //! `brigade chat`: ask a model, or talk to it.
 
-use std::io::{BufRead, IsTerminal};
+use std::io::{BufRead, IsTerminal, Read};
 
 use serde_json::{Value, json};
 
@@ -27,15 +27,25 @@ pub fn run(args: &ChatArgs) -> Result<(), Failure> {
         if prompting {
             output::text("> ")?;
         }
-        let mut line = String::new();
-        let read = std::io::Read::take(std::io::stdin().lock(), MAX_LINE_BYTES).read_line(&mut line)?;
-        if read == 0 {
-            return Ok(());
-        }
+        let Some(line) = next_line(&mut std::io::stdin().lock())? else { return Ok(()) };
         if !line.trim().is_empty() {
             ask(&endpoint, args, &mut messages, line.trim())?;
         }
     }
+}
+
+/// The next line of a conversation; `None` at the end.
+fn next_line(input: &mut impl BufRead) -> Result<Option<String>, Failure> {
+    let mut line = Vec::new();
+    let read = input.take(MAX_LINE_BYTES + 1).read_until(b'\n', &mut line);
+    if read.map_err(|error| Failure::run(format!("reading the input failed: {error}")))? == 0 {
+        return Ok(None);
+    }
+    if line.len() as u64 > MAX_LINE_BYTES {
+        return Err(Failure::run(format!("a line of the input has more than {MAX_LINE_BYTES} bytes; split it")));
+    }
+    let text = String::from_utf8(line);
+    text.map(Some).map_err(|_| Failure::run("a line of the input is no UTF-8 text; convert it, for example with iconv"))
 }
 
 /// Asks, shows the answer as it comes, and appends both to the conversation.
@@ -61,4 +71,20 @@ fn ask(endpoint: &Endpoint, args: &ChatArgs, messages: &mut Vec<Value>, prompt: 
     output::line("")?;
     messages.push(json!({"role": "assistant", "content": answer}));
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn input_is_lines_of_text() {
+        let mut input = &b"one\ntwo"[..];
+        assert_eq!(next_line(&mut input).unwrap().as_deref(), Some("one\n"));
+        assert_eq!(next_line(&mut input).unwrap().as_deref(), Some("two"));
+        assert_eq!(next_line(&mut input).unwrap(), None);
+        assert!(next_line(&mut &b"\xff\n"[..]).unwrap_err().to_string().contains("UTF-8"));
+        let error = next_line(&mut std::io::BufReader::new(std::io::repeat(b'a'))).unwrap_err();
+        assert!(error.to_string().contains("split it"), "{error}");
+    }
 }

@@ -14,9 +14,12 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use clap::{Command, CommandFactory, FromArgMatches};
+use clap::builder::Resettable;
+use clap::parser::ValueSource;
+use clap::{Arg, ArgMatches, Command, CommandFactory, FromArgMatches};
 
-use crate::args::{Cli, StateArgs};
+use crate::args::{Cli, StateArgs, Verb};
+use crate::files;
 
 /// Largest file that is read: a hundred times the longest sensible one.
 const MAX_CONFIG_BYTES: u64 = 1 << 20;
@@ -37,19 +40,39 @@ pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Cli, ParseError> {
         (path, required) if required || path.exists() => read(&path).map_err(ParseError::Config)?,
         _ => Settings::default(),
     };
-    let command = settings.apply(Cli::command()).map_err(ParseError::Config)?;
+    let command = settings.apply(without_empty_variables(Cli::command())).map_err(ParseError::Config)?;
     let matches = command.try_get_matches_from(args).map_err(ParseError::Usage)?;
-    Cli::from_arg_matches(&matches).map_err(ParseError::Usage)
+    resolved(&matches).map_err(ParseError::Usage)
+}
+
+/// What was matched. A flag wins over a variable even where they are two ways to say one thing: the file of a ticket,
+/// and the ticket itself.
+fn resolved(matches: &ArgMatches) -> Result<Cli, clap::Error> {
+    let mut cli = Cli::from_arg_matches(matches)?;
+    if let (Verb::Join(join), Some((_, given))) = (&mut cli.verb, matches.subcommand())
+        && given.value_source("ticket") == Some(ValueSource::EnvVariable)
+        && given.value_source("ticket_file") == Some(ValueSource::CommandLine)
+    {
+        join.ticket = None;
+    }
+    Ok(cli)
+}
+
+/// A variable that is empty counts as unset, but for keys: `BRIGADE_API_KEY=$UNSET` must not open the endpoint.
+fn without_empty_variables(command: Command) -> Command {
+    let command = command.mut_args(|arg| {
+        let is_empty = |arg: &Arg| arg.get_env().and_then(std::env::var_os).is_some_and(|value| value.is_empty());
+        if arg.get_id() != "api_key" && is_empty(&arg) { arg.env(Resettable::Reset) } else { arg }
+    });
+    command.mut_subcommands(without_empty_variables)
 }
 
 /// Where the file is, and whether it was named and so must exist. Looked for before the command line is understood.
 fn config_path(args: &[OsString]) -> (PathBuf, bool) {
     let value_of = |flag: &str, variable: &str| {
-        let text: Vec<_> = args.iter().map(|arg| arg.to_string_lossy()).collect();
-        let joined = format!("{flag}=");
-        let after = text.iter().position(|arg| arg == flag).and_then(|at| args.get(at + 1)).map(PathBuf::from);
-        let inside = text.iter().find_map(|arg| arg.strip_prefix(&joined).map(PathBuf::from));
-        after.or(inside).or_else(|| std::env::var_os(variable).map(PathBuf::from))
+        let given = flag_value(args, flag).filter(|value| !value.is_empty());
+        let value = given.or_else(|| std::env::var_os(variable).filter(|value| !value.is_empty()));
+        value.map(PathBuf::from)
     };
     match value_of("--config", "BRIGADE_CONFIG") {
         Some(path) => (path, true),
@@ -58,6 +81,21 @@ fn config_path(args: &[OsString]) -> (PathBuf, bool) {
             (state.dir().join("config.toml"), false)
         }
     }
+}
+
+/// What follows `flag`, or `flag=`. Behind `--` there are no flags.
+fn flag_value(args: &[OsString], flag: &str) -> Option<OsString> {
+    let joined = format!("{flag}=");
+    let mut flags = args.iter().take_while(|arg| *arg != "--");
+    while let Some(arg) = flags.next() {
+        if arg == flag {
+            return flags.next().cloned();
+        }
+        if let Some(value) = arg.to_str().and_then(|arg| arg.strip_prefix(&joined)) {
+            return Some(value.into());
+        }
+    }
+    None
 }
 
 /// Flags and their values as text.
@@ -71,13 +109,7 @@ struct Settings {
 }
 
 fn read(path: &Path) -> Result<Settings, String> {
-    let here = path.display();
-    let size = std::fs::metadata(path).map_err(|error| format!("{here}: {error}"))?.len();
-    if size > MAX_CONFIG_BYTES {
-        return Err(format!("{here} has {size} bytes; that is no configuration"));
-    }
-    let text = std::fs::read_to_string(path).map_err(|error| format!("{here}: {error}"))?;
-    Settings::from_toml(path, &text)
+    Settings::from_toml(path, &files::read_text(path, MAX_CONFIG_BYTES)?)
 }
 
 impl Settings {
@@ -101,13 +133,27 @@ impl Settings {
     fn apply(&self, command: Command) -> Result<Command, String> {
         let here = self.path.display();
         let long_flags = |verb: &Command| -> Vec<String> {
-            let flags = verb.get_arguments().filter(|arg| !arg.is_global_set());
-            flags.filter_map(|arg| arg.get_long().map(str::to_owned)).collect()
+            verb.get_arguments().filter_map(|arg| arg.get_long().map(str::to_owned)).collect()
         };
         let verbs: BTreeMap<String, Vec<String>> =
             command.get_subcommands().map(|verb| (verb.get_name().to_owned(), long_flags(verb))).collect();
         if let Some(key) = self.all.keys().find(|key| !verbs.values().flatten().any(|flag| flag == *key)) {
             return Err(format!("{here}: there is no setting {key:?}"));
+        }
+        // It would hold for some verbs alone, and who wrote it may well have meant another.
+        for verb in command.get_subcommands() {
+            let Some(key) =
+                verb.get_positionals().map(|arg| arg.get_id().as_str()).find(|id| self.all.contains_key(*id))
+            else {
+                continue;
+            };
+            let has_flag = |(_, flags): &(&String, &Vec<String>)| flags.iter().any(|flag| flag == key);
+            let tables: Vec<_> = verbs.iter().filter(has_flag).map(|(name, _)| format!("[{name}]")).collect();
+            return Err(format!(
+                "{here}: {key:?} at the top is ambiguous, since `brigade {}` takes it as an argument; put it under {}",
+                verb.get_name(),
+                tables.join(" or "),
+            ));
         }
         for (name, values) in &self.verbs {
             let flags = verbs.get(name).ok_or_else(|| format!("{here}: there is no verb [{name}]"))?;
@@ -148,12 +194,11 @@ fn texts(path: &Path, key: &str, value: toml::Value) -> Result<Vec<String>, Stri
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::args::Verb;
 
     fn resolve(toml: &str, args: &[&str]) -> Result<Cli, String> {
         let command = Settings::from_toml(Path::new("c.toml"), toml)?.apply(Cli::command())?;
         let matches = command.try_get_matches_from(args).map_err(|error| error.to_string())?;
-        Cli::from_arg_matches(&matches).map_err(|error| error.to_string())
+        resolved(&matches).map_err(|error| error.to_string())
     }
 
     fn serve(toml: &str, args: &[&str]) -> crate::args::ServeArgs {
@@ -171,6 +216,37 @@ mod tests {
         assert_eq!(args.layers, Some(vec![1, 2]));
         assert_eq!(args.node.memory, Some(brigade_base::ByteSize::gib(3)));
         assert_eq!(serve(toml, &["--parallel", "7"]).parallel, 7);
+    }
+
+    #[test]
+    fn a_key_that_only_one_verb_has_as_a_flag_stands_in_its_table() {
+        let error = resolve("model = 'm.gguf'", &["brigade", "join"]).unwrap_err();
+        assert!(error.contains("put it under [join]"), "{error}");
+        assert!(resolve("[join]\nmodel = 'm.gguf'", &["brigade", "join"]).is_ok());
+    }
+
+    #[test]
+    fn how_long_a_ticket_lives_is_set_before_or_behind_create() {
+        let ttl =
+            |toml: &str, args: &[&str]| match resolve(toml, &[&["brigade", "ticket"], args].concat()).unwrap().verb {
+                Verb::Ticket(args) => args.ticket_ttl.as_secs(),
+                _ => panic!(),
+            };
+        assert_eq!(ttl("", &[]), 3600);
+        for args in [&["--ticket-ttl", "2h"][..], &["--ticket-ttl", "2h", "create"], &["create", "--ticket-ttl", "2h"]]
+        {
+            assert_eq!(ttl("ticket-ttl = '3h'", args), 7200);
+        }
+        assert_eq!((ttl("ticket-ttl = '3h'", &[]), ttl("ticket-ttl = '3h'", &["create"])), (10800, 10800));
+    }
+
+    #[test]
+    fn flags_end_at_two_dashes() {
+        let value = |args: &[&str]| flag_value(&args.iter().map(OsString::from).collect::<Vec<_>>(), "--config");
+        assert_eq!(value(&["brigade", "--config", "a", "serve"]), Some("a".into()));
+        assert_eq!(value(&["brigade", "serve", "--config=a"]), Some("a".into()));
+        assert_eq!(value(&["brigade", "chat", "--", "--config", "a"]), None);
+        assert_eq!(value(&["brigade", "chat", "--config"]), None);
     }
 
     #[test]

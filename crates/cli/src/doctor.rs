@@ -15,7 +15,7 @@ use serde_json::Value;
 use crate::args::{DoctorArgs, EndpointArgs};
 use crate::endpoint::Endpoint;
 use crate::error::Failure;
-use crate::output;
+use crate::{files, output};
 
 /// Below this a node holds no layer worth a hop.
 const LITTLE_MEMORY: ByteSize = ByteSize::gib(1);
@@ -23,8 +23,9 @@ const LITTLE_MEMORY: ByteSize = ByteSize::gib(1);
 /// Above this a link's round trip costs more than most layers: Wi-Fi, or another town.
 const SLOW_LINK_MS: f64 = 2.0;
 
-/// Files and sockets that a busy coordinator opens: one per client and a few per worker.
-const FEW_FILES: u64 = 1024;
+/// Files and sockets that a busy coordinator opens: one for each of 4096 clients, and 256 for links, weights and
+/// itself.
+const FILES_WANTED: u64 = 4096 + 256;
 
 #[derive(Serialize, PartialEq, Eq, Clone, Copy)]
 #[serde(rename_all = "lowercase")]
@@ -84,7 +85,7 @@ pub fn run(args: &DoctorArgs) -> Result<(), Failure> {
 }
 
 fn state(dir: &Path) -> Check {
-    let opened = brigade_net::create_private_dir(dir)
+    let opened = files::make_state_dir(dir)
         .map_err(|error| error.to_string())
         .and_then(|()| Identity::load_or_create(dir).map_err(|error| error.to_string()));
     match opened {
@@ -152,10 +153,14 @@ fn ipv6() -> Check {
 }
 
 fn open_files() -> Check {
-    match brigade_node::system::open_file_limit() {
-        Some(n) if n < FEW_FILES => warn("open files", format!("at most {n}"), "raise it: ulimit -n 65536"),
+    // The hard limit: `serve` and `join` raise theirs to it.
+    match files::open_files_max() {
+        Some(n) if n < FILES_WANTED => {
+            let fix = "many clients at once may be turned away: raise the hard limit (ulimit -Hn 65536 as root)";
+            warn("open files", format!("at most {n}"), fix)
+        }
         Some(n) => ok("open files", format!("at most {n}")),
-        None => ok("open files", "no limit found"),
+        None => ok("open files", "no limit"),
     }
 }
 

@@ -46,6 +46,9 @@ impl Note {
 
     /// Reads the note of the coordinator that runs with this state directory.
     pub fn find(state_dir: &Path) -> Result<Self, Failure> {
+        if state_dir.is_file() {
+            return Err(crate::files::is_a_file(state_dir));
+        }
         let text = std::fs::read_to_string(Self::path(state_dir)).map_err(|_| {
             Failure::run(format!(
                 "no coordinator runs with the state directory {}: start one with `brigade serve`, or name its \

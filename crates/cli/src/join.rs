@@ -1,14 +1,15 @@
 //! `brigade join`: a worker.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use brigade_net::Ticket;
 use brigade_node::{Worker, WorkerOptions, WorkerStatus};
+use serde::Serialize;
 
 use crate::args::JoinArgs;
 use crate::error::Failure;
-use crate::output;
 use crate::progress::{Bars, POLL};
+use crate::{files, output};
 
 /// Largest file that is taken for a ticket.
 const MAX_TICKET_FILE_BYTES: u64 = 16 << 10;
@@ -16,8 +17,8 @@ const MAX_TICKET_FILE_BYTES: u64 = 16 << 10;
 /// Works until stopped.
 pub fn run(args: &JoinArgs) -> Result<(), Failure> {
     let state_dir = args.node.state.dir();
-    brigade_net::create_private_dir(&state_dir)
-        .map_err(|error| Failure::run(format!("{} cannot be used: {error}", state_dir.display())))?;
+    files::make_state_dir(&state_dir)?;
+    files::raise_open_files();
     let options = WorkerOptions {
         state_dir: state_dir.clone(),
         name: args.node.name(),
@@ -41,28 +42,33 @@ pub fn run(args: &JoinArgs) -> Result<(), Failure> {
 
 fn ticket(args: &JoinArgs) -> Result<Option<Ticket>, Failure> {
     let text = match (&args.ticket, &args.ticket_file) {
-        (Some(text), _) => text.clone(),
-        (None, Some(path)) => {
-            let failed = |error: std::io::Error| Failure::usage(format!("--ticket-file {}: {error}", path.display()));
-            if std::fs::metadata(path).map_err(failed)?.len() > MAX_TICKET_FILE_BYTES {
-                return Err(Failure::usage(format!("--ticket-file {}: this is no ticket", path.display())));
-            }
-            std::fs::read_to_string(path).map_err(failed)?
+        (Some(text), _) if !text.trim().is_empty() => text.clone(),
+        (_, Some(path)) => {
+            let text = files::read_text(path, MAX_TICKET_FILE_BYTES);
+            text.map_err(|error| Failure::usage(format!("--ticket-file {error}")))?
         }
-        (None, None) => return Ok(None),
+        (_, None) => return Ok(None),
     };
     text.trim().parse().map(Some).map_err(Failure::usage)
 }
 
 /// Where a worker notes how it stands, for `brigade status`.
-pub fn status_file(state_dir: &Path) -> std::path::PathBuf {
+pub fn status_file(state_dir: &Path) -> PathBuf {
     state_dir.join("worker.json")
+}
+
+/// What a worker notes: how it stands, and which process that was.
+#[derive(Serialize)]
+struct Note<'a> {
+    pid: u32,
+    #[serde(flatten)]
+    status: &'a WorkerStatus,
 }
 
 /// Shows progress and changes of state until the worker ends.
 fn watch(worker: &Worker, state_dir: &Path) -> Result<(), Failure> {
     let mut bars = Bars::new();
-    let mut shown = String::new();
+    let (mut shown, mut trouble) = (String::new(), None);
     while !worker.is_finished() {
         let status = worker.status();
         let (done, total) = status.weights;
@@ -72,11 +78,13 @@ fn watch(worker: &Worker, state_dir: &Path) -> Result<(), Failure> {
         if state != shown {
             bars.clear();
             output::line(&state)?;
+        }
+        if state != shown || status.trouble != trouble {
             // For `brigade status` on this machine; a full disk must not end the worker.
-            if let Ok(bytes) = serde_json::to_vec_pretty(&status) {
+            if let Ok(bytes) = serde_json::to_vec_pretty(&Note { pid: std::process::id(), status: &status }) {
                 let _ = brigade_net::write_atomic(&status_file(state_dir), &bytes, 0o600);
             }
-            shown = state;
+            (shown, trouble) = (state, status.trouble);
         }
         std::thread::sleep(POLL);
     }

@@ -10,6 +10,7 @@ mod doctor;
 mod embedded;
 mod endpoint;
 mod error;
+mod files;
 mod inspect;
 mod join;
 mod output;

@@ -12,7 +12,7 @@ use crate::args::ServeArgs;
 use crate::endpoint::Note;
 use crate::error::Failure;
 use crate::progress::{Bars, POLL};
-use crate::{embedded, output};
+use crate::{embedded, files, output};
 
 /// Port of links unless told otherwise, so that workers find a restarted coordinator again.
 const LINK_PORT: u16 = 7411;
@@ -23,8 +23,8 @@ const MAX_KEY_FILE_BYTES: u64 = 1 << 20;
 /// Serves until stopped.
 pub fn run(args: &ServeArgs) -> Result<(), Failure> {
     let state_dir = args.node.state.dir();
-    brigade_net::create_private_dir(&state_dir)
-        .map_err(|error| Failure::run(format!("{} cannot be used: {error}", state_dir.display())))?;
+    files::make_state_dir(&state_dir)?;
+    files::raise_open_files();
     let keys = api_keys(args)?;
     if !args.bind.is_loopback() && keys.is_empty() {
         return Err(Failure::usage(format!(
@@ -32,7 +32,10 @@ pub fn run(args: &ServeArgs) -> Result<(), Failure> {
             args.bind
         )));
     }
-    // Bound first: a port in use is found before a large model is read.
+    // A port in use and a file that cannot be written are found before a large model is read.
+    if let Some(path) = &args.ticket_file {
+        files::check_writable(path).map_err(|error| ticket_file_failed(path, &error))?;
+    }
     let http_address = SocketAddr::new(args.bind, args.port);
     let http = TcpListener::bind(http_address).map_err(|error| match error.kind() {
         std::io::ErrorKind::AddrInUse => {
@@ -61,7 +64,7 @@ pub fn run(args: &ServeArgs) -> Result<(), Failure> {
     let ticket = handle.ticket(args.ticket_ttl).map_err(Failure::run)?.to_string();
     if let Some(path) = &args.ticket_file {
         brigade_net::write_atomic(path, format!("{ticket}\n").as_bytes(), 0o600)
-            .map_err(|error| Failure::run(format!("--ticket-file {}: {error}", path.display())))?;
+            .map_err(|error| ticket_file_failed(path, &error))?;
     }
     let admin_token = brigade_net::random_token().map_err(Failure::run)?;
     let host_names = args.host_name.clone();
@@ -81,6 +84,13 @@ pub fn run(args: &ServeArgs) -> Result<(), Failure> {
     watch(&coordinator, &*handle, &format!("ready {url}/v1"))?;
     server.stop();
     coordinator.wait().map_err(Failure::run)
+}
+
+fn ticket_file_failed(path: &Path, error: &std::io::Error) -> Failure {
+    // Without the name of the temporary file that was to become this one.
+    let inner = error.get_ref().and_then(|inner| inner.source());
+    let reason = inner.map_or_else(|| error.to_string(), ToString::to_string);
+    Failure::run(format!("--ticket-file {} cannot be written: {reason}", path.display()))
 }
 
 fn join(addresses: &[SocketAddr]) -> String {
@@ -107,18 +117,14 @@ fn open_model(args: &ServeArgs, state_dir: &Path) -> Result<LocalModel, Failure>
 fn api_keys(args: &ServeArgs) -> Result<Vec<String>, Failure> {
     let mut keys = args.api_key.clone();
     if let Some(path) = &args.api_key_file {
-        let failed =
-            |error: &dyn std::fmt::Display| Failure::usage(format!("--api-key-file {}: {error}", path.display()));
-        let size = std::fs::metadata(path).map_err(|error| failed(&error))?.len();
-        if size > MAX_KEY_FILE_BYTES {
-            return Err(failed(&format!("{size} bytes are no list of keys")));
-        }
-        let text = std::fs::read_to_string(path).map_err(|error| failed(&error))?;
+        let text = files::read_text(path, MAX_KEY_FILE_BYTES)
+            .map_err(|error| Failure::usage(format!("--api-key-file {error}")))?;
         let found = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
         let before = keys.len();
         keys.extend(found.map(str::to_owned));
         if keys.len() == before {
-            return Err(failed(&"there is no key in it; write one per line"));
+            let path = path.display();
+            return Err(Failure::usage(format!("--api-key-file {path}: there is no key in it; write one per line")));
         }
     }
     if keys.iter().any(|key| key.trim().is_empty()) {

@@ -1,28 +1,48 @@
 //! `brigade status`: the cluster as its coordinator sees it.
 
+use std::path::Path;
+
 use brigade_base::ByteSize;
+use rustix::io::Errno;
+use rustix::process::{Pid, test_kill_process};
 use serde_json::Value;
 
 use crate::args::StatusArgs;
 use crate::endpoint::Endpoint;
 use crate::error::Failure;
-use crate::output;
+use crate::{files, output};
+
+/// Largest note of a worker: a few texts of a few kilobytes.
+const MAX_NOTE_BYTES: u64 = 1 << 20;
 
 /// Prints the status once.
 pub fn run(args: &StatusArgs) -> Result<(), Failure> {
     let state_dir = args.endpoint.state.dir();
-    let worker_file = crate::join::status_file(&state_dir);
     let endpoint = match Endpoint::of(&args.endpoint) {
         Ok(endpoint) => endpoint,
         // On a worker's machine there is no endpoint, but there is something to tell.
         Err(failure) => {
-            let Ok(text) = std::fs::read_to_string(&worker_file) else { return Err(failure) };
-            let worker: Value = serde_json::from_str(&text).map_err(|_| failure)?;
-            return if args.json { output::json(&worker) } else { print_worker(&worker) };
+            let worker = worker(&state_dir)?.ok_or(failure)?;
+            return if args.json { output::json(&worker) } else { output::text(&describe_worker(&worker)) };
         }
     };
     let status = endpoint.get("/brigade/v1/status")?;
     if args.json { output::json(&status) } else { print(&status) }
+}
+
+/// What the worker that runs with this state directory notes; `None` if there is no note.
+fn worker(state_dir: &Path) -> Result<Option<Value>, Failure> {
+    let Ok(text) = files::read_text(&crate::join::status_file(state_dir), MAX_NOTE_BYTES) else { return Ok(None) };
+    let Ok(worker) = serde_json::from_str::<Value>(&text) else { return Ok(None) };
+    let pid = worker.get("pid").and_then(Value::as_i64).and_then(|pid| Pid::from_raw(pid.try_into().ok()?));
+    // A process of another user may not be asked, but it is there.
+    match pid.map(test_kill_process) {
+        Some(Ok(()) | Err(Errno::PERM)) => Ok(Some(worker)),
+        _ => Err(Failure::run(format!(
+            "no worker runs with the state directory {}: the last one was killed; start `brigade join` again",
+            state_dir.display()
+        ))),
+    }
 }
 
 fn text<'a>(value: &'a Value, key: &str) -> &'a str {
@@ -83,10 +103,49 @@ fn print(status: &Value) -> Result<(), Failure> {
     Ok(())
 }
 
-fn print_worker(worker: &Value) -> Result<(), Failure> {
-    output::line(format_args!("this node is a worker of {}", text(worker, "coordinator")))?;
-    output::line(format_args!("state   {}", text(worker, "state")))?;
+fn describe_worker(worker: &Value) -> String {
+    let connected = worker.get("connected").and_then(Value::as_bool).unwrap_or(false);
+    let link = if connected { "connected" } else { "looking for it" };
     let model = text(worker, "model");
-    output::line(format_args!("layers  {}{}{model}", layers(worker), if model.is_empty() { "" } else { " of " }))?;
-    output::line("`brigade status` on the coordinator shows the whole cluster")
+    let of = if model.is_empty() { "" } else { " of " };
+    let mut lines = vec![
+        format!("this node is a worker of {}, {link}", text(worker, "coordinator")),
+        format!("state   {}", text(worker, "state")),
+        format!("layers  {}{of}{model}", layers(worker)),
+    ];
+    if let Some(trouble) = worker.get("trouble").and_then(Value::as_str) {
+        lines.push(format!("trouble {trouble}"));
+    }
+    lines.push("`brigade status` on the coordinator shows the whole cluster\n".to_owned());
+    lines.join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_worker_that_was_killed_runs_no_more() {
+        let dir = tempfile::tempdir().unwrap();
+        let note = |pid: u32| std::fs::write(dir.path().join("worker.json"), json!({"pid": pid}).to_string()).unwrap();
+        assert_eq!(worker(dir.path()).unwrap(), None);
+        note(std::process::id());
+        assert!(worker(dir.path()).unwrap().is_some());
+        // Beyond the highest process number of any system.
+        for pid in [0, i32::MAX as u32, u32::MAX] {
+            note(pid);
+            assert!(worker(dir.path()).unwrap_err().to_string().contains("no worker runs"), "{pid}");
+        }
+    }
+
+    #[test]
+    fn a_worker_tells_of_its_link_and_its_trouble() {
+        let lost = json!({"coordinator": "c", "connected": false, "state": "waiting", "trouble": "no route"});
+        let text = describe_worker(&lost);
+        assert!(text.contains("worker of c, looking for it\n") && text.contains("trouble no route\n"), "{text}");
+        let runs = json!({"coordinator": "c", "connected": true, "model": "m", "layers": [0, 4], "state": "running"});
+        let text = describe_worker(&runs);
+        assert!(text.contains("c, connected\n") && text.contains("layers  0..4 of m\n"), "{text}");
+    }
 }

@@ -14,8 +14,7 @@ pub fn run(args: &TicketArgs) -> Result<(), Failure> {
     let note = Note::find(&StateArgs { state_dir: args.state_dir.clone() }.dir())?;
     let endpoint = Endpoint::at(&note.url, Some(note.admin_token))?;
     match &args.action {
-        None => create(&endpoint, Duration::from_secs(3600)),
-        Some(TicketAction::Create { ticket_ttl }) => create(&endpoint, *ticket_ttl),
+        None | Some(TicketAction::Create) => create(&endpoint, args.ticket_ttl),
         Some(TicketAction::List) => {
             let reply = endpoint.get("/brigade/v1/tickets")?;
             let tickets = reply.get("data").unwrap_or(&reply).as_array().cloned().unwrap_or_default();

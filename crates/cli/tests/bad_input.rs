@@ -178,6 +178,17 @@ fn settings_that_make_no_sense_are_refused() {
     check_serve(&["--config", broken.to_str().unwrap()], 2, "broken.toml");
     check_serve(&["--config", "/does/not/exist.toml"], 2, "/does/not/exist.toml");
     check_serve(&["--context", "5000"], 1, "the 1024 tokens that this model was trained for");
+    let model = abacus();
+    let plan = ["plan", model.to_str().unwrap(), "--context", "5000"];
+    check(&plan, 1, "the 1024 tokens that this model was trained for");
+    check_serve(&["--config", "/dev/zero"], 2, "/dev/zero has more than");
+    check_serve(&["--api-key-file", "/dev/zero"], 2, "/dev/zero has more than");
+    check_join(&["--ticket-file", "/dev/zero"], 2, "/dev/zero has more than");
+    check_serve(&["--ticket-file", "/does/not/exist"], 1, "--ticket-file /does/not/exist cannot be written: No such");
+    let file = none.to_str().unwrap();
+    for verb in ["serve", "join", "status", "ticket", "chat"] {
+        check(&[verb, "--state-dir", file], 2, "is a file; name a directory with --state-dir");
+    }
     check(&["status", "--url", "https://localhost:1"], 2, "http://");
     check(&["status", "--url", &format!("http://{}", dead_address())], 1, "is `brigade serve` running there?");
     for verb in ["status", "ticket", "chat"] {
@@ -322,7 +333,7 @@ fn requests_that_cannot_be_answered_get_an_openai_error() {
     let cases = [
         (chat, chat_body(&"seven eight ".repeat(600)).to_string(), 400, "context_length_exceeded"),
         (completions, complete(json!(vec![5; 1024])), 400, "context_length_exceeded"),
-        (completions, complete(json!(vec![5; 500_000])), 400, "context_length_exceeded"),
+        (completions, complete(json!(vec![5; 200_000])), 400, "context_length_exceeded"),
         (completions, complete(json!([1024])), 400, "invalid_value"),
         (completions, complete(json!([-1])), 400, "invalid_value"),
         (completions, complete(json!([u64::MAX])), 400, ""),

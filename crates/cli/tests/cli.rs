@@ -137,6 +137,14 @@ fn status_and_doctor_show_the_cluster() {
 }
 
 #[test]
+fn status_knows_a_worker_that_was_killed() {
+    let mut cluster = Cluster::of(2);
+    cluster.workers[0].kill();
+    let ended = run(&["status", "--state-dir", cluster.state_dir("w0").to_str().unwrap()]);
+    assert!(ended.code == Some(1) && ended.stderr.contains("no worker runs with"), "{ended:?}");
+}
+
+#[test]
 fn doctor_finds_a_lost_coordinator() {
     let mut cluster = Cluster::of(2);
     cluster.coordinator.kill();

@@ -118,8 +118,9 @@ impl Vocabulary {
         self.n_tokens
     }
 
-    /// The tokens of `text` as [`tokenize`](Self::tokenize) gives them, if they are at most about `n_max`: a text that has
-    /// more for certain is refused without much work. llama.cpp takes time by the square of the number of special tokens.
+    /// The tokens of `text` as [`tokenize`](Self::tokenize) gives them, if they are at most about `n_max`: a text that
+    /// has more for certain is refused without much work. llama.cpp takes time by the square of the number of special
+    /// tokens.
     ///
     /// # Errors
     /// As [`tokenize`](Self::tokenize), and if the text has too many tokens.

@@ -373,8 +373,8 @@ impl Keys<'_> {
         Ok(Some(SlidingWindow { n_tokens, slides }))
     }
 
-    /// The vocabulary, where it is told, must have as many tokens as the embedding has rows, each once, and be of a kind
-    /// that the architectures here use. libllama ends the process over what is refused here.
+    /// The vocabulary, where it is told, must have as many tokens as the embedding has rows, each once, and be of a
+    /// kind that the architectures here use. libllama ends the process over what is refused here.
     fn check_vocabulary(&self, n_vocab: u32) -> Result<(), ArchitectureError> {
         let wrong = |key: &str, found: String, expected: String| {
             Err(ArchitectureError::Value { key: format!("tokenizer.ggml.{key}"), found, expected })

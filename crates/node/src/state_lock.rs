@@ -1,7 +1,7 @@
 //! One process for one state directory.
 //!
-//! Two nodes with one key would push each other out of the cluster without end, and tickets and members have one writer.
-//! The system frees the lock when the process ends, however it ends.
+//! Two nodes with one key would push each other out of the cluster without end, and tickets and members have one
+//! writer. The system frees the lock when the process ends, however it ends.
 
 use std::fs::{File, TryLockError};
 use std::io;

@@ -29,11 +29,6 @@ pub fn used_swap() -> ByteSize {
     ByteSize(System::new_with_specifics(RefreshKind::nothing().with_memory(memory)).used_swap())
 }
 
-/// Most files that this process may open at once, if the system has such a limit.
-pub fn open_file_limit() -> Option<u64> {
-    System::open_files_limit().map(|n| n as u64)
-}
-
 /// Threads that a node computes with unless told otherwise: one for each core that this process may use. Two threads
 /// of one core share what computes, so they count once.
 pub fn default_threads() -> u32 {

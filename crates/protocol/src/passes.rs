@@ -182,9 +182,9 @@ impl Passes {
         (0..n_slots).map(|i| (turn + i) % n_slots).find(|&slot| self.slots[slot].as_ref().is_some_and(&wanted))
     }
 
-    /// The slots that decode in the next pass. Those that decode at all are cut into as many runs of neighbours as there
-    /// are stages, so that all passes of the ring are about equally full; the next run that has tokens to send is taken.
-    /// Neighbours, because the engine computes rows of consecutive slots as one batch, and others one by one.
+    /// The slots that decode in the next pass. Those that decode at all are cut into as many runs of neighbours as
+    /// there are stages, so that all passes of the ring are about equally full; the next run that has tokens to send is
+    /// taken. Neighbours, because the engine computes rows of consecutive slots as one batch, and others one by one.
     fn decode_share(&mut self) -> Vec<usize> {
         let is = |slot: &usize, wanted: &dyn Fn(&Session) -> bool| self.slots[*slot].as_ref().is_some_and(wanted);
         let decoding: Vec<usize> = (0..self.slots.len()).filter(|slot| is(slot, &Session::is_decoding)).collect();
