@@ -23,6 +23,8 @@ mod stage_thread;
 mod state_lock;
 mod stats;
 pub mod system;
+#[cfg(test)]
+mod test_link;
 mod text;
 mod threads;
 mod weights;

@@ -70,10 +70,8 @@ mod tests {
     use std::sync::Mutex;
     use std::time::{Duration, Instant};
 
-    use brigade_base::NodeId;
-    use brigade_net::LinkStats;
-
     use super::*;
+    use crate::test_link::TestLink;
 
     /// Takes nothing until it is opened; keeps the first byte of each frame.
     #[derive(Default)]
@@ -82,40 +80,15 @@ mod tests {
         taken: Mutex<Vec<u8>>,
     }
 
-    impl Link for Stuck {
-        fn send(&self, _kind: u8, parts: &[&[u8]]) -> Result<(), LinkError> {
-            let _open = self.door.lock().unwrap();
-            self.taken.lock().unwrap().push(parts[0][0]);
-            Ok(())
-        }
-
-        fn recv(&self, _buf: &mut Vec<u8>, _deadline: Option<Instant>) -> Result<u8, LinkError> {
-            Err(LinkError::Closed)
-        }
-
-        fn peer(&self) -> NodeId {
-            NodeId::from_bytes([0; 32])
-        }
-
-        fn peer_addr(&self) -> String {
-            String::new()
-        }
-
-        fn close(&self) {}
-
-        fn stats(&self) -> LinkStats {
-            LinkStats::default()
-        }
-
-        fn set_frame_limit(&self, _bytes: usize) {}
-
-        fn set_spin(&self, _spin: Duration) {}
-    }
-
     #[test]
     fn large_frames_never_hold_up_the_sender_and_nothing_overtakes_them() {
         let link = Arc::new(Stuck::default());
-        let outgoing = Outgoing::new(Arc::clone(&link) as Arc<dyn Link>).unwrap();
+        let end = Arc::clone(&link);
+        let take = move |parts: &[&[u8]]| {
+            let _open = end.door.lock().unwrap();
+            end.taken.lock().unwrap().push(parts[0][0]);
+        };
+        let outgoing = Outgoing::new(TestLink::of(take, || None)).unwrap();
         outgoing.send(&[0], &[]).unwrap();
         let closed = link.door.lock().unwrap();
         outgoing.send(&[1], &vec![0.0; SMALL_FRAME_BYTES]).unwrap();

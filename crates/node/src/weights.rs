@@ -307,53 +307,13 @@ mod tests {
     use std::collections::VecDeque;
     use std::sync::Mutex;
 
-    use brigade_base::{ByteSize, NodeId};
+    use brigade_base::ByteSize;
     use brigade_gguf::{Builder, GgmlType, Metadata};
-    use brigade_net::LinkStats;
 
     use super::*;
+    use crate::test_link::TestLink;
 
     const TENSOR: [u8; 32] = [7; 32];
-
-    /// A coordinator in memory: answers each fetch with what `answer` makes of it.
-    struct FakeLink {
-        answer: fn(Fetch) -> Vec<(u8, Vec<u8>)>,
-        queue: Mutex<VecDeque<(u8, Vec<u8>)>>,
-        offsets: Arc<Mutex<Vec<u64>>>,
-    }
-
-    impl Link for FakeLink {
-        fn send(&self, _kind: u8, parts: &[&[u8]]) -> Result<(), LinkError> {
-            let fetch = Fetch::decode(parts[0]).unwrap();
-            self.offsets.lock().unwrap().push(fetch.offset);
-            self.queue.lock().unwrap().extend((self.answer)(fetch));
-            Ok(())
-        }
-
-        fn recv(&self, buf: &mut Vec<u8>, _deadline: Option<Instant>) -> Result<u8, LinkError> {
-            let (kind, bytes) = self.queue.lock().unwrap().pop_front().ok_or(LinkError::Closed)?;
-            *buf = bytes;
-            Ok(kind)
-        }
-
-        fn peer(&self) -> NodeId {
-            NodeId::from_bytes([0; 32])
-        }
-
-        fn peer_addr(&self) -> String {
-            String::new()
-        }
-
-        fn close(&self) {}
-
-        fn stats(&self) -> LinkStats {
-            LinkStats::default()
-        }
-
-        fn set_frame_limit(&self, _bytes: usize) {}
-
-        fn set_spin(&self, _spin: Duration) {}
-    }
 
     fn rest(fetch: Fetch) -> Vec<u8> {
         TENSOR[fetch.offset as usize..].to_vec()
@@ -372,8 +332,14 @@ mod tests {
         let offsets = Arc::new(Mutex::new(Vec::new()));
         let seen = Arc::clone(&offsets);
         let dial = move || {
-            let link = FakeLink { answer, queue: Mutex::default(), offsets: Arc::clone(&seen) };
-            Ok(Arc::new(link) as Arc<dyn Link>)
+            let queue = Arc::new(Mutex::new(VecDeque::new()));
+            let (answers, seen) = (Arc::clone(&queue), Arc::clone(&seen));
+            let on_fetch = move |parts: &[&[u8]]| {
+                let fetch = Fetch::decode(parts[0]).unwrap();
+                seen.lock().unwrap().push(fetch.offset);
+                answers.lock().unwrap().extend(answer(fetch));
+            };
+            Ok(TestLink::of(on_fetch, move || queue.lock().unwrap().pop_front()))
         };
         let gather = Gather {
             model_name: "m",
