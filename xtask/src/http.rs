@@ -1,6 +1,7 @@
 //! Talking to a coordinator's HTTP endpoint as its users do.
 
 use std::io::{BufRead, BufReader, Read};
+use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -13,7 +14,8 @@ const MAX_BYTES: u64 = 16 << 20;
 /// How long connecting may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// An endpoint without a key.
+/// An endpoint without a key. Clones share their connections.
+#[derive(Clone)]
 pub struct Endpoint {
     /// For example `http://127.0.0.1:8080`.
     base: String,
@@ -58,16 +60,34 @@ impl Endpoint {
 
     /// The cluster as it stands, as `brigade status --json` shows it.
     pub fn status(&self) -> Outcome<Value> {
-        let url = format!("{}/brigade/v1/status", self.base);
-        let mut response = self.agent.get(&url).call().map_err(|error| Failure::said(format!("{url}: {error}")))?;
+        let path = "/brigade/v1/status";
+        let text = self.text(path)?;
+        serde_json::from_str(&text).map_err(|error| Failure::said(format!("{path} answered {text:?}: {error}")))
+    }
+
+    /// What is at `path`, as text.
+    pub fn text(&self, path: &str) -> Outcome<String> {
+        let url = format!("{}{path}", self.base);
+        let failed = |error: &dyn std::fmt::Display| Failure::said(format!("{url}: {error}"));
+        let mut response = self.agent.get(&url).call().map_err(|error| failed(&error))?;
         let text = response.body_mut().with_config().limit(MAX_BYTES).read_to_string();
-        let text = text.map_err(|error| Failure::said(format!("{url}: {error}")))?;
-        serde_json::from_str(&text).map_err(|error| Failure::said(format!("{url} answered {text:?}: {error}")))
+        let text = text.map_err(|error| failed(&error))?;
+        if response.status().is_success() { Ok(text) } else { Err(failed(&format!("{}: {text}", response.status()))) }
     }
 
     /// Streams an answer and hands out its text as it comes. `path` is `/v1/completions` or `/v1/chat/completions`;
     /// `body` asks for a stream with usage.
     pub fn stream(&self, path: &str, body: &Value, mut on_text: impl FnMut(&str) -> Outcome) -> Outcome<Answer> {
+        self.stream_until(path, body, |text| on_text(text).map(ControlFlow::Continue))
+    }
+
+    /// The same, and hangs up with what has come so far as soon as `on_text` breaks.
+    pub fn stream_until(
+        &self,
+        path: &str,
+        body: &Value,
+        mut on_text: impl FnMut(&str) -> Outcome<ControlFlow<()>>,
+    ) -> Outcome<Answer> {
         let url = format!("{}{path}", self.base);
         let failed = |error: &dyn std::fmt::Display| Failure::said(format!("{url}: {error}"));
         let mut response = self.agent.post(&url).send_json(body).map_err(|error| failed(&error))?;
@@ -94,8 +114,8 @@ impl Endpoint {
                 return Err(failed(&message));
             }
             let piece = answer.add(&chunk);
-            if !piece.is_empty() {
-                on_text(&piece)?;
+            if !piece.is_empty() && on_text(&piece)?.is_break() {
+                return Ok(answer);
             }
         }
     }

@@ -107,6 +107,24 @@ impl Processes {
         Ok(Lines { name: name.to_owned(), lines, log, held: Arc::clone(&self.held) })
     }
 
+    /// Resident memory of all running children that is their own and no mapped file; `None` where the system does not
+    /// tell (anything but Linux).
+    pub fn anonymous_bytes(&self) -> Option<u64> {
+        let held = lock(&self.held);
+        let of = |running: &Running| {
+            let status = std::fs::read_to_string(format!("/proc/{}/status", running.child.id())).ok()?;
+            let kib: u64 = status
+                .lines()
+                .find_map(|line| line.strip_prefix("RssAnon:"))?
+                .split_whitespace()
+                .next()?
+                .parse()
+                .ok()?;
+            Some(kib * 1024)
+        };
+        held.running.iter().map(of).sum()
+    }
+
     /// Ends all children and waits until they are gone.
     pub fn end(&self) {
         lock(&self.held).end();

@@ -25,6 +25,10 @@ pub struct Generated {
     pub answers: Vec<Vec<Token>>,
     /// Until the first prompt had its first token.
     pub to_first: Duration,
+    /// Until each prompt had its first token.
+    pub to_first_of_each: Vec<Duration>,
+    /// Until each batch of answer tokens was computed: one token of each answer that still goes on.
+    pub to_batches: Vec<Duration>,
     /// Until all was done.
     pub to_last: Duration,
 }
@@ -78,10 +82,9 @@ impl Whole {
         for (slot, prompt) in (0..).zip(prompts) {
             self.read(slot, prompt, &mut logits)?;
             next.push((slot, sampler.sample(&logits, self.stage.len(slot))));
-            if slot == 0 {
-                done.to_first = started.elapsed();
-            }
+            done.to_first_of_each.push(started.elapsed());
         }
+        done.to_first = done.to_first_of_each.first().copied().unwrap_or_default();
         let n_vocab = self.stage.n_vocab() as usize;
         loop {
             next.retain(|(slot, token)| {
@@ -103,19 +106,25 @@ impl Whole {
             for ((slot, token), logits) in next.iter_mut().zip(logits.chunks_exact(n_vocab)) {
                 *token = sampler.sample(logits, self.stage.len(*slot));
             }
+            done.to_batches.push(started.elapsed());
         }
     }
 
-    /// Reads a prompt in chunks and leaves the logits of its last token.
+    /// Reads a prompt in chunks and leaves the logits of its last token. No chunk of a longer prompt is a single token,
+    /// since the kernels for one row round otherwise than those for several.
     fn read(&mut self, slot: u32, prompt: &[Token], logits: &mut Vec<f32>) -> Outcome {
-        let n_chunks = prompt.chunks(brigade_node::CHUNK as usize).count();
-        for (k, chunk) in prompt.chunks(brigade_node::CHUNK as usize).enumerate() {
+        let most = brigade_node::CHUNK as usize;
+        let mut rest = prompt;
+        while !rest.is_empty() {
+            let n = if rest.len() == most + 1 { most - 1 } else { rest.len().min(most) };
+            let (chunk, behind) = rest.split_at(n);
+            rest = behind;
             let first = self.stage.len(slot);
-            let is_last = |i: usize| k + 1 == n_chunks && i + 1 == chunk.len();
+            let is_last = |i: usize| rest.is_empty() && i + 1 == chunk.len();
             let row = |i: usize| Row { slot, position: first + i as u32, output: is_last(i) };
             let rows: Vec<Row> = (0..chunk.len()).map(row).collect();
             self.stage.run(&rows, Input::Tokens(chunk), logits).map_err(Failure::said)?;
         }
-        if n_chunks == 0 { Err(Failure::said("the prompt is empty")) } else { Ok(()) }
+        if prompt.is_empty() { Err(Failure::said("the prompt is empty")) } else { Ok(()) }
     }
 }

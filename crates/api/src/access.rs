@@ -1,4 +1,4 @@
-//! Who may ask: API keys, the admin token, and the check of the `Host` header.
+//! Who may ask: API keys, the admin token, and the check of the `Host` header; and in whose name a request is answered.
 //!
 //! With keys, every route but `/health` and `/ready` wants one. Without keys the server is for people on this machine,
 //! and then a web page must not reach it: a page whose name is made to resolve to a loopback address (DNS rebinding)
@@ -14,7 +14,9 @@ use axum::http::{HeaderMap, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::Response;
 use blake3::Hash;
+use brigade_base::TenantId;
 
+use crate::ApiOptions;
 use crate::error::ApiError;
 use crate::fields::clip;
 
@@ -26,60 +28,96 @@ pub(crate) struct Access {
     keys: Vec<Hash>,
     admin: Option<Hash>,
     host_names: Vec<String>,
+    one_tenant: bool,
 }
 
-/// What the caller showed.
-enum Caller {
-    Nobody,
-    Stranger,
-    Client,
-    Admin,
+/// In whose name a request is answered; the guard leaves it in the request's extensions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Caller {
+    /// The same for all requests with one key; [`NO_KEY`] without keys.
+    pub(crate) tenant: TenantId,
+    /// Showed the admin token.
+    pub(crate) is_admin: bool,
+}
+
+/// The tenant of callers who need no key.
+const NO_KEY: TenantId = TenantId(0);
+
+/// What a caller showed: nothing, what nobody knows, or a known secret by its hash.
+enum Shown {
+    Nothing,
+    Unknown,
+    Key(Hash),
+    AdminToken(Hash),
+}
+
+impl Caller {
+    /// Whether the caller may see what became of a request of `tenant`.
+    pub(crate) fn may_see(self, tenant: TenantId) -> bool {
+        self.is_admin || self.tenant == tenant
+    }
 }
 
 impl Access {
-    pub(crate) fn new(keys: &[String], admin_token: Option<&str>, host_names: &[String]) -> Self {
+    pub(crate) fn new(options: &ApiOptions) -> Self {
         Self {
-            keys: keys.iter().map(|key| blake3::hash(key.as_bytes())).collect(),
-            admin: admin_token.map(|token| blake3::hash(token.as_bytes())),
-            host_names: host_names.to_vec(),
+            keys: options.keys.iter().map(|key| blake3::hash(key.as_bytes())).collect(),
+            admin: options.admin_token.as_ref().map(|token| blake3::hash(token.as_bytes())),
+            host_names: options.host_names.clone(),
+            one_tenant: options.share_prefix_cache,
         }
     }
 
-    /// Whether a request may go on to its route.
-    pub(crate) fn check(&self, path: &str, headers: &HeaderMap) -> Result<(), ApiError> {
+    /// Whether a request may go on to its route, and in whose name.
+    pub(crate) fn check(&self, path: &str, headers: &HeaderMap) -> Result<Caller, ApiError> {
+        let nobody = Caller { tenant: NO_KEY, is_admin: false };
         if OPEN_ROUTES.contains(&path) {
-            return Ok(());
+            return Ok(nobody);
         }
+        let shown = self.shown(headers);
         if self.keys.is_empty() {
-            return self.check_host(headers);
+            self.check_host(headers)?;
         }
-        match self.caller(headers) {
-            Caller::Client | Caller::Admin => Ok(()),
-            Caller::Nobody => Err(unauthorized("no API key; send it as `Authorization: Bearer KEY`")),
-            Caller::Stranger => Err(unauthorized("this API key is not known here")),
+        match shown {
+            Shown::AdminToken(hash) => Ok(Caller { tenant: self.tenant(hash), is_admin: true }),
+            Shown::Key(hash) => Ok(Caller { tenant: self.tenant(hash), is_admin: false }),
+            // Clients of OpenAI's cannot be told to send no key, so without keys any is as good as none.
+            Shown::Nothing | Shown::Unknown if self.keys.is_empty() => Ok(nobody),
+            Shown::Nothing => Err(unauthorized("no API key; send it as `Authorization: Bearer KEY`")),
+            Shown::Unknown => Err(unauthorized("this API key is not known here")),
         }
+    }
+
+    /// Whose requests those with a secret are: the beginning of its hash, so the same after a restart.
+    fn tenant(&self, secret: Hash) -> TenantId {
+        if self.one_tenant {
+            return NO_KEY;
+        }
+        let mut first = [0; 8];
+        first.copy_from_slice(&secret.as_bytes()[..8]);
+        TenantId(u64::from_le_bytes(first).max(NO_KEY.next().0))
     }
 
     /// Whether the caller may change who takes part.
     pub(crate) fn check_admin(&self, headers: &HeaderMap) -> Result<(), ApiError> {
-        match (self.caller(headers), &self.admin) {
-            (Caller::Admin, _) => Ok(()),
+        match (self.shown(headers), &self.admin) {
+            (Shown::AdminToken(_), _) => Ok(()),
             (_, None) => Err(forbidden("this server has no admin token, so nobody may do this over HTTP")),
-            (Caller::Nobody, _) => Err(unauthorized("this needs the admin token as `Authorization: Bearer TOKEN`")),
-            (Caller::Client | Caller::Stranger, _) => Err(forbidden("this needs the admin token")),
+            (Shown::Nothing, _) => Err(unauthorized("this needs the admin token as `Authorization: Bearer TOKEN`")),
+            (Shown::Key(_) | Shown::Unknown, _) => Err(forbidden("this needs the admin token")),
         }
     }
 
-    fn caller(&self, headers: &HeaderMap) -> Caller {
-        let Some(secret) = bearer(headers) else { return Caller::Nobody };
+    fn shown(&self, headers: &HeaderMap) -> Shown {
+        let Some(secret) = bearer(headers) else { return Shown::Nothing };
         let hash = blake3::hash(secret);
         let is_admin = self.admin.is_some_and(|admin| admin == hash);
         // Every key is compared, so that the time tells nothing about which one matched.
         let is_client = self.keys.iter().fold(false, |found, key| found | (*key == hash));
         match (is_admin, is_client) {
-            (true, _) => Caller::Admin,
-            (false, true) => Caller::Client,
-            (false, false) => Caller::Stranger,
+            (true, _) => Shown::AdminToken(hash),
+            (false, true) => Shown::Key(hash),
+            (false, false) => Shown::Unknown,
         }
     }
 
@@ -118,13 +156,14 @@ impl fmt::Debug for Access {
     }
 }
 
-/// Lets a request through or answers it.
+/// Lets a request through, with its [`Caller`] in the extensions, or answers it.
 pub(crate) async fn guard(
     State(access): State<Arc<Access>>,
-    request: Request,
+    mut request: Request,
     next: Next,
 ) -> Result<Response, ApiError> {
-    access.check(request.uri().path(), request.headers())?;
+    let caller = access.check(request.uri().path(), request.headers())?;
+    request.extensions_mut().insert(caller);
     Ok(next.run(request).await)
 }
 
@@ -156,13 +195,27 @@ mod tests {
         headers
     }
 
-    fn status(result: Result<(), ApiError>) -> u16 {
-        result.map_or_else(|error| error.status.as_u16(), |()| 200)
+    fn access(keys: &[&str], admin_token: Option<&str>, host_names: &[&str]) -> Access {
+        let owned = |texts: &[&str]| texts.iter().map(|&text| text.to_owned()).collect();
+        Access::new(&ApiOptions {
+            keys: owned(keys),
+            admin_token: admin_token.map(str::to_owned),
+            host_names: owned(host_names),
+            ..ApiOptions::default()
+        })
+    }
+
+    fn status<T>(result: Result<T, ApiError>) -> u16 {
+        result.map_or_else(|error| error.status.as_u16(), |_| 200)
+    }
+
+    fn caller(access: &Access, authorization: Option<&str>) -> Caller {
+        access.check("/v1/models", &headers("localhost", authorization)).unwrap()
     }
 
     #[test]
     fn names_of_web_pages_are_refused_without_keys() {
-        let access = Access::new(&[], None, &["box.lan".to_owned()]);
+        let access = access(&[], None, &["box.lan"]);
         for (host, expected) in [
             ("localhost", 200),
             ("LOCALHOST.:8080", 200),
@@ -188,7 +241,7 @@ mod tests {
 
     #[test]
     fn keys_open_all_but_admin_routes() {
-        let access = Access::new(&["one".to_owned(), "two".to_owned()], Some("root"), &[]);
+        let access = access(&["one", "two"], Some("root"), &[]);
         for (authorization, route, admin) in [
             (None, 401, 401),
             (Some("Bearer one"), 200, 403),
@@ -207,10 +260,44 @@ mod tests {
 
     #[test]
     fn an_empty_key_opens_nothing() {
-        let access = Access::new(&[String::new()], Some(""), &[]);
+        let access = access(&[""], Some(""), &[]);
         assert_eq!(status(access.check("/v1/models", &headers("localhost", Some("Bearer ")))), 401);
         assert_eq!(status(access.check_admin(&headers("localhost", Some("Bearer  ")))), 401);
-        let access = Access::new(&[], None, &[]);
-        assert_eq!(status(access.check_admin(&headers("localhost", Some("Bearer x")))), 403);
+        assert_eq!(status(self::access(&[], None, &[]).check_admin(&headers("localhost", Some("Bearer x")))), 403);
+    }
+
+    #[test]
+    fn each_key_is_a_tenant_of_its_own() {
+        let access = access(&["one", "two"], Some("root"), &[]);
+        let [one, two, root] = ["Bearer one", "Bearer two", "Bearer root"].map(|shown| caller(&access, Some(shown)));
+        assert_eq!(one, caller(&self::access(&["one"], None, &[]), Some("bearer one")));
+        let tenants = [one.tenant, two.tenant, root.tenant, NO_KEY];
+        assert!((1..4).all(|i| tenants[..i].iter().all(|tenant| *tenant != tenants[i])), "{tenants:?}");
+        assert!(one.may_see(one.tenant) && !one.may_see(two.tenant) && !one.may_see(root.tenant));
+        assert!(root.may_see(one.tenant) && root.may_see(two.tenant));
+    }
+
+    #[test]
+    fn without_keys_all_but_the_admin_are_one_tenant() {
+        let access = access(&[], Some("root"), &[]);
+        let nobody = Caller { tenant: NO_KEY, is_admin: false };
+        assert_eq!(caller(&access, None), nobody);
+        assert_eq!(caller(&access, Some("Bearer none")), nobody);
+        let admin = caller(&access, Some("Bearer root"));
+        assert!(admin.is_admin && admin.tenant != NO_KEY);
+    }
+
+    #[test]
+    fn a_shared_cache_makes_all_one_tenant() {
+        let options = ApiOptions {
+            keys: vec!["one".to_owned()],
+            admin_token: Some("root".to_owned()),
+            share_prefix_cache: true,
+            ..ApiOptions::default()
+        };
+        let access = Access::new(&options);
+        for (shown, is_admin) in [("Bearer one", false), ("Bearer root", true)] {
+            assert_eq!(caller(&access, Some(shown)), Caller { tenant: NO_KEY, is_admin });
+        }
     }
 }

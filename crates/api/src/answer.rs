@@ -1,10 +1,12 @@
 //! Answers as OpenAI writes them, whole or in chunks.
 //!
 //! An [`Answer`] knows what stays the same in all of an answer's chunks. The types below it are mirrors of OpenAI's
-//! objects, borrowed where they can be, so that a chunk costs one buffer.
+//! objects, borrowed where they can be. A chunk that carries text alone, which nearly all do, is not built from them
+//! each time: a [`TextChunk`] is such a chunk written once, and repeats it around each text.
 
 use brigade_base::Token;
 use brigade_node::serving::{FinishReason, TokenLogprob, Usage};
+use bytes::{BufMut, BytesMut};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
@@ -35,6 +37,13 @@ pub(crate) struct Answer {
     pub(crate) include_usage: bool,
     /// Characters of token texts sent so far, for `text_offset`.
     pub(crate) text_offset: usize,
+}
+
+/// The chunk of a text, cut in two where the text goes.
+#[derive(Debug)]
+pub(crate) struct TextChunk {
+    before: Vec<u8>,
+    after: Vec<u8>,
 }
 
 #[derive(Serialize)]
@@ -121,7 +130,7 @@ struct UsageObject {
     completion_tokens_details: CompletionDetails,
 }
 
-#[derive(Default, Serialize)]
+#[derive(Serialize)]
 struct PromptDetails {
     cached_tokens: u32,
     audio_tokens: u32,
@@ -137,7 +146,7 @@ struct CompletionDetails {
 
 impl Answer {
     /// The chunk before all text: who speaks. Plain completions have none.
-    pub(crate) fn write_first_chunk(&self, out: &mut Vec<u8>) {
+    pub(crate) fn write_first_chunk(&self, out: &mut BytesMut) {
         if self.kind == Kind::Chat {
             let delta = Delta { role: Some("assistant"), content: Some("") };
             self.write_event(&[ChatChunk { index: 0, delta, logprobs: None, finish_reason: None }], out);
@@ -145,7 +154,7 @@ impl Answer {
     }
 
     /// A chunk of text.
-    pub(crate) fn write_delta(&mut self, text: &str, logprobs: &[TokenLogprob], out: &mut Vec<u8>) {
+    pub(crate) fn write_delta(&mut self, text: &str, logprobs: &[TokenLogprob], out: &mut BytesMut) {
         match self.kind {
             Kind::Chat => {
                 let delta = Delta { role: None, content: Some(text) };
@@ -159,8 +168,18 @@ impl Answer {
         }
     }
 
+    /// What [`Answer::write_delta`] writes for any text; `None` where the tokens behind it are told too.
+    pub(crate) fn text_chunk(&mut self) -> Option<TextChunk> {
+        if self.logprobs.is_some() {
+            return None;
+        }
+        let mut chunk = BytesMut::new();
+        self.write_delta("", &[], &mut chunk);
+        TextChunk::cut(&chunk)
+    }
+
     /// The chunks after all text: why it ended, the usage where asked for, and the end mark.
-    pub(crate) fn write_end(&self, reason: FinishReason, usage: Usage, out: &mut Vec<u8>) {
+    pub(crate) fn write_end(&self, reason: FinishReason, usage: Usage, out: &mut BytesMut) {
         let finish_reason = Some(reason_text(reason));
         match self.kind {
             Kind::Chat => {
@@ -213,7 +232,7 @@ impl Answer {
         }
     }
 
-    fn write_event<C: Serialize>(&self, choices: &[C], out: &mut Vec<u8>) {
+    fn write_event<C: Serialize>(&self, choices: &[C], out: &mut BytesMut) {
         write_event(&self.envelope(self.chunk_object(), choices, self.include_usage.then_some(None)), out);
     }
 
@@ -275,17 +294,40 @@ impl Answer {
     }
 }
 
+impl TextChunk {
+    /// Cuts a chunk whose text is empty at that text.
+    fn cut(chunk: &[u8]) -> Option<Self> {
+        // It is the last empty string: behind it come numbers and nulls alone.
+        let quotes = chunk.windows(2).rposition(|pair| pair == b"\"\"")?;
+        Some(Self { before: chunk[..quotes].to_vec(), after: chunk[quotes + 2..].to_vec() })
+    }
+
+    /// The chunk of `text`.
+    pub(crate) fn write(&self, text: &str, out: &mut BytesMut) {
+        // With room for the quotes; whatever has to be escaped makes it grow.
+        out.reserve(self.before.len() + text.len() + 2 + self.after.len());
+        out.extend_from_slice(&self.before);
+        write_json(text, "\"\"", out);
+        out.extend_from_slice(&self.after);
+    }
+}
+
 /// Appends one server-sent event.
-pub(crate) fn write_event(value: &impl Serialize, out: &mut Vec<u8>) {
+pub(crate) fn write_event(value: &impl Serialize, out: &mut BytesMut) {
     out.extend_from_slice(b"data: ");
+    write_json(value, "{}", out);
+    out.extend_from_slice(b"\n\n");
+}
+
+/// Appends a value as JSON. No type here can fail to serialize; were one to, the stream stays well-formed with
+/// `otherwise`.
+fn write_json<T: Serialize + ?Sized>(value: &T, otherwise: &str, out: &mut BytesMut) {
     let start = out.len();
-    if let Err(error) = serde_json::to_writer(&mut *out, value) {
-        // No type here can fail to serialize; were one to, the stream stays well-formed.
+    if let Err(error) = serde_json::to_writer((&mut *out).writer(), value) {
         tracing::error!(%error, "an event could not be written");
         out.truncate(start);
-        out.extend_from_slice(b"{}");
+        out.extend_from_slice(otherwise.as_bytes());
     }
-    out.extend_from_slice(b"\n\n");
 }
 
 impl From<Usage> for UsageObject {
@@ -294,7 +336,7 @@ impl From<Usage> for UsageObject {
             prompt_tokens: usage.prompt_tokens,
             completion_tokens: usage.completion_tokens,
             total_tokens: usage.prompt_tokens.saturating_add(usage.completion_tokens),
-            prompt_tokens_details: PromptDetails::default(),
+            prompt_tokens_details: PromptDetails { cached_tokens: usage.cached_tokens, audio_tokens: 0 },
             completion_tokens_details: CompletionDetails::default(),
         }
     }
@@ -354,7 +396,7 @@ mod tests {
 
     #[test]
     fn chat_logprobs_have_bytes_and_alternatives() {
-        let mut out = Vec::new();
+        let mut out = BytesMut::new();
         answer(Kind::Chat, Some(2)).write_delta("é", &[token("é".as_bytes(), -0.5)], &mut out);
         let expected = json!({
             "content": [{"token": "é", "logprob": -0.5, "bytes": [195, 169], "top_logprobs": [
@@ -369,7 +411,7 @@ mod tests {
     #[test]
     fn plain_logprobs_count_offsets_over_chunks() {
         let mut answer = answer(Kind::Plain, Some(0));
-        let mut out = Vec::new();
+        let mut out = BytesMut::new();
         answer.write_delta("né", &[token(b"n", -1.0), token("é".as_bytes(), -2.0)], &mut out);
         answer.write_delta("!", &[token(b"!", f32::NAN)], &mut out);
         let events = events(&out);
@@ -378,6 +420,25 @@ mod tests {
         assert_eq!(events[0]["choices"][0]["logprobs"], expected);
         assert_eq!(events[1]["choices"][0]["logprobs"]["text_offset"], json!([2]));
         assert_eq!(events[1]["choices"][0]["logprobs"]["token_logprobs"], json!([-9999.0]));
+    }
+
+    #[test]
+    fn a_text_chunk_is_the_chunk_that_would_be_built() {
+        for (kind, include_usage) in
+            [(Kind::Chat, false), (Kind::Chat, true), (Kind::Plain, false), (Kind::Plain, true)]
+        {
+            // Names with what the cut looks for.
+            let mut answer =
+                Answer { include_usage, model: "a \"\" b".to_owned(), id: String::new(), ..answer(kind, None) };
+            let chunk = answer.text_chunk().unwrap();
+            for text in ["", "a", "\"", "\"\"", "é\n\t\u{1}\\ </s>", "data: x\n\n"] {
+                let (mut fast, mut built) = (BytesMut::new(), BytesMut::new());
+                chunk.write(text, &mut fast);
+                answer.write_delta(text, &[], &mut built);
+                assert_eq!(fast, built);
+            }
+        }
+        assert!(answer(Kind::Chat, Some(0)).text_chunk().is_none());
     }
 
     #[test]

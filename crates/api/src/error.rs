@@ -82,6 +82,14 @@ impl ApiError {
         error
     }
 
+    /// 404 for a request that is not remembered, or not the caller's.
+    pub(crate) fn unknown_request(id: &str) -> Self {
+        let message = format!(
+            "no request `{id}` is among the recent ones; a request's id is its answer's `id` and header `x-request-id`"
+        );
+        Self::new(StatusCode::NOT_FOUND, message).with_code("request_not_found")
+    }
+
     /// 404 for a model that is not served.
     pub(crate) fn unknown_model(asked: &str, served: &str) -> Self {
         let message = format!("the model `{asked}` is not served here; use `{served}` (or `default`)");
@@ -125,6 +133,7 @@ impl From<Failure> for ApiError {
         let message = failure.to_string();
         match failure {
             Failure::PlacementLost(_) | Failure::Stopping => Self::unavailable(message),
+            Failure::TimedOut { .. } => Self::new(StatusCode::GATEWAY_TIMEOUT, message).with_code("timeout"),
             Failure::Engine(_) => Self::internal(message),
         }
     }
@@ -165,6 +174,8 @@ impl IntoResponse for ApiError {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     #[track_caller]
@@ -186,6 +197,7 @@ mod tests {
         check(SubmitError::PromptEmpty, 400, None, None);
         check(SubmitError::Invalid("no".into()), 400, None, None);
         check(Failure::PlacementLost("a left".into()), 503, Some("5"), Some("service_unavailable"));
+        check(Failure::TimedOut { after: Duration::from_secs(2) }, 504, None, Some("timeout"));
         check(Failure::Engine("no".into()), 500, None, None);
     }
 

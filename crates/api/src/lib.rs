@@ -1,18 +1,19 @@
 //! The OpenAI-compatible HTTP endpoint.
 //!
 //! ```text
-//! connection (server) -> guard (access) -> handler (routes)
+//! connection (server, patience) -> count (traffic) -> guard (access) -> handler (routes, completions, insight)
 //!     body   -> JSON -> typed request (request, fields) -> prompt text (template) -> tokens -> Serving::submit
 //!     events -> chunks (answer) -> HTTP body (stream)
 //! ```
 //!
-//! The crate asks [`Serving`] and nothing else: it knows no engine, no node and no link, and it keeps nothing between
-//! two requests. A request that cannot be honoured to the letter is refused by the name of the field; nothing that a
-//! client asks for is silently ignored.
+//! The crate asks [`Serving`] and nothing else: it knows no engine, no node and no link, and but for the count of
+//! requests it keeps nothing between two of them. A request that cannot be honoured to the letter is refused by the
+//! name of the field; nothing that a client asks for is silently ignored.
 //!
-//! Routes: `POST /v1/chat/completions`, `POST /v1/completions`, `GET /v1/models[/ID]`, `GET /health`, `GET /ready`, and
-//! Brigade's own `GET /brigade/v1/status`, `POST /brigade/v1/{tokenize,detokenize}`, and for the admin token
-//! `GET, POST /brigade/v1/tickets` and `DELETE /brigade/v1/tickets/ID`.
+//! Routes: `POST /v1/chat/completions`, `POST /v1/completions`, `GET /v1/models[/ID]`, `GET /health`, `GET /ready`,
+//! `GET /metrics`, and Brigade's own `GET /brigade/v1/status`, `POST /brigade/v1/{tokenize,detokenize}`,
+//! `GET /debug/requests/ID`, and for the admin token `GET, POST /brigade/v1/tickets` and
+//! `DELETE /brigade/v1/tickets/ID`.
 //!
 //! TLS is left to a proxy in front; without one, listen on loopback or give keys and trust the network between.
 
@@ -21,13 +22,17 @@
 mod access;
 mod answer;
 mod body;
+mod completions;
 mod error;
 mod fields;
+mod insight;
+mod patience;
 mod request;
 mod routes;
 mod server;
 mod stream;
 pub mod template;
+mod traffic;
 
 use std::sync::Arc;
 
@@ -51,11 +56,21 @@ pub struct ApiOptions {
     pub host_names: Vec<String>,
     /// Most bytes of a request's body.
     pub body_limit: usize,
+    /// Treat all keys as one, so that a prompt's beginning that one of them sent is not computed again for another.
+    /// Who holds a key can then tell by the time of an answer whether another one sent such a beginning, the keys do
+    /// not take turns any more, and each may see the trace of any request whose id it knows.
+    pub share_prefix_cache: bool,
 }
 
 impl Default for ApiOptions {
     fn default() -> Self {
-        Self { keys: Vec::new(), admin_token: None, host_names: Vec::new(), body_limit: DEFAULT_BODY_LIMIT }
+        Self {
+            keys: Vec::new(),
+            admin_token: None,
+            host_names: Vec::new(),
+            body_limit: DEFAULT_BODY_LIMIT,
+            share_prefix_cache: false,
+        }
     }
 }
 
@@ -67,6 +82,7 @@ impl std::fmt::Debug for ApiOptions {
             .field("admin_token", &self.admin_token.is_some())
             .field("host_names", &self.host_names)
             .field("body_limit", &self.body_limit)
+            .field("share_prefix_cache", &self.share_prefix_cache)
             .finish()
     }
 }

@@ -4,6 +4,7 @@
 //! understood, known to change nothing, or refused by name.
 
 use std::ops::RangeInclusive;
+use std::time::Duration;
 
 use brigade_base::Token;
 use brigade_node::serving::ModelCard;
@@ -22,6 +23,10 @@ const MAX_STOP_BYTES: usize = 1024;
 const MAX_LOGIT_BIAS: usize = 1024;
 /// Answer length of a plain completion that names none, as OpenAI has it.
 const DEFAULT_COMPLETION_TOKENS: u32 = 16;
+/// How far `priority` may be from 0: finer than anybody sorts work, and a step for each cannot overflow.
+const MAX_PRIORITY: i64 = 1000;
+/// Longest `timeout` in seconds: a day, longer than any answer; who wants no end leaves it out.
+const MAX_TIMEOUT_S: f64 = 86_400.0;
 /// Most alternatives per token that a chat may ask for, and a plain completion; both as OpenAI has them.
 const MAX_TOP_LOGPROBS: i64 = 20;
 const MAX_COMPLETION_LOGPROBS: i64 = 5;
@@ -65,6 +70,10 @@ pub(crate) struct Options {
     pub(crate) stop: Vec<String>,
     pub(crate) logprobs: Option<u8>,
     pub(crate) ignore_end: bool,
+    /// Within ±[`MAX_PRIORITY`]; lower is earlier.
+    pub(crate) priority: i32,
+    /// What the whole answer may take.
+    pub(crate) timeout: Option<Duration>,
     pub(crate) stream: bool,
     /// Ends a stream with a chunk that tells the usage.
     pub(crate) include_usage: bool,
@@ -178,6 +187,8 @@ impl Options {
             stop: stop(fields)?,
             logprobs: None,
             ignore_end: fields.bool("ignore_eos")?.unwrap_or(false),
+            priority: fields.integer("priority", -MAX_PRIORITY..=MAX_PRIORITY)?.map_or(0, |n| n as i32),
+            timeout: timeout(fields)?,
             stream,
             include_usage: include_usage(fields, stream)?,
         })
@@ -224,6 +235,19 @@ fn sampling(fields: &mut Fields, scope: Scope<'_>) -> Result<Sampling, ApiError>
         seed: fields.integer("seed", i64::MIN..=i64::MAX)?.map_or(scope.random_seed, |seed| seed as u64),
         logit_bias: logit_bias(fields, scope.model.n_vocab)?,
     })
+}
+
+/// Above 0, since in no time there is no answer; what rounds to no nanosecond is none either.
+fn timeout(fields: &mut Fields) -> Result<Option<Duration>, ApiError> {
+    let Some(seconds) = fields.number("timeout", f64::MIN..=f64::MAX)? else { return Ok(None) };
+    let duration = (seconds <= MAX_TIMEOUT_S).then(|| Duration::try_from_secs_f64(seconds).ok()).flatten();
+    match duration.filter(|duration| !duration.is_zero()) {
+        Some(duration) => Ok(Some(duration)),
+        None => {
+            let message = format!("`timeout` must be above 0 and at most {MAX_TIMEOUT_S} seconds, not {seconds}");
+            Err(ApiError::field("timeout", message).with_code("invalid_value"))
+        }
+    }
 }
 
 /// Above 0, since at 0 nothing would be left; what rounds to 0 in single precision is no less nonsense.

@@ -58,6 +58,8 @@ fn defaults_are_openais() {
         stop: Vec::new(),
         logprobs: None,
         ignore_end: false,
+        priority: 0,
+        timeout: None,
         stream: false,
         include_usage: false,
     };
@@ -73,6 +75,7 @@ fn every_field_reaches_its_place() {
         "prompt": [1, 2], "max_tokens": 3, "temperature": 0, "top_p": 0.5, "top_k": -1, "min_p": 0.1, "seed": -1,
         "repetition_penalty": 1.5, "frequency_penalty": -2, "presence_penalty": 2, "stop": ["a", "b"],
         "logit_bias": {"5": -100, "6": 1.5}, "logprobs": 5, "ignore_eos": true, "stream": true,
+        "priority": -7, "timeout": 2.5,
         "stream_options": {"include_usage": true}, "n": 1, "best_of": 1, "echo": false, "suffix": null, "user": "u",
     });
     let expected = Completion {
@@ -94,6 +97,8 @@ fn every_field_reaches_its_place() {
             stop: vec!["a".to_owned(), "b".to_owned()],
             logprobs: Some(5),
             ignore_end: true,
+            priority: -7,
+            timeout: Some(Duration::from_millis(2500)),
             stream: true,
             include_usage: true,
         },
@@ -179,6 +184,14 @@ fn numbers_have_ranges() {
         ("store", json!(false), json!(true)),
         ("ignore_eos", json!(false), json!(0)),
         ("logit_bias", json!({}), json!([])),
+        ("priority", json!(-1000), json!(-1001)),
+        ("priority", json!(1000), json!(1001)),
+        ("priority", json!(0), json!(0.5)),
+        ("timeout", json!(86_400), json!(86_401)),
+        ("timeout", json!(0.001), json!(0)),
+        ("timeout", json!(1e-9), json!(1e-30)),
+        ("timeout", json!(1), json!(-1)),
+        ("timeout", json!(1), json!("1")),
     ] {
         chat_with(name, good.clone()).unwrap();
         completion_with(name, good).unwrap();
@@ -292,6 +305,8 @@ const NAMES: &[&str] = &[
     "tools",
     "response_format",
     "include_usage",
+    "priority",
+    "timeout",
 ];
 
 proptest! {

@@ -1,10 +1,11 @@
-//! The routes: each handler reads a request, asks [`Serving`], and writes an answer.
+//! The routes: each handler reads a request, asks [`Serving`], and writes an answer. Those of completions and for
+//! operators are in modules of their own.
 //!
 //! What may take long (JSON, templates, tokenizing, files of tickets) runs on the runtime's blocking threads, so that a
 //! huge prompt delays nobody's stream.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use axum::extract::rejection::PathRejection;
 use axum::extract::{OriginalUri, Path, Request, State};
@@ -13,35 +14,36 @@ use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use axum::{Json, Router};
-use brigade_node::serving::{self, ModelCard, Readiness, Serving};
-use jiff::Zoned;
+use brigade_node::serving::{ModelCard, Readiness, Serving};
 use serde_json::{Value, json};
+use tracing::Span;
 
 use crate::access::{Access, guard};
-use crate::answer::{Answer, Kind};
-use crate::body::{Body, BodyReader};
+use crate::body::BodyReader;
 use crate::error::ApiError;
 use crate::fields::{Fields, clip, mismatch};
-use crate::request::{Chat, Completion, Options, Prompt, Scope, tokens};
+use crate::request::tokens;
 use crate::template::{ChatTemplate, TemplateError};
-use crate::{ApiOptions, stream};
+use crate::traffic::{Traffic, count};
+use crate::{ApiOptions, completions, insight};
 
 /// Longest life of a ticket: a month. Who needs longer makes another one.
 const MAX_TICKET_TTL_S: i64 = 31 * 24 * 3600;
 
 /// What the handlers share.
-struct App {
-    serving: Arc<dyn Serving>,
+pub(crate) struct App {
+    pub(crate) serving: Arc<dyn Serving>,
     access: Arc<Access>,
-    bodies: BodyReader,
+    pub(crate) bodies: BodyReader,
     /// A model whose template is broken still takes plain completions.
-    template: Result<ChatTemplate, TemplateError>,
+    pub(crate) template: Result<ChatTemplate, TemplateError>,
+    pub(crate) traffic: Arc<Traffic>,
 }
 
-type Shared = State<Arc<App>>;
+pub(crate) type Shared = State<Arc<App>>;
 /// The end of a path, which is no text if it is not UTF-8.
-type PathEnd = Result<Path<String>, PathRejection>;
-type Answered<T = Response> = Result<T, ApiError>;
+pub(crate) type PathEnd = Result<Path<String>, PathRejection>;
+pub(crate) type Answered<T = Response> = Result<T, ApiError>;
 
 /// All routes over `serving`.
 pub(crate) fn router(serving: Arc<dyn Serving>, options: &ApiOptions) -> Router {
@@ -50,16 +52,19 @@ pub(crate) fn router(serving: Arc<dyn Serving>, options: &ApiOptions) -> Router 
     if let Err(error) = &template {
         tracing::warn!(%error, model = card.name, "chat completions will be refused");
     }
-    let access = Arc::new(Access::new(&options.keys, options.admin_token.as_deref(), &options.host_names));
+    let access = Arc::new(Access::new(options));
+    let traffic = Arc::new(Traffic::new());
     let bodies = BodyReader::new(options.body_limit);
-    let app = Arc::new(App { serving, access: access.clone(), bodies, template });
+    let app = Arc::new(App { serving, access: access.clone(), bodies, template, traffic: traffic.clone() });
     Router::new()
-        .route("/v1/chat/completions", post(chat))
-        .route("/v1/completions", post(completion))
+        .route("/v1/chat/completions", post(completions::chat))
+        .route("/v1/completions", post(completions::plain))
         .route("/v1/models", get(models))
         .route("/v1/models/{*id}", get(model))
         .route("/health", get(health))
         .route("/ready", get(ready))
+        .route("/metrics", get(insight::metrics))
+        .route("/debug/requests/{id}", get(insight::request))
         .route("/brigade/v1/status", get(status))
         .route("/brigade/v1/tickets", get(list_tickets).post(create_ticket))
         .route("/brigade/v1/tickets/{id}", delete(revoke_ticket))
@@ -68,75 +73,8 @@ pub(crate) fn router(serving: Arc<dyn Serving>, options: &ApiOptions) -> Router 
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
         .layer(from_fn_with_state(access, guard))
+        .layer(from_fn_with_state(traffic, count))
         .with_state(app)
-}
-
-async fn chat(State(app): Shared, request: Request) -> Answered {
-    let body = app.bodies.read(request).await?;
-    complete(app, Kind::Chat, body, |app, body, random_seed| {
-        let chat = Chat::parse(body, Scope { model: app.serving.model(), random_seed })?;
-        let template = app.template.as_ref().map_err(|error| ApiError::from(error.clone()))?;
-        let prompt = template.render(&chat.messages, &Zoned::now())?;
-        let prompt = app.serving.tokenize(&prompt, !template.starts_itself(&prompt), true)?;
-        Ok((prompt, chat.options))
-    })
-    .await
-}
-
-async fn completion(State(app): Shared, request: Request) -> Answered {
-    let body = app.bodies.read(request).await?;
-    complete(app, Kind::Plain, body, |app, body, random_seed| {
-        let completion = Completion::parse(body, Scope { model: app.serving.model(), random_seed })?;
-        let prompt = match completion.prompt {
-            Prompt::Text(text) => app.serving.tokenize(&text, true, true)?,
-            Prompt::Tokens(tokens) => tokens,
-        };
-        Ok((prompt, completion.options))
-    })
-    .await
-}
-
-/// Makes a prompt, submits it, and answers with what comes of it.
-async fn complete(
-    app: Arc<App>,
-    kind: Kind,
-    body: Body,
-    prepare: impl FnOnce(&App, Value, u64) -> Answered<(Vec<brigade_base::Token>, Options)> + Send + 'static,
-) -> Answered {
-    let (answer, events, streams) = blocking(move || {
-        // What is made of the body takes as much memory, so its room is kept until the session has the prompt.
-        let (body, _room) = body.json()?;
-        let (prompt, options) = prepare(&app, body, random()?)?;
-        let answer = answer(kind, app.serving.model(), &options)?;
-        let events = app.serving.submit(serving::Request {
-            prompt,
-            max_tokens: options.max_tokens,
-            sampling: options.sampling,
-            stop: options.stop,
-            logprobs: options.logprobs,
-            ignore_end: options.ignore_end,
-        })?;
-        Ok((answer, events, options.stream))
-    })
-    .await?;
-    if streams { Ok(stream::streamed(answer, events)) } else { stream::whole(answer, events).await }
-}
-
-fn answer(kind: Kind, card: &ModelCard, options: &Options) -> Answered<Answer> {
-    let prefix = match kind {
-        Kind::Chat => "chatcmpl",
-        Kind::Plain => "cmpl",
-    };
-    Ok(Answer {
-        kind,
-        id: format!("{prefix}-{:016x}{:016x}", random()?, random()?),
-        created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
-        model: card.name.clone(),
-        system_fingerprint: card.id.short(),
-        logprobs: options.logprobs,
-        include_usage: options.include_usage,
-        text_offset: 0,
-    })
 }
 
 async fn models(State(app): Shared) -> Json<Value> {
@@ -257,12 +195,9 @@ async fn no_method(method: Method, OriginalUri(uri): OriginalUri) -> ApiError {
     ApiError::new(StatusCode::METHOD_NOT_ALLOWED, message)
 }
 
-/// Runs `work` where it delays nobody.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Answered<T> + Send + 'static) -> Answered<T> {
-    let outcome = tokio::task::spawn_blocking(work).await;
+/// Runs `work` where it delays nobody, in the span of its caller.
+pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Answered<T> + Send + 'static) -> Answered<T> {
+    let span = Span::current();
+    let outcome = tokio::task::spawn_blocking(move || span.in_scope(work)).await;
     outcome.unwrap_or_else(|error| Err(ApiError::internal(format!("the request could not be worked on: {error}"))))
-}
-
-fn random() -> Answered<u64> {
-    getrandom::u64().map_err(|error| ApiError::internal(format!("no randomness: {error}")))
 }

@@ -1,7 +1,8 @@
 //! Connections: accepting them, bounding them, and ending them well.
 //!
-//! One task accepts; each connection has a task of its own that ends when its client leaves, when it is idle for too
-//! long, or when the server stops. [`Server`] wraps this with a runtime of its own for callers that have none.
+//! One task accepts; each connection has a task of its own that ends when its client leaves, when it is idle or does
+//! not read for too long, or when the server stops. [`Server`] wraps this with a runtime of its own for callers that
+//! have none.
 
 use std::future::Future;
 use std::io;
@@ -16,12 +17,14 @@ use brigade_node::serving::Serving;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::Runtime;
 use tokio::sync::{Semaphore, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
+use crate::patience::Patient;
 use crate::{ApiOptions, router};
 
 /// Connections at once. Each holds a socket and two buffers of some KiB; more wait in the listener's backlog.
@@ -29,6 +32,9 @@ const MAX_CONNECTIONS: usize = 4096;
 /// How long a client may take to send a request's head, and a connection may idle between two. Longer than clients'
 /// own pools keep one, so that a client never writes into a connection that is just being closed.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a client may take no byte of what it asked for: as long as the usual proxies wait. Until then the sockets'
+/// buffers are full already, which hold some hundred KiB, so a client that computes between two reads has longer.
+const READ_TIMEOUT: Duration = Duration::from_secs(60);
 /// Most bytes of a head; what is read ahead of a body counts too.
 const HEAD_BYTES: usize = 64 << 10;
 /// How long answers may go on once the server stops.
@@ -90,7 +96,11 @@ async fn accept(
 }
 
 /// Serves one connection to its end.
-async fn connection(stream: TcpStream, router: Router, mut stop: watch::Receiver<bool>) {
+async fn connection<S>(stream: S, router: Router, mut stop: watch::Receiver<bool>)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send,
+{
+    let stream = Patient::new(stream, READ_TIMEOUT);
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIMEOUT)
@@ -173,5 +183,58 @@ impl Drop for Server {
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_background();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+    use std::pin::Pin;
+    use std::sync::Mutex;
+    use std::task::{Context, Poll};
+
+    use axum::body::Body;
+    use axum::routing::get;
+    use bytes::Bytes;
+    use http_body::Frame;
+    use tokio::io::{AsyncWriteExt, duplex};
+    use tokio::time::Instant;
+
+    use super::*;
+
+    /// A body without end, which tells when it is dropped, as a session does.
+    struct Endless(Option<oneshot::Sender<()>>);
+
+    impl http_body::Body for Endless {
+        type Data = Bytes;
+        type Error = Infallible;
+
+        fn poll_frame(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
+            Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(&[b'x'; 1024])))))
+        }
+    }
+
+    impl Drop for Endless {
+        fn drop(&mut self) {
+            self.0.take().map(|dropped| dropped.send(()));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_never_reads_holds_no_session() {
+        let (dropped, is_dropped) = oneshot::channel();
+        let body = Arc::new(Mutex::new(Some(Endless(Some(dropped)))));
+        let answer = move || std::future::ready(Body::new(body.lock().unwrap().take().unwrap()));
+        let router = Router::new().route("/", get(answer));
+        let (server, mut client) = duplex(4096);
+        let (_running, stop) = watch::channel(false);
+        client.write_all(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
+        let begin = Instant::now();
+        connection(server, router, stop).await;
+        is_dropped.await.unwrap();
+        assert!((READ_TIMEOUT..2 * READ_TIMEOUT).contains(&begin.elapsed()));
     }
 }

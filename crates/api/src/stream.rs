@@ -3,26 +3,30 @@
 //! Both own the session's receiver. When the client goes away, hyper drops the body or the handler, the receiver goes
 //! with it, and the coordinator cancels the session.
 
+use std::convert::Infallible;
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use axum::body::Body;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use brigade_node::serving::{Event, Failure};
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use http_body::Frame;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
 
-use crate::answer::{Answer, write_event};
+use crate::answer::{Answer, TextChunk, write_event};
 use crate::error::ApiError;
 
-/// How often a silent stream says that it lives. Proxies give up on silence after 30 to 60 seconds.
-const KEEP_ALIVE: Duration = Duration::from_secs(15);
+/// How often it is looked whether a stream was silent since the last look, and if so it says that it lives. That is
+/// after one to two of these times; proxies give up on silence after 30 to 60 seconds.
+const KEEP_ALIVE: Duration = Duration::from_secs(10);
 /// When a frame is sent although more events wait: the size of a socket's usual send buffer.
 const FRAME_BYTES: usize = 64 << 10;
+/// What a stream's buffer begins with: the events of a few tokens, of some 250 bytes each.
+const BUFFER_BYTES: usize = 1 << 10;
 
 /// Collects a whole answer.
 ///
@@ -49,12 +53,13 @@ pub(crate) async fn whole(mut answer: Answer, mut events: UnboundedReceiver<Even
 }
 
 /// Sends an answer while it is made.
-pub(crate) fn streamed(answer: Answer, events: UnboundedReceiver<Event>) -> Response {
-    let mut first = Vec::new();
-    answer.write_first_chunk(&mut first);
-    let mut keep_alive = interval_at(Instant::now() + KEEP_ALIVE, KEEP_ALIVE);
-    keep_alive.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let body = EventBody { answer, events, keep_alive, pending: first, ended: false };
+pub(crate) fn streamed(mut answer: Answer, events: UnboundedReceiver<Event>) -> Response {
+    let mut pending = BytesMut::with_capacity(BUFFER_BYTES);
+    answer.write_first_chunk(&mut pending);
+    let mut ticks = interval_at(Instant::now() + KEEP_ALIVE, KEEP_ALIVE);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let text_chunk = answer.text_chunk();
+    let body = EventBody { answer, text_chunk, events, ticks, spoke: false, pending, ended: false };
     let headers = [
         (header::CONTENT_TYPE, "text/event-stream; charset=utf-8"),
         (header::CACHE_CONTROL, "no-cache"),
@@ -68,13 +73,18 @@ fn broken_off() -> ApiError {
     Failure::Engine("the session ended without an answer".to_owned()).into()
 }
 
-/// The body of a streamed answer.
+/// The body of a streamed answer. A token costs no allocation and no timer: its event is written around the text into
+/// a buffer that is used again once the one before was sent, and the clock only ticks.
 struct EventBody {
     answer: Answer,
+    /// For chunks of text alone.
+    text_chunk: Option<TextChunk>,
     events: UnboundedReceiver<Event>,
-    keep_alive: Interval,
+    ticks: Interval,
+    /// Something was sent since the last tick.
+    spoke: bool,
     /// Written but not sent.
-    pending: Vec<u8>,
+    pending: BytesMut,
     /// The last event is written.
     ended: bool,
 }
@@ -83,7 +93,10 @@ impl EventBody {
     fn write(&mut self, event: Option<Event>) {
         match event {
             Some(Event::Delta { text, logprobs }) if text.is_empty() && logprobs.is_empty() => {}
-            Some(Event::Delta { text, logprobs }) => self.answer.write_delta(&text, &logprobs, &mut self.pending),
+            Some(Event::Delta { text, logprobs }) => match &self.text_chunk {
+                Some(chunk) => chunk.write(&text, &mut self.pending),
+                None => self.answer.write_delta(&text, &logprobs, &mut self.pending),
+            },
             Some(Event::Done { reason, usage }) => {
                 self.answer.write_end(reason, usage, &mut self.pending);
                 self.ended = true;
@@ -95,17 +108,29 @@ impl EventBody {
 
     /// No end mark follows an error: a client that waits for it sees that the answer is not whole.
     fn write_error(&mut self, error: &ApiError) {
+        tracing::debug!(request = self.answer.id, %error, "the stream broke off");
         write_event(&error.object(), &mut self.pending);
         self.ended = true;
+    }
+
+    /// Completes at a tick before which nothing was sent for a whole interval.
+    fn poll_silence(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        loop {
+            ready!(self.ticks.poll_tick(cx));
+            if !std::mem::take(&mut self.spoke) {
+                return Poll::Ready(());
+            }
+        }
     }
 }
 
 impl http_body::Body for EventBody {
     type Data = Bytes;
-    type Error = std::convert::Infallible;
+    type Error = Infallible;
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
         let this = self.get_mut();
+        // All that waits goes into one frame, and so into one write.
         while !this.ended && this.pending.len() < FRAME_BYTES {
             match this.events.poll_recv(cx) {
                 Poll::Ready(event) => this.write(event),
@@ -116,13 +141,12 @@ impl http_body::Body for EventBody {
             if this.ended {
                 return Poll::Ready(None);
             }
-            if this.keep_alive.poll_tick(cx).is_pending() {
-                return Poll::Pending;
-            }
+            ready!(this.poll_silence(cx));
             this.pending.extend_from_slice(b": keep-alive\n\n");
+        } else {
+            this.spoke = true;
         }
-        this.keep_alive.reset();
-        Poll::Ready(Some(Ok(Frame::data(Bytes::from(std::mem::take(&mut this.pending))))))
+        Poll::Ready(Some(Ok(Frame::data(this.pending.split().freeze()))))
     }
 }
 
@@ -131,6 +155,7 @@ mod tests {
     use brigade_node::serving::{FinishReason, Usage};
     use http_body_util::BodyExt;
     use tokio::sync::mpsc;
+    use tokio::time::sleep;
 
     use super::*;
     use crate::answer::Kind;
@@ -163,6 +188,38 @@ mod tests {
             assert!(before.elapsed() >= KEEP_ALIVE);
         }
         drop(sender);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_that_speaks_is_not_interrupted() {
+        const PAUSE: Duration = Duration::from_secs(9);
+        let (sender, events) = mpsc::unbounded_channel();
+        tokio::spawn(async move {
+            for text in ["a", "b", "c", "d"] {
+                sleep(PAUSE).await;
+                sender.send(delta(text)).unwrap();
+            }
+            sleep(2 * KEEP_ALIVE).await;
+            sender.send(Event::Done { reason: FinishReason::Stop, usage: Usage::default() }).unwrap();
+        });
+        let text = streamed(plain(), events).into_body().collect().await.unwrap().to_bytes();
+        let text = String::from_utf8(text.to_vec()).unwrap();
+        let (spoken, rest) = text.split_once(": keep-alive\n\n").unwrap();
+        assert_eq!(spoken.matches("data: ").count(), 4, "{text}");
+        assert!(!rest.contains("keep-alive"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn a_sent_buffer_is_used_again() {
+        let (sender, events) = mpsc::unbounded_channel();
+        let mut body = streamed(plain(), events).into_body();
+        let mut places = std::collections::BTreeSet::new();
+        for _ in 0..100 {
+            sender.send(delta("token")).unwrap();
+            let frame = body.frame().await.unwrap().unwrap().into_data().unwrap();
+            places.insert(frame.as_ptr());
+        }
+        assert!(places.len() <= BUFFER_BYTES / 100, "{}", places.len());
     }
 
     #[tokio::test]

@@ -5,7 +5,7 @@
 mod common;
 
 use std::io::{Read, Write};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use brigade_api::ApiOptions;
 use brigade_node::serving::{Failure, FinishReason, Readiness, SubmitError, TokenLogprob};
@@ -30,7 +30,7 @@ fn usage() -> Value {
         "prompt_tokens": 3,
         "completion_tokens": 2,
         "total_tokens": 5,
-        "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
+        "prompt_tokens_details": {"cached_tokens": 1, "audio_tokens": 0},
         "completion_tokens_details": {
             "reasoning_tokens": 0,
             "audio_tokens": 0,
@@ -188,6 +188,7 @@ fn an_answer_that_breaks_off_says_so() {
     for (failure, status) in [
         (Failure::PlacementLost("a machine left".into()), 503),
         (Failure::Stopping, 503),
+        (Failure::TimedOut { after: Duration::from_millis(1500) }, 504),
         (Failure::Engine("no".into()), 500),
     ] {
         let events = vec![delta("half"), brigade_node::serving::Event::Failed(failure)];

@@ -154,9 +154,15 @@ number_id!(
     u64
 );
 number_id!(
-    /// The place of a stage in the ring, from 0 for the first layers.
-    StageId,
-    u16
+    /// The KV cache of a session, saved outside of memory by every stage of a ring. Never used twice in an epoch.
+    ImageId,
+    u64
+);
+number_id!(
+    /// Whose request it is: those of one tenant share what is cached of their prompts, and tenants take turns. 0 is
+    /// whoever sends no key.
+    TenantId,
+    u64
 );
 
 #[cfg(test)]

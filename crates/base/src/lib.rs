@@ -6,7 +6,7 @@ mod ids;
 mod layers;
 mod units;
 
-pub use ids::{DeploymentId, Epoch, Hash, IdError, ModelId, NodeId, PassId, SessionId, StageId};
+pub use ids::{DeploymentId, Epoch, Hash, IdError, ImageId, ModelId, NodeId, PassId, SessionId, TenantId};
 pub use layers::{LayerRange, LayerRangeError};
 pub use units::{ByteSize, ByteSizeError};
 

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use brigade_base::ByteSize;
+use brigade_node::PrefixCache;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{ArgAction, Args, Parser, Subcommand};
 
@@ -42,6 +43,8 @@ pub enum Verb {
     Ticket(TicketArgs),
     /// Check this machine and its links, and say what to fix
     Doctor(DoctorArgs),
+    /// Measure an OpenAI-compatible endpoint, this one's or any other
+    Bench(BenchArgs),
 }
 
 /// Where a node keeps what it must remember.
@@ -110,6 +113,15 @@ pub struct ServeArgs {
     /// Pin the split: layers of each stage, workers in the order of joining and this node last
     #[arg(long, value_name = "A,B,C", value_delimiter = ',', env = "BRIGADE_LAYERS")]
     pub layers: Option<Vec<u32>>,
+    /// Which computed tokens later requests of the same key may use: full (all), exact (only where not one bit changes), off
+    #[arg(long, value_name = "WHICH", default_value = "full", env = "BRIGADE_PREFIX_CACHE", value_parser = prefix_cache)]
+    pub prefix_cache: PrefixCache,
+    /// Let requests of all keys use each other's computed tokens; timing then tells what others asked
+    #[arg(long, env = "BRIGADE_SHARE_PREFIX_CACHE")]
+    pub share_prefix_cache: bool,
+    /// Disk on this node for idle sessions whose memory others need; used as far as all nodes give some
+    #[arg(long, value_name = "SIZE", default_value = "0B", env = "BRIGADE_KV_SPILL")]
+    pub kv_spill: ByteSize,
     /// How long the printed ticket admits nodes, for example 30m or 2h
     #[arg(long, value_name = "TIME", default_value = "1h", env = "BRIGADE_TICKET_TTL", value_parser = ticket_ttl)]
     pub ticket_ttl: Duration,
@@ -135,6 +147,9 @@ pub struct JoinArgs {
     /// Most bytes of fetched weights that are kept on disk
     #[arg(long, value_name = "SIZE", default_value = "100GiB", env = "BRIGADE_CACHE_SIZE")]
     pub cache_size: ByteSize,
+    /// Disk for idle sessions whose memory others need; used as far as all nodes give some
+    #[arg(long, value_name = "SIZE", default_value = "0B", env = "BRIGADE_KV_SPILL")]
+    pub kv_spill: ByteSize,
 }
 
 /// Which endpoint to talk to.
@@ -254,6 +269,49 @@ pub struct DoctorArgs {
     pub json: bool,
 }
 
+/// `brigade bench`
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// Endpoint to measure, for example http://127.0.0.1:8080; wins over --url
+    /// [default: the coordinator that runs here]
+    #[arg(value_name = "URL")]
+    pub target: Option<String>,
+    #[command(flatten)]
+    pub endpoint: EndpointArgs,
+    // Not BRIGADE_MODEL, which is a file where it is set for `brigade serve`.
+    /// Model to ask [default: the first that the endpoint lists]
+    #[arg(long, value_name = "NAME", env = "BRIGADE_BENCH_MODEL")]
+    pub model: Option<String>,
+    /// Tokens of a prompt
+    #[arg(long, value_name = "N", default_value_t = 512, env = "BRIGADE_PROMPT_TOKENS", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub prompt_tokens: u32,
+    /// Tokens of an answer
+    #[arg(long, value_name = "N", default_value_t = 256, env = "BRIGADE_TOKENS", value_parser = clap::value_parser!(u32).range(2..=65_536))]
+    pub tokens: u32,
+    /// Measured runs, after one to warm up
+    #[arg(long, value_name = "N", default_value_t = 5, env = "BRIGADE_RUNS", value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub runs: u32,
+    /// Requests at once; each number is measured by itself
+    #[arg(long, value_name = "A,B", default_value = "1,8", value_delimiter = ',', env = "BRIGADE_STREAMS", value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub streams: Vec<u32>,
+    /// Longest that one request may take, for example 90s or 10m
+    #[arg(long, value_name = "TIME", default_value = "10m", env = "BRIGADE_TIMEOUT", value_parser = request_timeout)]
+    pub timeout: Duration,
+    /// Ask for chats; without it plain completions, and chats where the endpoint has none
+    #[arg(long, env = "BRIGADE_CHAT")]
+    pub chat: bool,
+    /// Send the same prompt again and again, to measure the endpoint's prefix cache
+    #[arg(long, env = "BRIGADE_SAME_PROMPT")]
+    pub same_prompt: bool,
+    /// Draw the prompts from this number
+    /// [default: another one each time, so that no cache of the endpoint knows them]
+    #[arg(long, value_name = "N", env = "BRIGADE_SEED")]
+    pub seed: Option<u64>,
+    /// Print JSON
+    #[arg(long, env = "BRIGADE_JSON")]
+    pub json: bool,
+}
+
 /// A month: beyond it a ticket is no ticket but an open door. The endpoint makes none that lives longer.
 const TICKET_TTL_MAX: Duration = Duration::from_secs(31 * 24 * 3600);
 
@@ -265,10 +323,30 @@ fn ticket_ttl(text: &str) -> Result<Duration, String> {
     Ok(ttl)
 }
 
+/// A day: who waits longer for one request has forgotten it.
+const REQUEST_TIMEOUT_MAX: Duration = Duration::from_secs(24 * 3600);
+
+fn request_timeout(text: &str) -> Result<Duration, String> {
+    let timeout = humantime::parse_duration(text).map_err(|_| "write a time such as 90s or 10m".to_owned())?;
+    if timeout < Duration::from_millis(100) || timeout > REQUEST_TIMEOUT_MAX {
+        return Err("a request takes from 100ms to 1day".to_owned());
+    }
+    Ok(timeout)
+}
+
 fn temperature(text: &str) -> Result<f32, String> {
     // NaN and infinities lie in no range.
     let number = text.parse().ok().filter(|number| (0.0..=2.0).contains(number));
     number.ok_or_else(|| "write a number from 0 to 2".to_owned())
+}
+
+fn prefix_cache(text: &str) -> Result<PrefixCache, String> {
+    match text {
+        "full" => Ok(PrefixCache::Full),
+        "exact" => Ok(PrefixCache::Exact),
+        "off" => Ok(PrefixCache::Off),
+        _ => Err("write full, exact or off".to_owned()),
+    }
 }
 
 fn node_name(text: &str) -> Result<String, String> {
@@ -361,6 +439,8 @@ mod tests {
         assert!(listen_address("tower").is_err());
         assert_eq!(ticket_ttl("90m"), Ok(Duration::from_secs(5400)));
         assert!(ticket_ttl("0s").is_err() && ticket_ttl("9y").is_err());
+        assert_eq!(request_timeout("90s"), Ok(Duration::from_secs(90)));
+        assert!(request_timeout("0s").is_err() && request_timeout("2days").is_err() && request_timeout("").is_err());
         assert_eq!((temperature("0"), temperature("2")), (Ok(0.0), Ok(2.0)));
         for wrong in ["nan", "inf", "-1", "2.1", "warm", ""] {
             assert!(temperature(wrong).is_err(), "{wrong}");

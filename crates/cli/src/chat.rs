@@ -61,12 +61,12 @@ fn ask(endpoint: &Endpoint, args: &ChatArgs, messages: &mut Vec<Value>, prompt: 
         body["max_tokens"] = n.into();
     }
     let mut answer = String::new();
-    endpoint.stream("/v1/chat/completions", &body, |chunk| {
+    endpoint.stream("/v1/chat/completions", &body, |_, chunk| {
         if let Some(text) = chunk.pointer("/choices/0/delta/content").and_then(Value::as_str) {
             answer.push_str(text);
             output::text(text)?;
         }
-        Ok(())
+        Ok::<_, Failure>(())
     })?;
     output::line("")?;
     messages.push(json!({"role": "assistant", "content": answer}));

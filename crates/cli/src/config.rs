@@ -219,9 +219,9 @@ mod tests {
     }
 
     #[test]
-    fn a_key_that_only_one_verb_has_as_a_flag_stands_in_its_table() {
+    fn a_key_that_only_some_verbs_have_as_a_flag_stands_in_their_tables() {
         let error = resolve("model = 'm.gguf'", &["brigade", "join"]).unwrap_err();
-        assert!(error.contains("put it under [join]"), "{error}");
+        assert!(error.contains("put it under [bench] or [join]"), "{error}");
         assert!(resolve("[join]\nmodel = 'm.gguf'", &["brigade", "join"]).is_ok());
     }
 

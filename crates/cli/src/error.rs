@@ -3,6 +3,8 @@
 use std::fmt::Display;
 use std::io;
 
+use crate::endpoint::EndpointError;
+
 /// A verb failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
@@ -12,6 +14,9 @@ pub enum Failure {
     /// Something else than the command line is wrong.
     #[error("{0}")]
     Run(String),
+    /// An endpoint did not do what it was asked.
+    #[error(transparent)]
+    Endpoint(#[from] EndpointError),
     /// Output could not be written.
     #[error("writing output failed: {0}")]
     Output(#[from] io::Error),
@@ -32,7 +37,7 @@ impl Failure {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Usage(_) => 2,
-            Self::Run(_) | Self::Output(_) => 1,
+            Self::Run(_) | Self::Endpoint(_) | Self::Output(_) => 1,
         }
     }
 

@@ -28,6 +28,7 @@ pub fn run(args: &JoinArgs) -> Result<(), Failure> {
         threads: args.node.threads(),
         own_copy: args.model.clone(),
         cache_limit: args.cache_size,
+        kv_spill: args.kv_spill,
     };
     let worker = Worker::start(options).map_err(Failure::run)?;
     let stopper = worker.stopper();

@@ -4,6 +4,7 @@
 //! that fails says so in one line on standard error; a reader that closes our output early is no failure.
 
 mod args;
+mod bench;
 mod chat;
 mod config;
 mod doctor;
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
         Verb::Plan(args) => plan::run(&args),
         Verb::Ticket(args) => ticket::run(&args),
         Verb::Doctor(args) => doctor::run(&args),
+        Verb::Bench(args) => bench::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -55,6 +55,8 @@ pub fn run(args: &ServeArgs) -> Result<(), Failure> {
         nodes_wanted: args.nodes as usize,
         spread: args.spread,
         split: args.layers.clone(),
+        prefix_cache: args.prefix_cache,
+        kv_spill: args.kv_spill,
     };
     let coordinator = Coordinator::start(model, options).map_err(Failure::run)?;
     let stopper = coordinator.stopper();
@@ -68,7 +70,13 @@ pub fn run(args: &ServeArgs) -> Result<(), Failure> {
     }
     let admin_token = brigade_net::random_token().map_err(Failure::run)?;
     let host_names = args.host_name.clone();
-    let api = ApiOptions { keys, admin_token: Some(admin_token.clone()), host_names, ..ApiOptions::default() };
+    let api = ApiOptions {
+        keys,
+        admin_token: Some(admin_token.clone()),
+        host_names,
+        share_prefix_cache: args.share_prefix_cache,
+        ..ApiOptions::default()
+    };
     let server = Server::start(http, Arc::clone(&handle) as Arc<dyn Serving>, &api).map_err(Failure::run)?;
     let url = format!("http://{}", server.addr());
     let _note = Note { url: url.clone(), admin_token, pid: std::process::id() }.leave(&state_dir)?;

@@ -189,7 +189,7 @@ fn settings_that_make_no_sense_are_refused() {
     for verb in ["serve", "join", "status", "ticket", "chat"] {
         check(&[verb, "--state-dir", file], 2, "is a file; name a directory with --state-dir");
     }
-    check(&["status", "--url", "https://localhost:1"], 2, "http://");
+    check(&["status", "--url", "localhost:1"], 2, "http://");
     check(&["status", "--url", &format!("http://{}", dead_address())], 1, "is `brigade serve` running there?");
     for verb in ["status", "ticket", "chat"] {
         check(&[verb, "--state-dir", dir.path().to_str().unwrap()], 1, "no coordinator runs with the state directory");

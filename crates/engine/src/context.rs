@@ -52,6 +52,8 @@ pub(crate) struct Context {
     threads: Option<NonNull<sys::ggml_threadpool>>,
     hook: Option<NonNull<Hook>>,
     pub(crate) cancel: Arc<CancelFlag>,
+    /// Copies of slots that the next decode makes before it computes.
+    pub(crate) copies_queued: u32,
 }
 
 /// Where a pass enters and stops, and what the nodes hold.
@@ -137,7 +139,7 @@ impl Context {
             return Err(LoadError::Context(captured.message()));
         };
         captured.log();
-        let mut context = Self { raw, threads: None, hook, cancel };
+        let mut context = Self { raw, threads: None, hook, cancel, copies_queued: 0 };
         // SAFETY: the context exists.
         if unsafe { sys::llama_get_memory(raw.as_ptr()) }.is_null() {
             return Err(LoadError::Kind("no KV cache"));
@@ -186,6 +188,43 @@ impl Context {
     pub(crate) fn clear(&mut self) {
         // SAFETY: the context has a memory. Stale values in freed cells are never read: each is masked or overwritten.
         unsafe { sys::llama_memory_clear(sys::llama_get_memory(self.as_ptr()), false) };
+    }
+
+    /// Gives slot `to` the positions of slot `from`, and queues the copy of its values; both must exist and differ.
+    pub(crate) fn copy(&mut self, from: u32, to: u32) {
+        // SAFETY: the context has a memory with these slots; -1 means from the start and up to the end, as copies from
+        // one stream to another have to be.
+        unsafe { sys::llama_memory_seq_cp(sys::llama_get_memory(self.as_ptr()), from as i32, to as i32, -1, -1) };
+        self.copies_queued += 1;
+    }
+
+    /// First and last position of `slot`, which must exist; `(-1, -1)` if it is empty.
+    pub(crate) fn positions(&self, slot: u32) -> (i32, i32) {
+        // SAFETY: the context has a memory with this slot.
+        unsafe {
+            let memory = sys::llama_get_memory(self.as_ptr());
+            (sys::llama_memory_seq_pos_min(memory, slot as i32), sys::llama_memory_seq_pos_max(memory, slot as i32))
+        }
+    }
+
+    /// Appends the state of `slot`, which must exist, to `out`; false if llama.cpp wrote less than it had announced.
+    pub(crate) fn save(&mut self, slot: u32, out: &mut Vec<u8>) -> bool {
+        // SAFETY: the context has a memory with this slot.
+        let n_bytes = unsafe { sys::llama_state_seq_get_size(self.as_ptr(), slot as i32) };
+        let start = out.len();
+        out.resize(start + n_bytes, 0);
+        let state = out[start..].as_mut_ptr();
+        // SAFETY: as above, and `state` points to `n_bytes` bytes, which nobody else uses.
+        let n_written = unsafe { sys::llama_state_seq_get_data(self.as_ptr(), state, n_bytes, slot as i32) };
+        n_bytes > 0 && n_written == n_bytes
+    }
+
+    /// Replaces the state of `slot`, which must exist; false if llama.cpp refused it or left some of it unread.
+    pub(crate) fn restore(&mut self, slot: u32, state: &[u8]) -> bool {
+        // SAFETY: the context has a memory with this slot, and `state` stays for the call. llama.cpp checks the length
+        // at each read and catches its own exceptions.
+        let n_read = unsafe { sys::llama_state_seq_set_data(self.as_ptr(), state.as_ptr(), state.len(), slot as i32) };
+        !state.is_empty() && n_read == state.len()
     }
 }
 

@@ -12,7 +12,9 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test that cannot go on has failed"))]
 
 mod backend;
+mod batch;
 mod context;
+mod kv;
 mod model;
 mod run;
 mod sampler;
@@ -23,11 +25,12 @@ mod tensor;
 mod vocabulary;
 
 pub use backend::init;
+pub use kv::KvError;
 pub use model::LoadError;
 pub use run::{Input, Row, RunError};
 pub use sampler::{Sampler, log_probabilities};
 pub use sampling::{Sampling, SamplingError};
 pub use source::ReadSeek;
-pub use stage::{Canceller, KvError, Stage, StageMemory, StageOptions};
+pub use stage::{Canceller, Stage, StageMemory, StageOptions};
 pub use tensor::{TensorError, dequantize_rows, quantize_rows};
 pub use vocabulary::{TokenizeError, Vocabulary};

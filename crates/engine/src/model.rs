@@ -227,6 +227,19 @@ impl Model {
         }
     }
 
+    /// Whether layers keep a state that a token changes for good, instead of or beside a KV cache.
+    pub(crate) fn is_recurrent(&self) -> bool {
+        let raw = self.raw.as_ptr();
+        // SAFETY: the model is loaded; the functions only look at its architecture.
+        unsafe { sys::llama_model_is_recurrent(raw) || sys::llama_model_is_hybrid(raw) }
+    }
+
+    /// Whether layers attend to a window of the past only.
+    pub(crate) fn has_window(&self) -> bool {
+        // SAFETY: the model is loaded.
+        unsafe { sys::llama_model_n_swa(self.raw.as_ptr()) > 0 }
+    }
+
     /// Refuses models that decode in another way than one causal pass per batch.
     pub(crate) fn check_kind(&self) -> Result<(), LoadError> {
         let raw = self.raw.as_ptr();

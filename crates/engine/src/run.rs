@@ -1,19 +1,19 @@
 //! One pass of a batch through a stage.
 //!
-//! - Rows are checked against what the KV cache holds, then grouped into calls of `llama_decode`. With a KV stream for
-//!   each session, llama.cpp cuts a batch into *ubatches* of equally long runs of consecutive sequence numbers. Each
-//!   group here is exactly one ubatch: either the single rows of consecutive slots, or all rows of one slot. So results
-//!   come in the order in which rows went in, and no graph is wider than asked for.
-//! - Results are scattered back into the caller's row order.
+//! - Rows are checked against what the KV cache holds, then grouped into calls of `llama_decode` (`batch.rs`).
+//! - Rows that only fill a hole between slots are taken out of the KV cache again right behind their call, and never get
+//!   into results. Results are scattered back into the caller's row order.
 //! - A run is all or nothing: after an error or a cancel, the KV cache is as before.
+//!
+//! The stage owns the scratch space; the caller owns rows, input and results.
 
 use std::ops::Range;
-use std::ptr;
 
 use brigade_base::Token;
 use llama_cpp_sys_2 as sys;
 
 use crate::backend::capture;
+use crate::batch::{CallRow, Room, Scratch, SlotRows};
 use crate::stage::{Stage, StageOptions};
 
 /// One token of one session in a batch.
@@ -139,128 +139,6 @@ pub enum RunError {
     },
 }
 
-/// The rows of one slot in a batch.
-#[derive(Debug, Clone, Copy)]
-struct SlotRows {
-    slot: u32,
-    first: usize,
-    n: usize,
-}
-
-/// Buffers of a run, kept for the next.
-pub(crate) struct Scratch {
-    /// The batch by slots; sorted by slot once it is checked.
-    slots: Vec<SlotRows>,
-    /// For each slot, whether the batch has rows of it.
-    seen: Vec<bool>,
-    /// Row indices in the order of decoding.
-    order: Vec<usize>,
-    /// Calls as ranges of `order`.
-    groups: Vec<Range<usize>>,
-    /// For each row, how many rows before it ask for logits.
-    output_index: Vec<usize>,
-    n_outputs: usize,
-    batch: Batch,
-}
-
-/// The arrays that `llama_batch` points to.
-struct Batch {
-    n_planes: usize,
-    tokens: Vec<sys::llama_token>,
-    hidden: Vec<f32>,
-    positions: Vec<sys::llama_pos>,
-    n_seq_id: Vec<i32>,
-    seq_id: Vec<sys::llama_seq_id>,
-    seq_id_of_row: Vec<*mut sys::llama_seq_id>,
-    output: Vec<i8>,
-}
-
-impl Scratch {
-    pub(crate) fn new(options: &StageOptions, n_embd: usize, n_planes: usize) -> Self {
-        let (n_rows, n_slots) = (options.max_rows as usize, options.n_sessions as usize);
-        Self {
-            slots: Vec::with_capacity(n_slots),
-            seen: vec![false; n_slots],
-            order: Vec::with_capacity(n_rows),
-            groups: Vec::with_capacity(n_slots),
-            output_index: Vec::with_capacity(n_rows),
-            n_outputs: 0,
-            batch: Batch {
-                n_planes,
-                tokens: Vec::with_capacity(n_rows),
-                hidden: Vec::with_capacity(n_rows * n_embd),
-                positions: Vec::with_capacity(n_rows * n_planes),
-                n_seq_id: Vec::with_capacity(n_rows),
-                seq_id: Vec::with_capacity(n_rows),
-                seq_id_of_row: Vec::with_capacity(n_rows),
-                output: Vec::with_capacity(n_rows),
-            },
-        }
-    }
-
-    /// Groups the slots into calls that are one ubatch each.
-    fn group(&mut self) {
-        self.slots.sort_unstable_by_key(|rows| rows.slot);
-        self.order.clear();
-        self.groups.clear();
-        let mut previous_single = None;
-        for rows in &self.slots {
-            let single = (rows.n == 1).then_some(rows.slot);
-            let joins = single.is_some_and(|slot| slot > 0 && previous_single == Some(slot - 1));
-            let start = self.order.len();
-            self.order.extend(rows.first..rows.first + rows.n);
-            match self.groups.last_mut() {
-                Some(group) if joins => group.end = self.order.len(),
-                _ => self.groups.push(start..self.order.len()),
-            }
-            previous_single = single;
-        }
-    }
-}
-
-impl Batch {
-    /// Fills the arrays with the given rows.
-    fn fill(&mut self, rows: &[Row], input: Input<'_>, indices: &[usize], n_embd: usize, all_outputs: bool) {
-        self.tokens.clear();
-        self.hidden.clear();
-        self.positions.clear();
-        self.seq_id.clear();
-        self.output.clear();
-        for &index in indices {
-            let row = rows[index];
-            match input {
-                Input::Hidden(hidden) => self.hidden.extend_from_slice(&hidden[index * n_embd..][..n_embd]),
-                Input::Tokens(tokens) => self.tokens.push(tokens[index]),
-            }
-            self.seq_id.push(row.slot as i32);
-            self.output.push((all_outputs || row.output).into());
-        }
-        for plane in 0..self.n_planes {
-            // Text has the same position in time, height and width, and 0 in the unused plane.
-            self.positions.extend(indices.iter().map(|&i| if plane == 3 { 0 } else { rows[i].position as i32 }));
-        }
-        self.n_seq_id.clear();
-        self.n_seq_id.resize(indices.len(), 1);
-        let seq_id = self.seq_id.as_mut_ptr();
-        self.seq_id_of_row.clear();
-        self.seq_id_of_row.extend((0..indices.len()).map(|i| seq_id.wrapping_add(i)));
-    }
-
-    /// The batch as llama.cpp takes it; valid until the arrays change.
-    fn raw(&mut self) -> sys::llama_batch {
-        let or_null = |values: &mut Vec<i32>| if values.is_empty() { ptr::null_mut() } else { values.as_mut_ptr() };
-        sys::llama_batch {
-            n_tokens: self.seq_id_of_row.len() as i32,
-            token: or_null(&mut self.tokens),
-            embd: if self.hidden.is_empty() { ptr::null_mut() } else { self.hidden.as_mut_ptr() },
-            pos: self.positions.as_mut_ptr(),
-            n_seq_id: self.n_seq_id.as_mut_ptr(),
-            seq_id: self.seq_id_of_row.as_mut_ptr(),
-            logits: self.output.as_mut_ptr(),
-        }
-    }
-}
-
 impl Stage {
     /// Computes a batch. The rows of a slot lie together and continue the session; the slots come in any order.
     ///
@@ -277,7 +155,9 @@ impl Stage {
         if rows.is_empty() {
             return Ok(());
         }
-        self.scratch.group();
+        let (n_ctx, max_rows) = (self.options.n_ctx, self.options.max_rows as usize);
+        let reversible = !self.model.is_recurrent();
+        self.scratch.group(&Room { lens: &self.lens, n_ctx, max_rows, reversible });
         let (width, n_results) =
             if self.is_final() { (self.n_vocab, self.scratch.n_outputs) } else { (self.n_embd, rows.len()) };
         out.resize(n_results * width as usize, 0.0);
@@ -363,10 +243,10 @@ impl Stage {
         }
     }
 
-    /// Decodes group by group and scatters the results.
+    /// Decodes call by call and scatters the results.
     fn compute(&mut self, rows: &[Row], input: Input<'_>, out: &mut [f32]) -> Result<(), RunError> {
-        for group in 0..self.scratch.groups.len() {
-            let range = self.scratch.groups[group].clone();
+        for call in 0..self.scratch.calls.len() {
+            let range = self.scratch.calls[call].clone();
             self.decode(rows, input, range.clone())?;
             if self.is_final() {
                 self.scatter_logits(rows, range, out)?;
@@ -377,24 +257,39 @@ impl Stage {
         Ok(())
     }
 
-    /// Computes the rows of one group.
+    /// Computes one row in `slot`, which must have room, and forgets it: what is queued for the next run happens.
+    pub(crate) fn decode_filler(&mut self, slot: u32) -> Result<(), RunError> {
+        let position = self.lens[slot as usize];
+        self.scratch.group_filler(CallRow::Filler { slot, position });
+        // Tokens would do where the graph looks them up; hidden states do everywhere.
+        self.decode(&[], Input::Hidden(&[]), 0..1)
+    }
+
+    /// Computes the rows of one call and forgets those that only fill a hole.
     fn decode(&mut self, rows: &[Row], input: Input<'_>, range: Range<usize>) -> Result<(), RunError> {
         let (n_embd, all_outputs) = (self.n_embd as usize, !self.is_final());
-        let n_rows = range.len();
         let Scratch { batch, order, .. } = &mut self.scratch;
-        batch.fill(rows, input, &order[range], n_embd, all_outputs);
+        let call = &order[range];
+        batch.fill(rows, input, call, n_embd, all_outputs);
         if let Some(hook) = self.context.hook() {
-            hook.arm(n_rows, &batch.hidden);
+            hook.arm(call.len(), &batch.hidden);
         }
         let (context, batch) = (self.context.as_ptr(), batch.raw());
         // SAFETY: the arrays of the batch hold one entry for each of its rows, hidden states `n_embd` and positions all
-        // planes; slots, tokens, positions and numbers of rows and outputs were checked, so nothing is asserted. The
-        // arrays and the hook stay untouched until the call returns.
+        // planes; slots, tokens, positions and numbers of rows and outputs were checked, those of fillers when the rows
+        // were grouped, so nothing is asserted. The arrays and the hook stay untouched until the call returns.
         let (code, captured) = capture(|| unsafe { sys::llama_decode(context, batch) });
+        for row in call {
+            if let CallRow::Filler { slot, position } = *row {
+                self.context.remove(slot, position);
+            }
+        }
         if code != 0 {
             return Err(RunError::Decode { code, message: captured.message() });
         }
         captured.log();
+        self.context.copies_queued = 0;
+        let n_rows = call.len();
         match self.context.hook() {
             Some(hook) if !hook.entered => Err(RunError::StopNode { n_hits: 0, shape: hook.odd_shape, n_embd, n_rows }),
             _ => Ok(()),
@@ -408,16 +303,21 @@ impl Stage {
             let (n_hits, shape, n_rows) = (hook.n_hits, hook.odd_shape, hook.n_rows);
             return Err(RunError::StopNode { n_hits, shape, n_embd, n_rows });
         }
-        for (&row, values) in self.scratch.order[range].iter().zip(hook.values.chunks_exact(n_embd)) {
-            out[row * n_embd..][..n_embd].copy_from_slice(values);
+        for (row, values) in self.scratch.order[range].iter().zip(hook.values.chunks_exact(n_embd)) {
+            if let CallRow::Given(row) = *row {
+                out[row * n_embd..][..n_embd].copy_from_slice(values);
+            }
         }
         Ok(())
     }
 
     fn scatter_logits(&mut self, rows: &[Row], range: Range<usize>, out: &mut [f32]) -> Result<(), RunError> {
         let n_vocab = self.n_vocab as usize;
-        let order = &self.scratch.order[range];
-        let n_outputs = order.iter().filter(|&&row| rows[row].output).count();
+        let outputs = self.scratch.order[range].iter().filter_map(|row| match *row {
+            CallRow::Given(row) => rows[row].output.then_some(row),
+            CallRow::Filler { .. } => None,
+        });
+        let n_outputs = outputs.clone().count();
         if n_outputs == 0 {
             return Ok(());
         }
@@ -429,8 +329,7 @@ impl Stage {
         // SAFETY: after a decode the buffer holds `n_vocab` floats for each output row of that batch, in its order, and
         // stays until the next decode.
         let logits = unsafe { std::slice::from_raw_parts(logits, n_outputs * n_vocab) };
-        let outputs = order.iter().filter(|&&row| rows[row].output);
-        for (&row, values) in outputs.zip(logits.chunks_exact(n_vocab)) {
+        for (row, values) in outputs.zip(logits.chunks_exact(n_vocab)) {
             out[self.scratch.output_index[row] * n_vocab..][..n_vocab].copy_from_slice(values);
         }
         Ok(())

@@ -2,7 +2,8 @@
 //!
 //! - [`Stage::load`] reads a GGUF of some layers; [`Stage::load_file`] a whole model, as the oracle to compare with.
 //! - `run.rs` computes batches. A stage that is not the last stops its graph at one node and hands that node's value
-//!   out.
+//!   out. `batch.rs` decides which rows are computed together.
+//! - `kv.rs` cuts, copies, saves and restores the KV cache of sessions.
 //! - Each session slot has a KV stream of its own (`kv_unified = false`): which cells a session uses, and so every bit
 //!   of its answer, does not depend on what other sessions do. The cache of sliding-window layers has full size
 //!   (`swa_full`), so that [`Stage::truncate`] is exact there too.
@@ -17,16 +18,16 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::batch::Scratch;
 use crate::context::{CancelFlag, Context};
 use crate::model::{LoadError, Model};
-use crate::run::Scratch;
 use crate::source::ReadSeek;
 
 /// Most session slots of a stage: `LLAMA_MAX_SEQ` of llama.cpp, which refuses more.
 const MAX_SESSIONS: u32 = 256;
 
-/// llama.cpp rounds the cells of a session up to this.
-const CELL_PADDING: u32 = 256;
+/// llama.cpp rounds the cells of a session up to this, and those that a row attends to as well.
+pub(crate) const CELL_PADDING: u32 = 256;
 
 /// Most rows of one pass. A pass is a unit of work of some milliseconds to a second; llama.cpp's own default is 2048.
 const MAX_ROWS: u32 = 16384;
@@ -108,37 +109,6 @@ impl StageMemory {
     pub const fn total(self) -> u64 {
         self.weights + self.kv + self.compute
     }
-}
-
-/// The KV cache of a session cannot be changed so.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum KvError {
-    /// There is no such slot.
-    #[error("slot {slot} does not exist: the stage was loaded with {n_sessions}")]
-    UnknownSlot {
-        /// The slot.
-        slot: u32,
-        /// How many there are.
-        n_sessions: u32,
-    },
-    /// The session is shorter.
-    #[error("slot {slot} holds {len} tokens, so {n_keep} cannot be kept")]
-    TooShort {
-        /// The slot.
-        slot: u32,
-        /// Tokens that it holds.
-        len: u32,
-        /// Tokens to keep.
-        n_keep: u32,
-    },
-    /// The model has recurrent layers, whose state cannot go back.
-    #[error("slot {slot} cannot go back to {n_keep} tokens: the model is recurrent; clear it and replay")]
-    NotReversible {
-        /// The slot.
-        slot: u32,
-        /// Tokens to keep.
-        n_keep: u32,
-    },
 }
 
 /// Layers of a model that compute, with the KV cache of all sessions. See the head of this file for how.
@@ -244,37 +214,6 @@ impl Stage {
     /// Tokens that the KV cache holds for `slot`; 0 for a slot that does not exist.
     pub fn len(&self, slot: u32) -> u32 {
         self.lens.get(slot as usize).copied().unwrap_or(0)
-    }
-
-    /// Forgets all but the first `n_keep` tokens of `slot`.
-    ///
-    /// # Errors
-    /// If there is no such slot, it holds fewer tokens, or the model is recurrent.
-    pub fn truncate(&mut self, slot: u32, n_keep: u32) -> Result<(), KvError> {
-        let n_sessions = self.options.n_sessions;
-        let len = *self.lens.get(slot as usize).ok_or(KvError::UnknownSlot { slot, n_sessions })?;
-        if n_keep > len {
-            return Err(KvError::TooShort { slot, len, n_keep });
-        }
-        if n_keep < len && !self.context.remove(slot, n_keep) {
-            return Err(KvError::NotReversible { slot, n_keep });
-        }
-        self.lens[slot as usize] = n_keep;
-        Ok(())
-    }
-
-    /// Forgets all tokens of `slot`.
-    ///
-    /// # Errors
-    /// If there is no such slot.
-    pub fn clear(&mut self, slot: u32) -> Result<(), KvError> {
-        self.truncate(slot, 0)
-    }
-
-    /// Forgets all tokens of all slots.
-    pub fn clear_all(&mut self) {
-        self.context.clear();
-        self.lens.fill(0);
     }
 
     /// A handle with which other threads stop the run in progress.

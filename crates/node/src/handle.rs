@@ -2,9 +2,8 @@
 
 use std::net::SocketAddr;
 use std::sync::atomic::AtomicUsize;
-use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use brigade_base::{NodeId, Token};
 use brigade_engine::TokenizeError;
@@ -12,10 +11,12 @@ use brigade_net::{Identity, TicketBook, TicketState};
 use tokio::sync::mpsc;
 
 use crate::coordinator::{CoordinatorOptions, MAX_WAITING};
+use crate::meter::Meter;
 use crate::model::LocalModel;
-use crate::ring::{OpenCount, Submission};
-use crate::serving::{ClusterStatus, Event, Failure, ModelCard, Readiness, Request, Serving, SubmitError, TicketInfo};
-use crate::stats::RingStats;
+use crate::ring::{OpenCount, Submission, Submissions};
+use crate::serving::{
+    ClusterStatus, Event, HopParts, ModelCard, Readiness, Request, RequestTrace, Serving, SubmitError, TicketInfo,
+};
 use crate::threads::{lock, seconds_since_1970};
 
 /// What the owner loop, the ring, the door and the callers share.
@@ -29,42 +30,6 @@ pub(crate) struct Shared {
     node: NodeId,
     card: ModelCard,
     parallel: u32,
-}
-
-/// The way into the ring that runs, if one does.
-pub(crate) struct Submissions(Mutex<(Option<Sender<Submission>>, Failure)>);
-
-impl Submissions {
-    fn new() -> Self {
-        Self(Mutex::new((None, Failure::Stopping)))
-    }
-
-    /// A new way in; the old one ends.
-    pub(crate) fn open(&self) -> Receiver<Submission> {
-        let (sender, receiver) = channel();
-        *lock(&self.0) = (Some(sender), Failure::PlacementLost("the model is placed anew".to_owned()));
-        receiver
-    }
-
-    /// No way in, and what those who are in will hear: the first reason, if there are several.
-    pub(crate) fn close(&self, failure: Failure) {
-        self.end(Some(failure));
-    }
-
-    /// No way in any more, if there still was one; returns what those who are in are to hear.
-    pub(crate) fn end(&self, failure: Option<Failure>) -> Failure {
-        let mut inner = lock(&self.0);
-        if inner.0.take().is_some()
-            && let Some(failure) = failure
-        {
-            inner.1 = failure;
-        }
-        inner.1.clone()
-    }
-
-    fn send(&self, submission: Submission) -> bool {
-        lock(&self.0).0.as_ref().is_some_and(|sender| sender.send(submission).is_ok())
-    }
 }
 
 impl Shared {
@@ -104,6 +69,9 @@ impl Shared {
             tokens_per_second: 0.0,
             hop_us_p50: 0.0,
             hop_us_p99: 0.0,
+            hop_us: HopParts::default(),
+            kv_tokens: 0,
+            kv_capacity: u64::from(context) * u64::from(options.parallel),
             uptime_s: 0,
             nodes: Vec::new(),
         };
@@ -129,12 +97,12 @@ impl Shared {
 pub struct Handle {
     shared: Arc<Shared>,
     model: Arc<LocalModel>,
-    stats: Arc<RingStats>,
+    meter: Arc<Meter>,
 }
 
 impl Handle {
-    pub(crate) fn new(shared: Arc<Shared>, model: Arc<LocalModel>, stats: Arc<RingStats>) -> Self {
-        Self { shared, model, stats }
+    pub(crate) fn new(shared: Arc<Shared>, model: Arc<LocalModel>, meter: Arc<Meter>) -> Self {
+        Self { shared, model, meter }
     }
 
     /// Makes a ticket and keeps what admits its bearer.
@@ -192,7 +160,7 @@ impl Serving for Handle {
         let open = OpenCount::take(&self.shared.open, most).ok_or(SubmitError::Busy { waiting: MAX_WAITING })?;
         // Bounded by the context: a session tells at most that many tokens and one end.
         let (events, receiver) = mpsc::unbounded_channel();
-        if self.shared.submissions.send(Submission { request, events, open }) {
+        if self.shared.submissions.send(Submission { request, at: Instant::now(), events, open }) {
             Ok(receiver)
         } else {
             Err(SubmitError::NotReady("the model is being placed anew".to_owned()))
@@ -201,10 +169,20 @@ impl Serving for Handle {
 
     fn status(&self) -> ClusterStatus {
         let mut status = lock(&self.shared.status).clone();
-        (status.running, status.waiting) = self.stats.load();
-        status.tokens_generated = self.stats.tokens();
-        status.tokens_per_second = self.stats.tokens_per_second();
+        let load = self.meter.load_now();
+        (status.running, status.waiting) = (load.running, load.waiting);
+        status.kv_tokens = load.kv_tokens;
+        status.tokens_generated = self.meter.tokens();
+        status.tokens_per_second = self.meter.tokens_per_second();
         status
+    }
+
+    fn metrics(&self) -> String {
+        self.meter.encode()
+    }
+
+    fn trace(&self, request: &str) -> Option<RequestTrace> {
+        self.meter.trace(request)
     }
 
     fn create_ticket(&self, ttl: Duration) -> Result<TicketInfo, String> {

@@ -11,30 +11,39 @@ mod cache;
 mod coordinator;
 mod doorway;
 mod handle;
+mod images;
+mod incoming;
 mod known;
 mod loaded;
+mod meter;
 mod model;
 mod outgoing;
 mod reach;
+mod rehearsal;
 mod ring;
 pub mod serving;
 mod stage_pass;
 mod stage_thread;
 mod state_lock;
-mod stats;
 pub mod system;
 #[cfg(test)]
 mod test_link;
+#[cfg(test)]
+mod test_stage;
 mod text;
 mod threads;
+mod trace;
 mod weights;
 mod worker;
 
+pub use brigade_protocol::schedule::PrefixCache;
 pub use coordinator::{
     CHUNK, Coordinator, CoordinatorError, CoordinatorOptions, CoordinatorStopper, DEFAULT_CONTEXT_MAX, MAX_WAITING,
 };
 pub use handle::Handle;
 pub use known::probe_coordinator;
+pub use meter::CONTENT_TYPE as METRICS_TYPE;
 pub use model::{LocalModel, ModelError, model_profile};
 pub use reach::ReachError;
+pub use rehearsal::rehearse;
 pub use worker::{Worker, WorkerError, WorkerOptions, WorkerStatus, WorkerStopper};

@@ -6,6 +6,7 @@ use brigade_base::{ByteSize, Hash, LayerRange};
 use brigade_engine::{LoadError, Stage, StageOptions};
 use brigade_gguf::{StageView, TensorSource};
 
+use crate::images::Images;
 use crate::stage_pass::PassRunner;
 
 /// What makes two stages the same.
@@ -35,7 +36,8 @@ pub struct LoadedStage {
     pub memory: ByteSize,
 }
 
-/// Loads a stage from wherever its tensors are. `progress` hears the share that is loaded; false gives up.
+/// Loads a stage from wherever its tensors are; `images` keeps its idle sessions. `progress` hears the share that is
+/// loaded; false gives up.
 ///
 /// # Errors
 /// If libllama refuses it or its bytes cannot be read.
@@ -44,6 +46,7 @@ pub fn load_stage(
     view: &StageView,
     source: Arc<dyn TensorSource>,
     n_threads: u32,
+    images: Images,
     progress: &mut dyn FnMut(f32) -> bool,
 ) -> Result<LoadedStage, LoadError> {
     let options = StageOptions {
@@ -59,7 +62,8 @@ pub fn load_stage(
     };
     let stage = Stage::load(Box::new(view.reader(source)), view.n_bytes(), options, progress)?;
     let memory = ByteSize(stage.memory().total());
-    Ok(LoadedStage { runner: PassRunner::new(stage, view.input_scale(), key.sessions), key, memory })
+    let runner = PassRunner::new(stage, view.input_scale(), key.sessions, images);
+    Ok(LoadedStage { runner, key, memory })
 }
 
 /// An error with all that it was caused by, in one line.

@@ -4,10 +4,12 @@
 
 use std::time::Duration;
 
-use brigade_base::{ByteSize, LayerRange, ModelId, NodeId, Token};
+use brigade_base::{ByteSize, LayerRange, ModelId, NodeId, TenantId, Token};
 pub use brigade_engine::Sampling;
 use serde::Serialize;
 use tokio::sync::mpsc;
+
+pub use crate::trace::{PassTrace, RequestTrace, StageTrace};
 
 /// A model that answers, wherever its layers are.
 pub trait Serving: Send + Sync + 'static {
@@ -32,6 +34,12 @@ pub trait Serving: Send + Sync + 'static {
     /// # Errors
     /// If the request can never be answered, or not now.
     fn submit(&self, request: Request) -> Result<mpsc::UnboundedReceiver<Event>, SubmitError>;
+
+    /// What was counted and timed, in Prometheus' text format.
+    fn metrics(&self) -> String;
+
+    /// What became of the request with this id, step by step; `None` if it is not among the recent ones.
+    fn trace(&self, request: &str) -> Option<RequestTrace>;
 
     /// The cluster as it stands.
     fn status(&self) -> ClusterStatus;
@@ -85,6 +93,14 @@ pub enum Readiness {
 /// One completion to make.
 #[derive(Debug, Clone)]
 pub struct Request {
+    /// Names it in log lines and traces.
+    pub id: String,
+    /// Whose it is.
+    pub tenant: TenantId,
+    /// Lower is earlier, as with vLLM; a waiting request may take the place of a running one with a higher number.
+    pub priority: i32,
+    /// The answer must be complete so long after it was submitted, or it fails.
+    pub timeout: Option<Duration>,
     /// The prompt's tokens; at least one.
     pub prompt: Vec<Token>,
     /// Most tokens to generate; `None` lets the context be the bound. Zero is allowed: the answer is empty.
@@ -147,6 +163,8 @@ pub enum FinishReason {
 pub struct Usage {
     /// Tokens of the prompt.
     pub prompt_tokens: u32,
+    /// Of these, how many were not computed for this request, as a KV cache still held them.
+    pub cached_tokens: u32,
     /// Tokens generated, the end token included.
     pub completion_tokens: u32,
 }
@@ -160,6 +178,15 @@ pub enum Failure {
     /// The coordinator is stopping.
     #[error("the server is stopping")]
     Stopping,
+    /// The answer was not complete in the time that its request gave.
+    #[error(
+        "the answer was not complete after {} s, the request's `timeout`; give it more time or ask for fewer tokens",
+        after.as_secs_f32()
+    )]
+    TimedOut {
+        /// The time it had.
+        after: Duration,
+    },
     /// The engine refused to go on.
     #[error("the engine failed: {0}")]
     Engine(String),
@@ -249,10 +276,31 @@ pub struct ClusterStatus {
     pub hop_us_p50: f32,
     /// The 99th percentile of the same.
     pub hop_us_p99: f32,
+    /// What the median is made of.
+    pub hop_us: HopParts,
+    /// Tokens that KV caches hold, for running sessions and for later ones with the same beginning.
+    pub kv_tokens: u64,
+    /// Tokens for which there is room.
+    pub kv_capacity: u64,
     /// Seconds since the start.
     pub uptime_s: u64,
     /// All nodes, those without a stage too, in ring order with the coordinator last.
     pub nodes: Vec<NodeStatus>,
+}
+
+/// Medians of what a hop of a lone stream costs, in microseconds.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+pub struct HopParts {
+    /// Reading a frame from its link, decryption included, and decoding it.
+    pub read: f32,
+    /// Waiting until the computing thread takes it.
+    pub queue: f32,
+    /// Encoding the next frame.
+    pub encode: f32,
+    /// Writing it to its link.
+    pub write: f32,
+    /// What is left: the way itself, the two kernels, and waking the reader.
+    pub wire: f32,
 }
 
 /// One node as it stands.
@@ -284,6 +332,8 @@ pub struct NodeStatus {
     pub threads: u32,
     /// Median time of its part of a decode pass, in milliseconds; 0 before the first.
     pub pass_ms: f32,
+    /// Share of the last ten seconds in which its stage computed, 0 to 1.
+    pub busy: f32,
     /// Bytes per token that its outgoing link carries in a decode pass; 0 where it has none.
     pub bytes_per_token: u64,
     /// Round trip of its control link in milliseconds; 0 for the coordinator itself.

@@ -1,13 +1,26 @@
 //! One pass through one stage: what a worker and the coordinator's tail have in common.
+//!
+//! A pass first changes KV caches ([`PassRunner::apply`]), then has its rows computed ([`PassRunner::run`]). A step that
+//! a stage cannot carry out for want of disk is marked as failed and the pass goes on; a step or a row that counts on
+//! tokens which are not here means that the stages no longer agree, and ends the ring.
+//!
+//! [`PassRunner`] owns the stage, its saved sessions ([`Images`]), and the buffers of both.
 
+use brigade_base::ImageId;
 use brigade_engine::{Input, KvError, Row, RunError, Stage};
-use brigade_protocol::frame::RowSet;
+use brigade_protocol::frame::{KvStep, RowSet};
+
+use crate::images::{ImageError, Images};
+
+/// Memory that is kept for the next image: sessions of a small model fit, and those of a large one, which are hundreds of
+/// megabytes, must not stay in memory twice.
+const KEPT_IMAGE_BYTES: usize = 16 << 20;
 
 /// A pass could not be computed.
 #[derive(Debug, thiserror::Error)]
 pub enum PassError {
     /// The pass builds on tokens that this stage does not hold.
-    #[error("the pass keeps {keep} tokens of slot {slot}, but this stage holds {held}")]
+    #[error("the pass counts on {keep} tokens of slot {slot}, but this stage holds {held}")]
     OutOfStep {
         /// The slot.
         slot: u32,
@@ -27,7 +40,16 @@ pub enum PassError {
     /// The engine refused.
     #[error(transparent)]
     Run(#[from] RunError),
-    /// The KV cache could not be cut back.
+    /// The KV cache could not be cut back or copied.
+    #[error(transparent)]
+    Kv(#[from] KvError),
+}
+
+/// A session was not saved or loaded; it has to be computed again.
+#[derive(Debug, thiserror::Error)]
+enum SpillError {
+    #[error(transparent)]
+    Image(#[from] ImageError),
     #[error(transparent)]
     Kv(#[from] KvError),
 }
@@ -38,13 +60,17 @@ pub struct PassRunner {
     /// What hidden states are multiplied by before they enter, where the architecture scales its input.
     input_scale: f32,
     n_slots: u32,
+    images: Images,
+    /// Said once that nothing can be saved.
+    said_off: bool,
     rows: Vec<Row>,
+    image: Vec<u8>,
 }
 
 impl PassRunner {
-    /// Wraps a stage with `n_slots` sessions.
-    pub fn new(stage: Stage, input_scale: f32, n_slots: u32) -> Self {
-        Self { stage, input_scale, n_slots, rows: Vec::new() }
+    /// Wraps a stage with `n_slots` sessions; `images` are its own.
+    pub fn new(stage: Stage, input_scale: f32, n_slots: u32, images: Images) -> Self {
+        Self { stage, input_scale, n_slots, images, said_off: false, rows: Vec::new(), image: Vec::new() }
     }
 
     /// The stage itself.
@@ -52,9 +78,99 @@ impl PassRunner {
         &self.stage
     }
 
-    /// Forgets every session.
+    /// Forgets every session, saved ones too: their names are those of one epoch.
     pub fn clear(&mut self) {
         self.stage.clear_all();
+        self.images.clear();
+        self.image = Vec::new();
+    }
+
+    /// Changes KV caches as a pass wants it before its rows. A step that is not possible here, or was not on a stage
+    /// before this one, is marked with true; marks are never taken back. A slot that was not loaded is empty.
+    ///
+    /// # Errors
+    /// If a step counts on tokens or a slot that are not here; those before it are done.
+    pub fn apply(&mut self, steps: &mut [(KvStep, bool)]) -> Result<(), PassError> {
+        for (step, failed) in steps {
+            let done = match *step {
+                KvStep::Copy { slot, from, n_tokens } => {
+                    self.check_slot(slot)?;
+                    self.check_holds(from, n_tokens)?;
+                    self.stage.copy(from, slot, n_tokens)?;
+                    continue;
+                }
+                KvStep::Drop { image } => {
+                    self.images.remove(image);
+                    continue;
+                }
+                KvStep::Save { slot, n_tokens, image } => {
+                    self.check_holds(slot, n_tokens)?;
+                    // What a stage before could not save is never asked for.
+                    if *failed { Ok(()) } else { self.save(slot, n_tokens, image) }
+                }
+                KvStep::Load { slot, n_tokens, image } => {
+                    self.check_slot(slot)?;
+                    let loaded = if *failed { Ok(()) } else { self.load(slot, n_tokens, image) };
+                    if *failed || loaded.is_err() {
+                        self.stage.clear(slot)?;
+                    }
+                    loaded
+                }
+            };
+            if let Err(error) = done {
+                *failed = true;
+                self.tell(&error);
+            }
+            if self.image.capacity() > KEPT_IMAGE_BYTES {
+                self.image = Vec::new();
+            }
+        }
+        Ok(())
+    }
+
+    fn save(&mut self, slot: u32, n_tokens: u32, image: ImageId) -> Result<(), SpillError> {
+        // Asked before the slot is copied; the kilobytes that llama.cpp adds are counted when the image is written.
+        self.images.check_room(self.stage.kv_bytes_per_token() * u64::from(n_tokens))?;
+        if !self.stage.can_save() {
+            return Err(KvError::NotSavable.into());
+        }
+        // Tokens that were taken back may still be here.
+        self.stage.truncate(slot, n_tokens)?;
+        self.stage.save(slot, &mut self.image)?;
+        Ok(self.images.save(image, &self.image)?)
+    }
+
+    fn load(&mut self, slot: u32, n_tokens: u32, image: ImageId) -> Result<(), SpillError> {
+        self.images.load(image, &mut self.image)?;
+        Ok(self.stage.restore(slot, &self.image, n_tokens)?)
+    }
+
+    /// Notes why a session was not saved or loaded.
+    fn tell(&mut self, error: &SpillError) {
+        match error {
+            SpillError::Image(ImageError::Off) | SpillError::Kv(KvError::NotSavable) if self.said_off => {}
+            SpillError::Image(ImageError::Off) | SpillError::Kv(KvError::NotSavable) => {
+                self.said_off = true;
+                tracing::info!(%error, "an idle session was not kept");
+            }
+            // The coordinator makes room; it happens again and again.
+            SpillError::Image(ImageError::Full { .. } | ImageError::TooMany) => {
+                tracing::debug!(%error, "an idle session was not kept");
+            }
+            _ => tracing::warn!(%error, "an idle session was lost; its tokens will be computed again"),
+        }
+    }
+
+    fn check_slot(&self, slot: u32) -> Result<(), PassError> {
+        let n_slots = self.n_slots;
+        if slot < n_slots { Ok(()) } else { Err(PassError::NoSlot { slot, n_slots }) }
+    }
+
+    /// How many tokens a slot holds, which must be `keep` or more.
+    fn check_holds(&self, slot: u32, keep: u32) -> Result<u32, PassError> {
+        self.check_slot(slot)?;
+        let held = self.stage.len(slot);
+        if held < keep { Err(PassError::OutOfStep { slot, keep, held }) } else { Ok(held) }
     }
 
     /// Runs a pass. `hidden` is `[n_rows, n_embd]` and may be scaled in place; `out` becomes the next hidden states
@@ -67,14 +183,7 @@ impl PassRunner {
         out.clear();
         self.rows.clear();
         for set in sets {
-            if set.slot >= self.n_slots {
-                return Err(PassError::NoSlot { slot: set.slot, n_slots: self.n_slots });
-            }
-            let held = self.stage.len(set.slot);
-            if held < set.keep {
-                return Err(PassError::OutOfStep { slot: set.slot, keep: set.keep, held });
-            }
-            if held > set.keep {
+            if self.check_holds(set.slot, set.keep)? > set.keep {
                 self.stage.truncate(set.slot, set.keep)?;
             }
             let first_output = set.n_rows - set.n_outputs.min(set.n_rows);
@@ -91,5 +200,118 @@ impl PassRunner {
             hidden.iter_mut().for_each(|value| *value *= self.input_scale);
         }
         Ok(self.stage.run(&self.rows, Input::Hidden(hidden), out)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use brigade_base::ByteSize;
+
+    use super::*;
+    use crate::loaded::LoadedStage;
+    use crate::test_stage::{N_SLOTS, compute, loaded, set};
+
+    const IMAGE: ImageId = ImageId(1);
+
+    fn stage(limit: u64) -> (tempfile::TempDir, LoadedStage) {
+        let dir = tempfile::tempdir().unwrap();
+        let images = Images::open(&dir.path().join("kv"), ByteSize(limit)).unwrap();
+        (dir, loaded(images))
+    }
+
+    /// Applies one step and returns whether it failed.
+    fn apply(runner: &mut PassRunner, step: KvStep) -> bool {
+        let mut steps = [(step, false)];
+        runner.apply(&mut steps).unwrap();
+        steps[0].1
+    }
+
+    #[test]
+    fn a_session_goes_on_after_it_was_saved_and_loaded_elsewhere() {
+        let (_dir, mut stage) = stage(1 << 20);
+        let runner = &mut stage.runner;
+        compute(runner, &[set(0, 0, 5)]);
+        assert!(!apply(runner, KvStep::Save { slot: 0, n_tokens: 5, image: IMAGE }));
+        let expected = compute(runner, &[set(0, 5, 1)]);
+        // Somebody else has the slot meanwhile.
+        compute(runner, &[set(0, 0, 0), set(1, 0, 4)]);
+        assert!(!apply(runner, KvStep::Load { slot: 0, n_tokens: 5, image: IMAGE }));
+        assert_eq!(runner.stage().len(0), 5);
+        assert_eq!(compute(runner, &[set(0, 5, 1)]), expected);
+        assert!(!apply(runner, KvStep::Drop { image: IMAGE }));
+        assert!(apply(runner, KvStep::Load { slot: 0, n_tokens: 5, image: IMAGE }));
+        assert_eq!(runner.stage().len(0), 0, "what cannot be loaded leaves the slot empty");
+    }
+
+    #[test]
+    fn a_copy_goes_on_as_the_session_it_was_copied_from() {
+        let (_dir, mut stage) = stage(0);
+        let runner = &mut stage.runner;
+        compute(runner, &[set(0, 0, 6)]);
+        assert!(!apply(runner, KvStep::Copy { slot: 3, from: 0, n_tokens: 4 }));
+        let mut hidden: Vec<f32> = crate::test_stage::rows(&[set(0, 4, 1)], runner.stage().n_embd());
+        let mut of_copy = Vec::new();
+        runner.run(&[set(3, 4, 1)], &mut hidden, &mut of_copy).unwrap();
+        assert_eq!(of_copy, compute(runner, &[set(0, 4, 1)]));
+    }
+
+    #[test]
+    fn a_mark_stays_and_what_failed_before_is_not_tried() {
+        let (_dir, mut stage) = stage(1 << 20);
+        let runner = &mut stage.runner;
+        compute(runner, &[set(0, 0, 5), set(1, 0, 3)]);
+        let (save, load) =
+            (KvStep::Save { slot: 0, n_tokens: 5, image: IMAGE }, KvStep::Load { slot: 1, n_tokens: 5, image: IMAGE });
+        let mut steps = [(save, true), (load, true), (KvStep::Copy { slot: 2, from: 0, n_tokens: 5 }, true)];
+        runner.apply(&mut steps).unwrap();
+        assert!(steps.iter().all(|(_, failed)| *failed));
+        assert_eq!((runner.images.len(), runner.stage().len(1), runner.stage().len(2)), (0, 0, 5));
+    }
+
+    #[test]
+    fn a_store_that_is_full_fails_the_step_and_not_the_pass() {
+        let (_dir, mut stage) = stage(10);
+        let runner = &mut stage.runner;
+        compute(runner, &[set(0, 0, 5)]);
+        assert!(apply(runner, KvStep::Save { slot: 0, n_tokens: 5, image: IMAGE }));
+        assert_eq!(runner.stage().len(0), 5);
+    }
+
+    #[test]
+    fn tokens_that_were_taken_back_are_not_saved() {
+        let (_dir, mut stage) = stage(1 << 20);
+        let runner = &mut stage.runner;
+        compute(runner, &[set(0, 0, 5)]);
+        assert!(!apply(runner, KvStep::Save { slot: 0, n_tokens: 3, image: IMAGE }));
+        assert!(!apply(runner, KvStep::Load { slot: 1, n_tokens: 3, image: IMAGE }));
+        assert_eq!((runner.stage().len(0), runner.stage().len(1)), (3, 3));
+    }
+
+    #[test]
+    fn clearing_forgets_what_was_saved() {
+        let (_dir, mut stage) = stage(1 << 20);
+        let runner = &mut stage.runner;
+        compute(runner, &[set(0, 0, 5)]);
+        assert!(!apply(runner, KvStep::Save { slot: 0, n_tokens: 5, image: IMAGE }));
+        runner.clear();
+        assert!(apply(runner, KvStep::Load { slot: 0, n_tokens: 5, image: IMAGE }));
+    }
+
+    #[test]
+    fn steps_that_count_on_what_is_not_here_end_the_pass() {
+        let (_dir, mut stage) = stage(1 << 20);
+        let runner = &mut stage.runner;
+        compute(runner, &[set(0, 0, 5)]);
+        let mut check = |step, out_of_step: bool| match runner.apply(&mut [(step, false)]) {
+            Err(PassError::OutOfStep { held: 5, .. }) => assert!(out_of_step, "{step:?}"),
+            Err(PassError::NoSlot { slot: N_SLOTS, .. }) => assert!(!out_of_step, "{step:?}"),
+            other => panic!("{step:?} gave {other:?}"),
+        };
+        check(KvStep::Copy { slot: 1, from: 0, n_tokens: 6 }, true);
+        check(KvStep::Save { slot: 0, n_tokens: 6, image: IMAGE }, true);
+        check(KvStep::Copy { slot: N_SLOTS, from: 0, n_tokens: 5 }, false);
+        check(KvStep::Copy { slot: 1, from: N_SLOTS, n_tokens: 5 }, false);
+        check(KvStep::Save { slot: N_SLOTS, n_tokens: 5, image: IMAGE }, false);
+        check(KvStep::Load { slot: N_SLOTS, n_tokens: 5, image: IMAGE }, false);
     }
 }

@@ -10,6 +10,7 @@ fn offer(mib: u64) -> Offer {
     Offer {
         name: format!("{mib}m"),
         memory: ByteSize::mib(mib),
+        kv_spill: ByteSize(0),
         threads: 1,
         addresses: vec![],
         software: String::new(),

@@ -55,6 +55,8 @@ pub struct Offer {
     pub name: String,
     /// Memory that it gives.
     pub memory: ByteSize,
+    /// Disk that it gives for the KV cache of idle sessions; 0 if none.
+    pub kv_spill: ByteSize,
     /// Threads that compute.
     pub threads: u32,
     /// Where its links listen, as `host:port`.
@@ -270,6 +272,7 @@ mod tests {
         ToCoordinator::Offer(Offer {
             name: "box".into(),
             memory: ByteSize::gib(2),
+            kv_spill: ByteSize::gib(1),
             threads: 4,
             addresses: vec!["[::1]:7".into(); n_addresses],
             software: "0.1".into(),

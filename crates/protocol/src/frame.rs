@@ -1,34 +1,48 @@
-//! A pass on one link: which rows of which sessions, and their hidden states.
+//! A pass on one link: what happens to KV caches, which rows of which sessions, and their hidden states.
 //!
 //! A frame says what is meant, never how to compute it: there are no graphs, masks or pointers in it. Layout, little
 //! endian:
 //!
 //! ```text
 //! deployment u64 | epoch u64 | pass u64
-//! dtype u8 | reserved u8 | n_sets u16 | n_timings u16 | n_embd u32 | n_rows u32
+//! dtype u8 | reserved u8 | n_steps u16 | n_sets u16 | n_timings u16 | n_embd u32 | n_rows u32
+//! n_steps   x (kind u8, failed u8, reserved u16, slot u32, from u32, n_tokens u32, image u64)
 //! n_sets    x (slot u32, keep u32, n_rows u32, n_outputs u32)
-//! n_timings x (compute_us u32, software_us u32)
+//! n_timings x (read_us u32, queue_us u32, compute_us u32, encode_us u32, write_us u32, n_frames u32)
 //! n_rows x n_embd x f32
 //! ```
 //!
-//! Each row set begins with "keep the first `keep` tokens of this slot", so that a rollback, the end of a session and
-//! its replacement by another are all the same: a position.
+//! Every stage takes the frames of a ring in the same order, and of each first the KV steps in their order, then the row
+//! sets. So all stages hold the same tokens in the same slots, and nobody needs to ask. Each row set begins with "keep
+//! the first `keep` tokens of this slot", so that a rollback, the end of a session and its replacement by another are
+//! all the same: a position.
+//!
+//! A KV step that a stage cannot carry out (its disk is full, an image is gone) is marked as failed and the frame goes
+//! on: the coordinator then computes those tokens again. Rows never depend on a step of their own frame that can fail.
 
-use brigade_base::{DeploymentId, Epoch, PassId};
+use brigade_base::{DeploymentId, Epoch, ImageId, PassId};
 
 use crate::control::{MAX_BATCH_ROWS, MAX_SESSIONS};
 use crate::{DecodeError, cap};
 
 /// Bytes before the row sets.
-pub const HEADER_BYTES: usize = 38;
+pub const HEADER_BYTES: usize = 40;
+const STEP_BYTES: usize = 24;
 const SET_BYTES: usize = 16;
-const TIMING_BYTES: usize = 8;
+const TIMING_BYTES: usize = 24;
 
 /// Most rows of a frame: one full batch and one row of every session.
 pub const MAX_FRAME_ROWS: u32 = MAX_BATCH_ROWS + MAX_SESSIONS;
 
 /// Most row sets of a frame. A slot may occur twice: once to be emptied and once to be filled.
 pub const MAX_ROW_SETS: u32 = 2 * MAX_SESSIONS;
+
+/// Most KV steps of a frame: each slot may be saved, and then filled from elsewhere, and as many images dropped.
+pub const MAX_KV_STEPS: u32 = 3 * MAX_SESSIONS;
+
+/// Most images that a ring keeps: each is an open file on every stage, and systems allow a process at least a
+/// thousand.
+pub const MAX_IMAGES: usize = 256;
 
 /// Most stages of a ring, each of which adds one timing.
 pub const MAX_STAGES: u32 = 1024;
@@ -52,13 +66,93 @@ pub struct RowSet {
     pub n_outputs: u32,
 }
 
-/// What a stage spent on a pass.
+/// What happens to the KV cache of a slot before the rows of a pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KvStep {
+    /// `slot` becomes a copy of the first `n_tokens` tokens of slot `from`.
+    Copy {
+        /// The slot that is filled.
+        slot: u32,
+        /// The slot that is read; never the same.
+        from: u32,
+        /// Tokens to take; no more than `from` holds.
+        n_tokens: u32,
+    },
+    /// The `n_tokens` tokens of `slot`, all that it holds, are kept outside of memory under a new name. May fail.
+    Save {
+        /// The slot that is read.
+        slot: u32,
+        /// Tokens that it holds.
+        n_tokens: u32,
+        /// The name.
+        image: ImageId,
+    },
+    /// `slot` becomes what was saved. May fail; the slot is then empty.
+    Load {
+        /// The slot that is filled.
+        slot: u32,
+        /// Tokens that were saved.
+        n_tokens: u32,
+        /// The name.
+        image: ImageId,
+    },
+    /// What was saved is not wanted any more.
+    Drop {
+        /// The name.
+        image: ImageId,
+    },
+}
+
+impl KvStep {
+    /// Kind, slot, source, tokens and image as they travel; 0 where a kind has none.
+    fn fields(self) -> (u8, u32, u32, u32, u64) {
+        match self {
+            Self::Copy { slot, from, n_tokens } => (1, slot, from, n_tokens, 0),
+            Self::Save { slot, n_tokens, image } => (2, slot, 0, n_tokens, image.0),
+            Self::Load { slot, n_tokens, image } => (3, slot, 0, n_tokens, image.0),
+            Self::Drop { image } => (4, 0, 0, 0, image.0),
+        }
+    }
+
+    fn of_fields(kind: u8, slot: u32, from: u32, n_tokens: u32, image: u64) -> Option<Self> {
+        let image = ImageId(image);
+        match kind {
+            1 if slot != from => Some(Self::Copy { slot, from, n_tokens }),
+            2 => Some(Self::Save { slot, n_tokens, image }),
+            3 => Some(Self::Load { slot, n_tokens, image }),
+            4 => Some(Self::Drop { image }),
+            _ => None,
+        }
+    }
+}
+
+/// What a stage spent on a pass, in microseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Timing {
-    /// Microseconds of computing.
+    /// From the first byte that was read until the frame was decoded.
+    pub read_us: u32,
+    /// From then until its computing began: waiting for the frame before it, and for the computing thread to wake.
+    pub queue_us: u32,
+    /// Computing. Frames that were computed together all carry the time of their batch.
     pub compute_us: u32,
-    /// Microseconds between the arrival of the frame and its departure that were not computing.
-    pub software_us: u32,
+    /// From the end of computing until the next frame was encoded.
+    pub encode_us: u32,
+    /// Writing. A frame cannot carry the time of its own writing, so this is that of the stage's frame before.
+    pub write_us: u32,
+    /// Frames that were computed together, this one counted; 0 from a stage that does not say.
+    pub n_frames: u32,
+}
+
+impl Timing {
+    /// All but waiting and computing: what the software costs.
+    pub fn software_us(self) -> u32 {
+        self.read_us.saturating_add(self.encode_us).saturating_add(self.write_us)
+    }
+
+    /// The stage's computing time that falls to this frame alone.
+    pub fn share_us(self) -> u32 {
+        self.compute_us / self.n_frames.max(1)
+    }
 }
 
 /// Says which placement a data link belongs to; the dialer sends it first.
@@ -102,6 +196,8 @@ pub struct FrameHead {
     pub epoch: Epoch,
     /// The pass.
     pub pass: PassId,
+    /// What happens to KV caches before the rows, and whether a stage could not do it.
+    pub steps: Vec<(KvStep, bool)>,
     /// The rows, in the order in which they follow.
     pub sets: Vec<RowSet>,
     /// One for each stage that the pass has left behind.
@@ -123,18 +219,28 @@ impl FrameHead {
             out.extend_from_slice(&n.to_le_bytes());
         }
         out.extend_from_slice(&[DTYPE_F32, 0]);
+        out.extend_from_slice(&(self.steps.len() as u16).to_le_bytes());
         out.extend_from_slice(&(self.sets.len() as u16).to_le_bytes());
         out.extend_from_slice(&(self.timings.len() as u16).to_le_bytes());
         out.extend_from_slice(&self.n_embd.to_le_bytes());
         out.extend_from_slice(&self.n_rows().to_le_bytes());
+        for (step, failed) in &self.steps {
+            let (kind, slot, from, n_tokens, image) = step.fields();
+            out.extend_from_slice(&[kind, u8::from(*failed), 0, 0]);
+            for n in [slot, from, n_tokens] {
+                out.extend_from_slice(&n.to_le_bytes());
+            }
+            out.extend_from_slice(&image.to_le_bytes());
+        }
         for set in &self.sets {
             for n in [set.slot, set.keep, set.n_rows, set.n_outputs] {
                 out.extend_from_slice(&n.to_le_bytes());
             }
         }
-        for timing in &self.timings {
-            out.extend_from_slice(&timing.compute_us.to_le_bytes());
-            out.extend_from_slice(&timing.software_us.to_le_bytes());
+        for t in &self.timings {
+            for n in [t.read_us, t.queue_us, t.compute_us, t.encode_us, t.write_us, t.n_frames] {
+                out.extend_from_slice(&n.to_le_bytes());
+            }
         }
     }
 
@@ -153,21 +259,54 @@ impl FrameHead {
         if dtype != DTYPE_F32 || reserved != 0 {
             return Err(malformed("unknown type of values"));
         }
+        let n_steps = u32::from(u16::from_le_bytes(fields.take()));
         let n_sets = u32::from(u16::from_le_bytes(fields.take()));
         let n_timings = u32::from(u16::from_le_bytes(fields.take()));
         self.n_embd = fields.u32();
         let n_rows = fields.u32();
+        cap("KV steps", n_steps.into(), MAX_KV_STEPS.into())?;
         cap("row sets", n_sets.into(), MAX_ROW_SETS.into())?;
         cap("stages", n_timings.into(), MAX_STAGES.into())?;
         cap("hidden state", self.n_embd.into(), MAX_N_EMBD.into())?;
         cap("rows", n_rows.into(), MAX_FRAME_ROWS.into())?;
-        let sets_end = n_sets as usize * SET_BYTES;
+        let sets_end = n_steps as usize * STEP_BYTES + n_sets as usize * SET_BYTES;
         let timings_end = sets_end + n_timings as usize * TIMING_BYTES;
         let values = n_rows as usize * self.n_embd as usize;
         if rest.len() != timings_end + values * 4 {
             return Err(malformed("its length does not match its counts"));
         }
         let mut fields = Fields(&rest[..timings_end]);
+        self.decode_steps(&mut fields, n_steps)?;
+        self.decode_sets(&mut fields, n_sets, n_rows)?;
+        self.timings.clear();
+        for _ in 0..n_timings {
+            let [read_us, queue_us, compute_us, encode_us, write_us, n_frames] = std::array::from_fn(|_| fields.u32());
+            self.timings.push(Timing { read_us, queue_us, compute_us, encode_us, write_us, n_frames });
+        }
+        rows.clear();
+        rows.resize(values, 0.0);
+        bytemuck::cast_slice_mut::<f32, u8>(rows).copy_from_slice(&rest[timings_end..]);
+        Ok(())
+    }
+
+    fn decode_steps(&mut self, fields: &mut Fields<'_>, n_steps: u32) -> Result<(), DecodeError> {
+        self.steps.clear();
+        for _ in 0..n_steps {
+            let [kind, failed, zero, zero_too] = fields.take();
+            let [slot, from, n_tokens] = std::array::from_fn(|_| fields.u32());
+            let image = fields.u64();
+            cap("slot", slot.max(from).into(), (MAX_SESSIONS - 1).into())?;
+            match KvStep::of_fields(kind, slot, from, n_tokens, image) {
+                Some(step) if failed <= 1 && zero == 0 && zero_too == 0 => self.steps.push((step, failed == 1)),
+                _ => {
+                    return Err(DecodeError::Malformed { what: "frame", why: format!("unknown KV step {kind}") });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn decode_sets(&mut self, fields: &mut Fields<'_>, n_sets: u32, n_rows: u32) -> Result<(), DecodeError> {
         self.sets.clear();
         for _ in 0..n_sets {
             let [slot, keep, n_rows, n_outputs] = std::array::from_fn(|_| fields.u32());
@@ -178,16 +317,9 @@ impl FrameHead {
             self.sets.push(RowSet { slot, keep, n_rows, n_outputs });
         }
         if self.sets.iter().map(|set| u64::from(set.n_rows)).sum::<u64>() != u64::from(n_rows) {
-            return Err(malformed("its row sets do not add up"));
+            let why = "its row sets do not add up".to_owned();
+            return Err(DecodeError::Malformed { what: "frame", why });
         }
-        self.timings.clear();
-        for _ in 0..n_timings {
-            let [compute_us, software_us] = std::array::from_fn(|_| fields.u32());
-            self.timings.push(Timing { compute_us, software_us });
-        }
-        rows.clear();
-        rows.resize(values, 0.0);
-        bytemuck::cast_slice_mut::<f32, u8>(rows).copy_from_slice(&rest[timings_end..]);
         Ok(())
     }
 }
@@ -229,8 +361,14 @@ mod tests {
             deployment: DeploymentId(1),
             epoch: Epoch(2),
             pass: PassId(3),
+            steps: vec![
+                (KvStep::Save { slot: 3, n_tokens: 9, image: ImageId(7) }, false),
+                (KvStep::Load { slot: 3, n_tokens: 8, image: ImageId(6) }, true),
+                (KvStep::Copy { slot: 2, from: 1, n_tokens: 5 }, false),
+                (KvStep::Drop { image: ImageId(5) }, false),
+            ],
             sets,
-            timings: vec![Timing { compute_us: 9, software_us: 4 }],
+            timings: vec![Timing { compute_us: 9, read_us: 4, n_frames: 2, ..Timing::default() }],
             n_embd,
         };
         let rows: Vec<f32> = (0..head.n_rows() * n_embd).map(|i| i as f32 * 0.5).collect();
@@ -263,8 +401,19 @@ mod tests {
         longer.push(0);
         assert!(head.decode(&longer, &mut Vec::new()).is_err());
         let mut liar = bytes;
-        liar[HEADER_BYTES + 8] = 1;
+        liar[HEADER_BYTES + 4 * STEP_BYTES + 8] = 1;
         assert!(head.decode(&liar, &mut Vec::new()).is_err());
+    }
+
+    #[test]
+    fn kv_steps_that_make_no_sense_are_refused() {
+        let (_, _, bytes) = frame(vec![set(0, 5, 2)], 8);
+        for (at, value) in [(0, 0), (0, 9), (1, 2), (2, 1), (7, 1), (2 * STEP_BYTES + 8, 2)] {
+            let mut broken = bytes.clone();
+            broken[HEADER_BYTES + at] = value;
+            let error = FrameHead::default().decode(&broken, &mut Vec::new()).unwrap_err();
+            assert!(!error.to_string().is_empty(), "byte {at} = {value}");
+        }
     }
 
     proptest! {
@@ -276,7 +425,7 @@ mod tests {
         }
 
         #[test]
-        fn no_mutation_panics(at in 0usize..200, value: u8) {
+        fn no_mutation_panics(at in 0usize..300, value: u8) {
             let (_, _, mut bytes) = frame(vec![set(0, 5, 2), set(1, 7, 1)], 4);
             let at = at % bytes.len();
             bytes[at] = value;

@@ -4,14 +4,14 @@
 //! - [`frame`]: a pass on one link, from stage to stage.
 //! - [`weights`]: tensors asked for and sent, on links of their own.
 //! - [`cluster`]: who is here, and what is placed where. Events in, actions out.
-//! - [`passes`]: which rows of which sessions travel in the next pass, and what has come back.
+//! - [`schedule`]: which rows of which sessions travel in the next pass, and what has come back.
 //!
 //! Time is an argument everywhere and nothing here is random, so every state can be reached again in a test.
 
 pub mod cluster;
 pub mod control;
 pub mod frame;
-pub mod passes;
+pub mod schedule;
 pub mod weights;
 
 /// Kinds of frames on a link; the first byte that a reader looks at.

@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 use brigade_base::{ByteSize, Token};
 use clap::Args;
 use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::whole::{WholeArgs, WholeResult, decode_speed};
-use super::{ModelArgs, ModelFacts, WorkArgs, median};
+use super::{ModelArgs, ModelFacts, WorkArgs, completion, median};
 use crate::cluster::{Cluster, ClusterSpec, brigade, layers, nodes, on_cores};
 use crate::failure::{Failure, Outcome};
 use crate::http::{Answer, Endpoint};
@@ -199,18 +199,7 @@ fn node_result(node: &Value) -> NodeResult {
 
 /// Sends all prompts at once and waits for all answers.
 fn ask_all(endpoint: &Endpoint, prompts: &[Vec<Token>], n_tokens: u32) -> Outcome<Vec<Answer>> {
-    let ask = |prompt: &Vec<Token>| {
-        let body = json!({
-            "model": "default",
-            "prompt": prompt,
-            "temperature": 0,
-            "max_tokens": n_tokens,
-            "ignore_eos": true,
-            "stream": true,
-            "stream_options": {"include_usage": true},
-        });
-        endpoint.stream("/v1/completions", &body, |_| Ok(()))
-    };
+    let ask = |prompt: &Vec<Token>| endpoint.stream("/v1/completions", &completion(prompt, n_tokens), |_| Ok(()));
     std::thread::scope(|scope| {
         let ask = &ask;
         let threads: Vec<_> = prompts.iter().map(|prompt| scope.spawn(move || ask(prompt))).collect();
@@ -283,7 +272,7 @@ mod tests {
     #[test]
     fn a_report_compares_medians_and_texts() {
         let work = WorkArgs { threads: 1, tokens: 8, prompt: 8, streams: 1 };
-        let model = ModelArgs { model: None, shape: Shape::Tiny, quantisation: Quantisation::Q4_0 };
+        let model = ModelArgs { model: None, shape: Some(Shape::Tiny), quantisation: Quantisation::Q4_0 };
         let args = ClusterArgs { model, work, workers: 1, pin: false, rounds: 2, json: false };
         let whole = |speed, text: &str| WholeResult {
             tokens_per_second: speed,

@@ -1,11 +1,13 @@
 //! Benchmarks: `cargo xtask bench KIND`.
 //!
 //! - [`cluster`] compares a split model with the same model in one process, side by side in one run.
+//! - [`serve`] compares the two under many streams, with the targets of the project, and plots them.
 //! - [`whole`] measures one process; the other benchmarks start it as a child, so that its memory is its own.
 //!
 //! Prompts are tokens, answers have an exact length and are greedy, so that two runs do the same work.
 
 pub mod cluster;
+pub mod serve;
 pub mod whole;
 
 use std::path::PathBuf;
@@ -13,6 +15,7 @@ use std::path::PathBuf;
 use brigade_base::Token;
 use brigade_gguf::{Architecture, ModelFile};
 use clap::{Args, Subcommand};
+use serde_json::{Value, json};
 
 use crate::cluster::profile_dir;
 use crate::failure::{Failure, Outcome};
@@ -24,15 +27,22 @@ use crate::synth::{Quantisation, Shape, name_of, write};
 pub enum Bench {
     /// A model on several nodes against the same model in one process
     Cluster(cluster::ClusterArgs),
+    /// A model on several nodes under 1 to 32 streams against one process, with targets and a plot
+    Serve(serve::ServeArgs),
     /// A model in one process, without HTTP
     Whole(whole::WholeArgs),
+    /// A model in one process under many streams; the child of `serve`
+    #[command(hide = true)]
+    Bar(serve::BarArgs),
 }
 
 /// Runs a benchmark.
 pub fn run(bench: &Bench) -> Outcome {
     match bench {
         Bench::Cluster(args) => cluster::run(args),
+        Bench::Serve(args) => serve::run(args),
         Bench::Whole(args) => whole::run(args),
+        Bench::Bar(args) => serve::run_bar(args),
     }
 }
 
@@ -43,8 +53,9 @@ pub struct ModelArgs {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["shape", "quantisation"])]
     pub model: Option<PathBuf>,
     /// Without a file: the shape of a model with random weights, made once and kept
-    #[arg(long, default_value = "tinyllama-1.1b")]
-    pub shape: Shape,
+    /// [default: tinyllama-1.1b; for `serve` llama-1b]
+    #[arg(long)]
+    pub shape: Option<Shape>,
     /// How its weights are stored
     #[arg(long = "type", value_name = "TYPE", default_value = "Q4_0", ignore_case = true)]
     pub quantisation: Quantisation,
@@ -53,15 +64,21 @@ pub struct ModelArgs {
 impl ModelArgs {
     /// The file, made if need be.
     pub fn path(&self) -> Outcome<PathBuf> {
+        self.path_or(Shape::TinyLlama)
+    }
+
+    /// The same with another default shape.
+    pub fn path_or(&self, shape: Shape) -> Outcome<PathBuf> {
         if let Some(path) = &self.model {
             return Ok(path.clone());
         }
         let dir = profile_dir()?.parent().map_or_else(|| PathBuf::from("bench"), |target| target.join("bench"));
         std::fs::create_dir_all(&dir).map_err(Failure::io(dir.display()))?;
-        let path = dir.join(format!("{}-{}.gguf", name_of(self.shape), name_of(self.quantisation)));
+        let shape = self.shape.unwrap_or(shape);
+        let path = dir.join(format!("{}-{}.gguf", name_of(shape), name_of(self.quantisation)));
         if !path.is_file() {
             error(&format!("writing {} once ...", path.display()));
-            write(self.shape, self.quantisation, 1, &path)?;
+            write(shape, self.quantisation, 1, &path)?;
         }
         Ok(path)
     }
@@ -90,19 +107,33 @@ impl WorkArgs {
         self.prompt + self.tokens + 1
     }
 
-    /// The prompts, one for each stream: tokens from the middle half of the vocabulary, where no model keeps its
-    /// control tokens.
+    /// The prompts, one for each stream.
     pub fn prompts(&self, n_vocab: u32) -> Vec<Vec<Token>> {
-        let prompt = |stream: u32| {
-            let mut state = u64::from(stream) + 1;
-            let mut token = || {
-                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-                (n_vocab / 4 + (state >> 33) as u32 % (n_vocab / 2).max(1)) as Token
-            };
-            (0..self.prompt).map(|_| token()).collect()
-        };
-        (0..self.streams).map(prompt).collect()
+        (1..=u64::from(self.streams)).map(|seed| prompt(seed, self.prompt, n_vocab)).collect()
     }
+}
+
+/// A prompt: tokens from the middle half of the vocabulary, where no model keeps its control tokens.
+pub fn prompt(seed: u64, n_tokens: u32, n_vocab: u32) -> Vec<Token> {
+    let mut state = seed;
+    let mut token = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (n_vocab / 4 + (state >> 33) as u32 % (n_vocab / 2).max(1)) as Token
+    };
+    (0..n_tokens).map(|_| token()).collect()
+}
+
+/// What `/v1/completions` is asked: the greedy continuation of a prompt by exactly `n_tokens`, streamed.
+pub fn completion(prompt: &[Token], n_tokens: u32) -> Value {
+    json!({
+        "model": "default",
+        "prompt": prompt,
+        "temperature": 0,
+        "max_tokens": n_tokens,
+        "ignore_eos": true,
+        "stream": true,
+        "stream_options": {"include_usage": true},
+    })
 }
 
 /// What is known of a model without loading it.
@@ -127,13 +158,17 @@ impl ModelFacts {
 
 /// The middle of some values; 0 for none.
 pub fn median(values: impl IntoIterator<Item = f64>) -> f64 {
+    quantile(values, 0.5)
+}
+
+/// The value below which the share `q` (0 to 1) of some values lies, between two of them in proportion; 0 for none.
+pub fn quantile(values: impl IntoIterator<Item = f64>, q: f64) -> f64 {
     let mut sorted: Vec<f64> = values.into_iter().collect();
     sorted.sort_by(f64::total_cmp);
-    match sorted.len() {
-        0 => 0.0,
-        n if n % 2 == 1 => sorted[n / 2],
-        n => f64::midpoint(sorted[n / 2 - 1], sorted[n / 2]),
-    }
+    let Some(last) = sorted.len().checked_sub(1) else { return 0.0 };
+    let at = q.clamp(0.0, 1.0) * last as f64;
+    let (low, high) = (sorted[at.floor() as usize], sorted[at.ceil() as usize]);
+    low + (high - low) * at.fract()
 }
 
 #[cfg(test)]
@@ -143,6 +178,13 @@ mod tests {
     #[test]
     fn medians_of_few_values() {
         assert_eq!([median([]), median([2.0]), median([4.0, 1.0, 9.0]), median([1.0, 2.0])], [0.0, 2.0, 4.0, 1.5]);
+    }
+
+    #[test]
+    fn quantiles_lie_between_values() {
+        let values = || (0..=10).map(f64::from);
+        assert_eq!([0.0, 0.5, 0.99, 1.0].map(|q| quantile(values(), q)), [0.0, 5.0, 9.9, 10.0]);
+        assert_eq!([quantile([], 0.9), quantile([3.0], 0.9), quantile([1.0, 2.0], 7.0)], [0.0, 3.0, 2.0]);
     }
 
     #[test]

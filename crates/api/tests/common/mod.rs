@@ -1,4 +1,5 @@
 //! A model that is not there, and a client that writes what it likes to a socket.
+#![allow(dead_code, reason = "each test binary uses a part")]
 
 use std::collections::VecDeque;
 use std::io::{Read, Write};
@@ -9,7 +10,8 @@ use std::time::Duration;
 use brigade_api::{ApiOptions, Server};
 use brigade_base::{ModelId, NodeId, Token};
 use brigade_node::serving::{
-    ClusterStatus, Event, FinishReason, ModelCard, Readiness, Request, Serving, SubmitError, TicketInfo, Usage,
+    ClusterStatus, Event, FinishReason, HopParts, ModelCard, Readiness, Request, RequestTrace, Serving, SubmitError,
+    TicketInfo, Usage,
 };
 use serde_json::Value;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
@@ -31,6 +33,9 @@ pub struct Mock {
     pub tickets: Mutex<Vec<TicketInfo>>,
 }
 
+/// What the node tells of itself.
+pub const METRICS: &str = "# TYPE brigade_num_requests_running gauge\nbrigade_num_requests_running 2\n# EOF\n";
+
 /// What a request meets.
 pub enum Script {
     /// These events, and then the channel closes.
@@ -45,7 +50,7 @@ pub fn delta(text: &str) -> Event {
 }
 
 pub fn done(reason: FinishReason) -> Event {
-    Event::Done { reason, usage: Usage { prompt_tokens: 3, completion_tokens: 2 } }
+    Event::Done { reason, usage: Usage { prompt_tokens: 3, cached_tokens: 1, completion_tokens: 2 } }
 }
 
 impl Serving for Mock {
@@ -85,6 +90,34 @@ impl Serving for Mock {
         Ok(receiver)
     }
 
+    fn metrics(&self) -> String {
+        METRICS.to_owned()
+    }
+
+    /// Every request that came is remembered.
+    fn trace(&self, request: &str) -> Option<RequestTrace> {
+        let requests = self.requests.lock().unwrap();
+        let found = requests.iter().find(|known| known.id == request)?;
+        Some(RequestTrace {
+            id: found.id.clone(),
+            tenant: found.tenant,
+            state: "running",
+            finish: None,
+            priority: found.priority,
+            prompt_tokens: found.prompt.len() as u32,
+            cached_tokens: 0,
+            completion_tokens: 0,
+            preemptions: 0,
+            preempted_ms: 0.0,
+            received_unix_ms: 1,
+            queued_ms: None,
+            first_token_ms: None,
+            total_ms: 2.5,
+            passes: Vec::new(),
+            passes_left_out: 0,
+        })
+    }
+
     fn status(&self) -> ClusterStatus {
         ClusterStatus {
             coordinator: NodeId::from_bytes([1; 32]),
@@ -101,6 +134,9 @@ impl Serving for Mock {
             tokens_per_second: 0.0,
             hop_us_p50: 0.0,
             hop_us_p99: 0.0,
+            hop_us: HopParts::default(),
+            kv_tokens: 0,
+            kv_capacity: 0,
             uptime_s: 9,
             nodes: Vec::new(),
         }

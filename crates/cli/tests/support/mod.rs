@@ -2,12 +2,13 @@
 //!
 //! - [`Setup`] says how many nodes and with which flags; [`Cluster`] owns their processes and state directories.
 //! - [`Process`] is one of them: dropping it ends it, and if the test has failed shows what it said.
-//! - [`http`] talks to the endpoint, [`oracle`] knows the right answers.
+//! - [`http`] talks to the endpoint, [`oracle`] knows the right answers, [`fake`] is a server that is none.
 //!
 //! Nothing here waits for a fixed time: [`eventually`] polls a condition until a deadline.
 #![allow(dead_code, unused_imports, reason = "each test binary uses a part")]
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+pub mod fake;
 pub mod http;
 pub mod oracle;
 mod process;

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use brigade_engine::quantize_rows;
+use brigade_engine::{Stage, StageOptions, quantize_rows};
 
 pub const N_VOCAB: usize = 96;
 const N_HEAD: u64 = 4;
@@ -13,6 +13,9 @@ const N_EXPERT: u64 = 4;
 
 const F32: u32 = 0;
 const F16: u32 = 1;
+const Q4_0: u32 = 2;
+const Q8_0: u32 = 8;
+const Q4_K: u32 = 12;
 
 /// One model to make.
 #[derive(Debug, Clone, Copy)]
@@ -28,7 +31,7 @@ pub struct Synthetic {
     pub experts: bool,
     /// Sliding window in tokens; 0 for none.
     pub window: u32,
-    /// Storage type of matrices.
+    /// Storage type of matrices; of those whose rows are no whole blocks of Q4_K, Q8_0.
     pub ty: u32,
 }
 
@@ -39,7 +42,7 @@ const BASE: Synthetic =
 pub const ALL: [Synthetic; 11] = [
     Synthetic { name: "llama", ..BASE },
     Synthetic { name: "llama-tied", tied: true, ..BASE },
-    Synthetic { name: "llama-q8_0", tied: true, ty: 8, ..BASE },
+    Synthetic { name: "llama-q8_0", tied: true, ty: Q8_0, ..BASE },
     Synthetic { name: "mixtral", experts: true, ..BASE },
     Synthetic { name: "qwen2", arch: "qwen2", ..BASE },
     Synthetic { name: "qwen3", arch: "qwen3", tied: true, ..BASE },
@@ -51,6 +54,19 @@ pub const ALL: [Synthetic; 11] = [
     Synthetic { name: "phi3", arch: "phi3", ..BASE },
 ];
 
+/// The same model in each kind of storage whose kernels differ.
+pub const TYPES: [Synthetic; 4] = [
+    Synthetic { name: "f16", n_embd: 256, ..BASE },
+    Synthetic { name: "q8_0", n_embd: 256, ty: Q8_0, ..BASE },
+    Synthetic { name: "q4_0", n_embd: 256, ty: Q4_0, ..BASE },
+    Synthetic { name: "q4_k", n_embd: 256, ty: Q4_K, ..BASE },
+];
+
+/// The model of [`ALL`] with this name.
+pub fn named(name: &str) -> Synthetic {
+    *ALL.iter().find(|model| model.name == name).unwrap()
+}
+
 struct Tensor {
     name: String,
     dims: Vec<u64>,
@@ -58,6 +74,13 @@ struct Tensor {
 }
 
 impl Synthetic {
+    /// Loads the model with [`super::options`], changed.
+    pub fn load(&self, change: impl FnOnce(&mut StageOptions)) -> Stage {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        self.write(file.path());
+        super::whole(file.path(), change)
+    }
+
     /// Writes the model to `path`.
     pub fn write(&self, path: &Path) {
         let tensors = self.tensors();
@@ -121,7 +144,11 @@ impl Synthetic {
         let n_embd = self.n_embd;
         let mut all = Vec::new();
         let mut add = |name: String, dims: &[u64]| {
-            let ty = if dims.len() == 1 || name.contains("gate_inp") { F32 } else { self.ty };
+            let ty = match self.ty {
+                _ if dims.len() == 1 || name.contains("gate_inp") => F32,
+                Q4_K if dims[0] % 256 != 0 => Q8_0,
+                ty => ty,
+            };
             all.push(Tensor { name, dims: dims.to_vec(), ty });
         };
         let (n_q, n_kv) = (N_HEAD * N_HEAD_DIM, N_HEAD_KV * N_HEAD_DIM);

@@ -21,14 +21,16 @@ use brigade_gguf::StageViewError;
 use brigade_net::{Identity, Listener, Members, TicketBook, advertised_addrs};
 use brigade_plan::{Demand, NodeProfile, check_split};
 use brigade_protocol::cluster::{Cluster, Settings};
+use brigade_protocol::frame::{FrameHead, RowSet};
+use brigade_protocol::schedule::PrefixCache;
 
 use self::door::Door;
 use self::owner::{Event, Owner, Tail};
 use crate::doorway::{Doorkeeper, Doorway};
 use crate::handle::{Handle, Shared};
+use crate::meter::Meter;
 use crate::model::{LocalModel, ModelError};
 use crate::state_lock::StateLock;
-use crate::stats::RingStats;
 use crate::threads::unique_number;
 
 mod door;
@@ -67,6 +69,10 @@ pub struct CoordinatorOptions {
     pub spread: bool,
     /// Layers of each stage, workers in the order of joining and this node last.
     pub split: Option<Vec<u32>>,
+    /// Whose cached tokens a session may use.
+    pub prefix_cache: PrefixCache,
+    /// Room on disk for the KV caches of idle sessions; 0 saves none.
+    pub kv_spill: ByteSize,
 }
 
 /// Most tokens of a session unless more are asked for: KV cache is reserved for all of them.
@@ -120,6 +126,14 @@ impl CoordinatorStopper {
     }
 }
 
+/// Bytes of a frame with one decode row, which is what a token costs each link.
+fn row_bytes(n_embd: u32) -> u64 {
+    let mut header = Vec::new();
+    let sets = vec![RowSet { slot: 0, keep: 0, n_rows: 1, n_outputs: 1 }];
+    FrameHead { sets, n_embd, ..FrameHead::default() }.encode(&mut header);
+    header.len() as u64 + 4 * u64::from(n_embd)
+}
+
 /// Tokens of a session: what was asked for, or what the model and this program's default allow.
 fn context_of(model: &LocalModel, asked: Option<u32>) -> Result<u32, CoordinatorError> {
     let trained = model.architecture().n_ctx_train;
@@ -155,8 +169,7 @@ impl Coordinator {
         let link_addresses: Vec<SocketAddr> =
             listener.local_addrs().iter().flat_map(|a| advertised_addrs(*a)).collect();
         let (events, inbox) = channel();
-        let stats = Arc::new(RingStats::default());
-        stats.set_row_bytes(model.architecture().n_embd);
+        let meter = Arc::new(Meter::new(row_bytes(model.architecture().n_embd)));
         let coordinator = NodeProfile { id: identity.node_id(), name: options.name.clone(), memory: options.memory };
         let demand = Demand {
             context,
@@ -189,7 +202,7 @@ impl Coordinator {
             options,
             context,
             shared: Arc::clone(&shared),
-            stats: Arc::clone(&stats),
+            meter: Arc::clone(&meter),
             events: events.clone(),
             workers: HashMap::new(),
             next_generation: 1,
@@ -203,7 +216,7 @@ impl Coordinator {
             _lock: lock,
         };
         let thread = std::thread::Builder::new().name("coordinator".into()).spawn(move || owner.run(&inbox))?;
-        let handle = Arc::new(Handle::new(shared, model, stats));
+        let handle = Arc::new(Handle::new(shared, model, meter));
         Ok(Self { handle, events, thread, link_addresses })
     }
 

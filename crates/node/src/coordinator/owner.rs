@@ -12,23 +12,27 @@ use brigade_net::{Identity, Link, TcpLink};
 use brigade_protocol::cluster::{Action, Cluster, Input};
 use brigade_protocol::control::{Deploy, HEARTBEAT_MS, ToCoordinator, ToWorker};
 use brigade_protocol::frame::Attach;
-use brigade_protocol::passes::Limits;
+use brigade_protocol::schedule::Limits;
 
 use super::ring_thread::{RingStopper, RingThread};
 use super::worker_link::{Pulse, WorkerLink, read_worker, with_seen_address, write_worker};
 use super::{CHUNK, CoordinatorError, CoordinatorOptions};
 use crate::doorway::Doorway;
 use crate::handle::Shared;
+use crate::images::Images;
 use crate::loaded::{LoadedStage, StageKey, chain, load_stage};
+use crate::meter::Meter;
 use crate::model::LocalModel;
 use crate::ring::RingEnd;
 use crate::serving::{Failure, Readiness};
 use crate::state_lock::StateLock;
-use crate::stats::RingStats;
 use crate::threads::spawn;
 
 /// How often the status is brought up to date while nothing happens.
 const PUBLISH_EVERY: Duration = Duration::from_millis(HEARTBEAT_MS);
+
+/// What an image has for each token beside its KV: position and session, twice as much as libllama writes.
+const IMAGE_TOKEN_BYTES: u64 = 32;
 
 /// What the other threads tell the owner loop.
 pub(super) enum Event {
@@ -68,7 +72,7 @@ pub(super) struct Owner {
     pub(super) options: CoordinatorOptions,
     pub(super) context: u32,
     pub(super) shared: Arc<Shared>,
-    pub(super) stats: Arc<RingStats>,
+    pub(super) meter: Arc<Meter>,
     pub(super) events: Sender<Event>,
     pub(super) workers: HashMap<NodeId, WorkerLink>,
     pub(super) next_generation: u64,
@@ -120,6 +124,9 @@ impl Owner {
             Event::WorkerGone(id, generation, reason) if self.is_current(id, generation) => {
                 tracing::warn!(node = %id.short(), reason, "a worker is gone");
                 self.workers.remove(&id);
+                if let Some(member) = self.cluster.members().iter().find(|m| m.id == id) {
+                    self.meter.gone(&member.offer.name);
+                }
                 self.feed(Input::Gone(id, reason))
             }
             Event::Message(..) | Event::WorkerGone(..) => None,
@@ -336,12 +343,17 @@ impl Owner {
         let cancel = Arc::new(AtomicBool::new(false));
         let (cancelled, events, threads) = (Arc::clone(&cancel), self.events.clone(), self.options.threads);
         let source = Arc::clone(self.model.file()) as Arc<dyn TensorSource>;
+        let (kv_dir, kv_spill) = (self.options.state_dir.join("kv"), self.options.kv_spill);
         let load = move || {
             let mut progress = |share| {
                 let _ = events.send(Event::TailProgress(epoch, share));
                 !cancelled.load(Ordering::Relaxed)
             };
-            let result = load_stage(key, &view, source, threads, &mut progress);
+            let images = Images::open(&kv_dir, kv_spill).unwrap_or_else(|error| {
+                tracing::warn!(%error, "no sessions are saved to disk");
+                Images::off()
+            });
+            let result = load_stage(key, &view, source, threads, images, &mut progress);
             let result = result.map(Box::new).map_err(|error| chain(&error));
             let _ = events.send(Event::TailLoaded(epoch, result));
         };
@@ -381,7 +393,16 @@ impl Owner {
             }
         };
         let attach = Attach { deployment: self.deployment(), epoch };
-        let limits = Limits { n_slots: self.options.parallel, context: self.context, chunk: CHUNK, n_stages };
+        let can_save = tail.runner.stage().can_save();
+        let limits = Limits {
+            n_slots: self.options.parallel,
+            context: self.context,
+            chunk: CHUNK,
+            n_stages,
+            cache: self.options.prefix_cache,
+            image_tokens: if can_save { self.image_tokens() } else { 0 },
+        };
+        self.meter.placed(epoch, self.ring_names());
         let stopper = RingStopper {
             stop: Arc::new(AtomicBool::new(false)),
             canceller: tail.runner.stage().canceller(),
@@ -402,12 +423,33 @@ impl Owner {
             stopper,
             model: Arc::clone(&self.model),
             identity: Arc::clone(&self.identity),
-            stats: Arc::clone(&self.stats),
+            meter: Arc::clone(&self.meter),
             shared: Arc::clone(&self.shared),
             events: self.events.clone(),
         };
         spawn("ring", move || thread.run(*tail))?;
         Ok(())
+    }
+
+    /// Names of the nodes in ring order.
+    fn ring_names(&self) -> Vec<String> {
+        let members = self.cluster.members();
+        let name = |id: NodeId| members.iter().find(|m| m.id == id).map_or(&self.options.name, |m| &m.offer.name);
+        let stages = self.cluster.plan().map(|plan| plan.stages.as_slice()).unwrap_or_default();
+        stages.iter().map(|stage| name(stage.node).clone()).collect()
+    }
+
+    /// Tokens whose KV cache fits on the disk of every node, as far as each allows.
+    fn image_tokens(&self) -> u64 {
+        let kv_bytes = self.model.profile().kv_bytes_per_token;
+        let members = self.cluster.members();
+        let stages = self.cluster.plan().map(|plan| plan.stages.as_slice()).unwrap_or_default();
+        let tokens = stages.iter().map(|stage| {
+            let room = members.iter().find(|m| m.id == stage.node).map_or(self.options.kv_spill, |m| m.offer.kv_spill);
+            let layers = stage.layers.start() as usize..stage.layers.end() as usize;
+            room.0 / (kv_bytes[layers].iter().sum::<u64>() + IMAGE_TOKEN_BYTES)
+        });
+        tokens.min().unwrap_or(0)
     }
 
     /// Ends the ring, if there is one; its sessions hear why.

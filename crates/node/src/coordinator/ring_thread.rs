@@ -1,7 +1,7 @@
 //! The thread of a ring: it connects both ends, sends a first token around, and serves until it ends.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -9,16 +9,17 @@ use brigade_base::NodeId;
 use brigade_net::{Identity, Link, Purpose};
 use brigade_protocol::frame::Attach;
 use brigade_protocol::kind;
-use brigade_protocol::passes::Limits;
+use brigade_protocol::schedule::Limits;
 
 use super::owner::Event;
 use crate::handle::Shared;
+use crate::incoming::Incoming;
 use crate::loaded::LoadedStage;
+use crate::meter::Meter;
 use crate::model::LocalModel;
 use crate::outgoing::Outgoing;
 use crate::reach::reach;
-use crate::ring::{Ring, RingEnd, RingLinks};
-use crate::stats::RingStats;
+use crate::ring::{Happening, Ring, RingEnd, RingLinks};
 use crate::threads::lock;
 
 /// How long the last worker's link may take after all stages have loaded.
@@ -50,14 +51,15 @@ pub(super) struct RingThread {
     pub(super) stopper: RingStopper,
     pub(super) model: Arc<LocalModel>,
     pub(super) identity: Arc<Identity>,
-    pub(super) stats: Arc<RingStats>,
+    pub(super) meter: Arc<Meter>,
     pub(super) shared: Arc<Shared>,
     pub(super) events: Sender<Event>,
 }
 
 impl RingThread {
     pub(super) fn run(self, tail: LoadedStage) {
-        let links = match self.connect() {
+        let (happen, inbox) = channel();
+        let links = match self.connect(&happen) {
             Ok(links) => links,
             Err(end) => {
                 let _ = self.events.send(Event::RingEnded(self.attach.epoch, Box::new(tail), end));
@@ -69,15 +71,16 @@ impl RingThread {
             model: Arc::clone(&self.model),
             tail,
             links,
+            inbox,
             limits: self.limits,
             stop: Arc::clone(&self.stopper.stop),
-            stats: Arc::clone(&self.stats),
+            meter: Arc::clone(&self.meter),
         };
         let end = match ring.probe() {
             Ok(()) => {
-                let inbox = self.shared.submissions.open();
+                self.shared.submissions.open(happen);
                 let _ = self.events.send(Event::WentAround(self.attach.epoch));
-                ring.run(&inbox, &|failure| self.shared.submissions.end(failure))
+                ring.run(&|failure| self.shared.submissions.end(failure))
             }
             Err(end) => end,
         };
@@ -88,7 +91,7 @@ impl RingThread {
     }
 
     /// Dials the first worker and waits for the last one.
-    fn connect(&self) -> Result<Option<RingLinks>, RingEnd> {
+    fn connect(&self, happen: &Sender<Happening>) -> Result<Option<RingLinks>, RingEnd> {
         let Some((first, addresses)) = &self.first else { return Ok(None) };
         let broke = |why: String| RingEnd::Broke(why);
         let first = reach(&self.identity, *first, addresses, Purpose::Data, None)
@@ -104,7 +107,11 @@ impl RingThread {
                     if self.stopper.stop.load(Ordering::Relaxed) {
                         return Err(RingEnd::Stopped);
                     }
-                    let first = Outgoing::new(first).map_err(|error| broke(error.to_string()))?;
+                    let no_thread = |error: std::io::Error| broke(format!("no thread for a link: {error}"));
+                    let first = Outgoing::new(first).map_err(no_thread)?;
+                    let happen = happen.clone();
+                    let tell = move || drop(happen.send(Happening::Frame));
+                    let last = Incoming::start_with(last, tell).map_err(no_thread)?;
                     return Ok(Some(RingLinks { first, last }));
                 }
                 Err(RecvTimeoutError::Timeout) if self.stopper.stop.load(Ordering::Relaxed) => {

@@ -22,8 +22,8 @@ impl Owner {
         if *self.cluster.phase() != Phase::Ready {
             self.shared.set_readiness(Readiness::NotReady(phase.clone()));
         }
-        let (running, waiting) = self.stats.load();
-        let (hop_us_p50, hop_us_p99) = self.stats.hop_us();
+        let load = self.meter.load_now();
+        let (hop_us_p50, hop_us_p99) = self.meter.hop_us();
         let n_workers = self.cluster.plan().map_or(0, |plan| plan.stages.len() - 1);
         let mut nodes: Vec<NodeStatus> = self.cluster.members().iter().map(|m| self.worker_status(m)).collect();
         nodes.sort_by_key(|node| node.layers.map_or(u32::MAX, LayerRange::start));
@@ -37,12 +37,15 @@ impl Owner {
             epoch: self.cluster.epoch().0,
             context: self.context,
             parallel: self.options.parallel,
-            running,
-            waiting,
-            tokens_generated: self.stats.tokens(),
-            tokens_per_second: self.stats.tokens_per_second(),
+            running: load.running,
+            waiting: load.waiting,
+            tokens_generated: self.meter.tokens(),
+            tokens_per_second: self.meter.tokens_per_second(),
             hop_us_p50,
             hop_us_p99,
+            hop_us: self.meter.hop_parts(),
+            kv_tokens: load.kv_tokens,
+            kv_capacity: u64::from(self.context) * u64::from(self.options.parallel),
             uptime_s: self.started.elapsed().as_secs(),
             nodes,
         };
@@ -52,7 +55,13 @@ impl Owner {
         let stages = self.cluster.plan().map(|plan| plan.stages.as_slice()).unwrap_or_default();
         let place = stages.iter().position(|stage| stage.node == member.id);
         let link = self.workers.get(&member.id);
-        let pulse = link.map(|worker| lock(&worker.pulse));
+        let (rtt_ms, memory_resident) = link.map_or((0.0, ByteSize(0)), |worker| {
+            let pulse = lock(&worker.pulse);
+            (pulse.rtt_ms, pulse.resident)
+        });
+        if link.is_some() {
+            self.meter.rtt(&member.offer.name, rtt_ms / 1000.0);
+        }
         let (state, loaded) = match &member.stage {
             StageState::Idle => ("idle".to_owned(), 0.0),
             StageState::Loading(share) => ("loading".to_owned(), *share),
@@ -70,11 +79,12 @@ impl Owner {
             loaded,
             memory_offered: member.offer.memory,
             memory_stage: member.stage_memory,
-            memory_resident: pulse.as_ref().map_or(ByteSize(0), |p| p.resident),
+            memory_resident,
             threads: member.offer.threads,
-            pass_ms: place.map_or(0.0, |k| self.stats.stage_ms(k)),
-            bytes_per_token: if place.is_some() { self.stats.bytes_per_token() } else { 0 },
-            rtt_ms: pulse.map_or(0.0, |p| p.rtt_ms),
+            pass_ms: place.map_or(0.0, |k| self.meter.stage_ms(k)),
+            busy: place.map_or(0.0, |k| self.meter.busy(k)),
+            bytes_per_token: if place.is_some() { self.meter.bytes_per_token() } else { 0 },
+            rtt_ms,
         }
     }
 
@@ -99,8 +109,9 @@ impl Owner {
             memory_stage: memory,
             memory_resident: resident_memory(),
             threads: self.options.threads,
-            pass_ms: self.stats.stage_ms(n_workers),
-            bytes_per_token: if n_workers > 0 { self.stats.bytes_per_token() } else { 0 },
+            pass_ms: self.meter.stage_ms(n_workers),
+            busy: self.meter.busy(n_workers),
+            bytes_per_token: if n_workers > 0 { self.meter.bytes_per_token() } else { 0 },
             rtt_ms: 0.0,
         }
     }

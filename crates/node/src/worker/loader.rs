@@ -1,9 +1,11 @@
 //! Gathering weights and loading a stage, on a thread of its own.
 
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use brigade_base::ByteSize;
 use brigade_gguf::{Catalog, ModelFile, StageView, TensorSource};
 use brigade_net::{Identity, Link, Purpose};
 use brigade_protocol::control::{Deploy, ToCoordinator};
@@ -12,6 +14,7 @@ use brigade_protocol::kind;
 use super::WorkerStatus;
 use super::owner::LoadFailure;
 use crate::cache::Cache;
+use crate::images::Images;
 use crate::known::KnownCoordinator;
 use crate::loaded::{LoadedStage, StageKey, chain, load_stage};
 use crate::threads::lock;
@@ -31,6 +34,9 @@ pub(super) struct Loader {
     pub(super) identity: Arc<Identity>,
     pub(super) known: KnownCoordinator,
     pub(super) threads: u32,
+    /// Where idle sessions are kept, and how many bytes of them.
+    pub(super) kv_dir: PathBuf,
+    pub(super) kv_spill: ByteSize,
     pub(super) cancel: Arc<AtomicBool>,
     pub(super) control: Option<Arc<dyn Link>>,
     pub(super) status: Arc<Mutex<WorkerStatus>>,
@@ -91,6 +97,11 @@ impl Loader {
         })?;
         let source: Arc<dyn TensorSource> = Arc::new(weights);
         let mut go_on = |_share: f32| !self.cancel.load(Ordering::Relaxed);
-        load_stage(self.key.clone(), &view, source, self.threads, &mut go_on).map_err(|error| other(chain(&error)))
+        let images = Images::open(&self.kv_dir, self.kv_spill).unwrap_or_else(|error| {
+            tracing::warn!(%error, "no idle sessions are kept on disk");
+            Images::off()
+        });
+        let loaded = load_stage(self.key.clone(), &view, source, self.threads, images, &mut go_on);
+        loaded.map_err(|error| other(chain(&error)))
     }
 }

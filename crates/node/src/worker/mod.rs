@@ -54,6 +54,8 @@ pub struct WorkerOptions {
     pub own_copy: Option<PathBuf>,
     /// Most bytes of cached weights.
     pub cache_limit: ByteSize,
+    /// Most bytes of idle sessions that are kept on disk; 0 keeps none.
+    pub kv_spill: ByteSize,
 }
 
 /// A worker cannot start or go on.
@@ -169,6 +171,7 @@ impl Worker {
             own_hash,
             cache,
             threads: options.threads,
+            kv_spill: options.kv_spill,
             events: events.clone(),
             status: Arc::clone(&status),
             upstream,
@@ -185,6 +188,7 @@ impl Worker {
         let offer = Offer {
             name: options.name,
             memory: options.memory,
+            kv_spill: options.kv_spill,
             threads: options.threads,
             addresses,
             software: env!("CARGO_PKG_VERSION").to_owned(),

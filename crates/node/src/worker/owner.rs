@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
 use std::sync::{Arc, Mutex};
 
-use brigade_base::{Hash, NodeId};
+use brigade_base::{ByteSize, Hash, NodeId};
 use brigade_gguf::ModelFile;
 use brigade_net::{Identity, Link, Purpose};
 use brigade_protocol::control::{Deploy, ToCoordinator, ToWorker};
@@ -63,6 +63,7 @@ pub(super) struct Owner {
     pub(super) own_hash: Option<Hash>,
     pub(super) cache: Arc<Cache>,
     pub(super) threads: u32,
+    pub(super) kv_spill: ByteSize,
     pub(super) events: Sender<Event>,
     pub(super) status: Arc<Mutex<WorkerStatus>>,
     /// Who may open a data link; shared with the door.
@@ -263,6 +264,8 @@ impl Owner {
             identity: Arc::clone(&self.identity),
             known: self.known.clone(),
             threads: self.threads,
+            kv_dir: self.state_dir.join("kv"),
+            kv_spill: self.kv_spill,
             cancel: Arc::clone(&cancel),
             control: self.control.clone(),
             status: Arc::clone(&self.status),

@@ -1,0 +1,32 @@
+//! For operators: metrics, and what became of one request.
+
+use axum::Extension;
+use axum::Json;
+use axum::extract::{Path, State};
+use axum::http::header;
+use axum::response::{IntoResponse, Response};
+use brigade_node::METRICS_TYPE;
+use brigade_node::serving::RequestTrace;
+
+use crate::access::Caller;
+use crate::error::ApiError;
+use crate::fields::clip;
+use crate::routes::{Answered, PathEnd, Shared};
+
+/// `GET /metrics`.
+pub(crate) async fn metrics(State(app): Shared) -> Response {
+    let mut text = app.serving.metrics();
+    app.traffic.append_to(&mut text);
+    ([(header::CONTENT_TYPE, METRICS_TYPE)], text).into_response()
+}
+
+/// `GET /debug/requests/{id}`. Another's request is as unknown as one that never was.
+pub(crate) async fn request(
+    State(app): Shared,
+    Extension(caller): Extension<Caller>,
+    id: PathEnd,
+) -> Answered<Json<RequestTrace>> {
+    let Path(id) = id?;
+    let trace = app.serving.trace(&id).filter(|trace| caller.may_see(trace.tenant));
+    trace.map(Json).ok_or_else(|| ApiError::unknown_request(&clip(&id)))
+}

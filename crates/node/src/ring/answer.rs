@@ -1,0 +1,97 @@
+//! One answer in the making: choosing its tokens and telling its caller.
+
+use brigade_base::Token;
+use brigade_engine::{Sampler, Vocabulary};
+use tokio::sync::mpsc::UnboundedSender;
+
+use super::inbox::OpenCount;
+use crate::meter::End;
+use crate::serving::{Event, Failure, FinishReason, TokenLogprob, Usage};
+use crate::text::Assembler;
+
+/// What became of an answer with its newest token.
+pub(super) enum Chosen {
+    /// The token travels with the next pass.
+    GoOn(Token),
+    /// The answer is complete, and its caller knows.
+    Ended(End),
+}
+
+/// What of a request is still needed once its prompt is with the scheduler.
+pub(super) struct Wishes {
+    pub(super) max_tokens: Option<u32>,
+    pub(super) logprobs: Option<u8>,
+    pub(super) ignore_end: bool,
+}
+
+/// An answer and its caller.
+pub(super) struct Answer {
+    pub(super) wishes: Wishes,
+    pub(super) events: UnboundedSender<Event>,
+    pub(super) sampler: Sampler,
+    pub(super) text: Assembler,
+    pub(super) usage: Usage,
+    /// Where the scheduler said so; only the first time counts, as a session that was preempted is not cheaper.
+    pub(super) has_started: bool,
+    /// The time that its request gave it.
+    pub(super) timeout: Option<std::time::Duration>,
+    pub(super) _open: OpenCount,
+}
+
+impl Answer {
+    /// Chooses the token for `position` and tells the caller.
+    pub(super) fn choose(&mut self, logits: &[f32], position: u32, vocabulary: &Vocabulary) -> Chosen {
+        let token = self.sampler.sample(logits, position);
+        self.sampler.accept(token);
+        self.usage.completion_tokens += 1;
+        if vocabulary.is_end(token) && !self.wishes.ignore_end {
+            return Chosen::Ended(self.finish(FinishReason::Stop));
+        }
+        let bytes = vocabulary.token_bytes(token, false);
+        let logprobs = self.wishes.logprobs.map(|n_top| logprob(logits, token, n_top, vocabulary));
+        let assembled = self.text.push(&bytes);
+        if !assembled.text.is_empty() || logprobs.is_some() {
+            let _ = self.events.send(Event::Delta { text: assembled.text, logprobs: logprobs.into_iter().collect() });
+        }
+        if assembled.stopped {
+            return Chosen::Ended(self.done(FinishReason::Stop));
+        }
+        if self.wishes.max_tokens.is_some_and(|most| self.usage.completion_tokens >= most) {
+            return Chosen::Ended(self.finish(FinishReason::Length));
+        }
+        Chosen::GoOn(token)
+    }
+
+    /// Tells what is still held, and the end.
+    pub(super) fn finish(&mut self, reason: FinishReason) -> End {
+        let rest = self.text.finish();
+        if !rest.is_empty() {
+            let _ = self.events.send(Event::Delta { text: rest, logprobs: Vec::new() });
+        }
+        self.done(reason)
+    }
+
+    fn done(&mut self, reason: FinishReason) -> End {
+        let _ = self.events.send(Event::Done { reason, usage: self.usage });
+        match reason {
+            FinishReason::Stop => End::Stop,
+            FinishReason::Length => End::Length,
+        }
+    }
+
+    /// Tells that it cannot be completed.
+    pub(super) fn fail(&self, failure: Failure) {
+        let _ = self.events.send(Event::Failed(failure));
+    }
+}
+
+fn logprob(logits: &[f32], token: Token, n_top: u8, vocabulary: &Vocabulary) -> TokenLogprob {
+    let (logprob, top) = brigade_engine::log_probabilities(logits, token, n_top.into());
+    let bytes_of = |token| vocabulary.token_bytes(token, true);
+    TokenLogprob {
+        token,
+        bytes: bytes_of(token),
+        logprob,
+        top: top.into_iter().map(|(token, logprob)| (token, bytes_of(token), logprob)).collect(),
+    }
+}

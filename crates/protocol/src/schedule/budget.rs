@@ -1,0 +1,139 @@
+//! How many prompt rows a pass may carry.
+//!
+//! Two things bound it. While others decode, a pass with a chunk takes longer than one without, and everybody's next
+//! token comes that much later: the chunk may make a pass [`SLOWDOWN`] times as long, no more. While nobody decodes,
+//! the chunks of one prompt follow each other through the stages: few long ones leave stages idle at the beginning and
+//! the end, many short ones read the weights too often.
+//!
+//! Both come from measured times: of the busiest stage, for decode rows by their number, and for a row of a chunk.
+
+/// How much longer than without it a pass may take because of a chunk, decode rows included. A stream whose tokens came
+/// every `t` then waits about `SLOWDOWN * t`; with noise that stays below four times, which people still see as a
+/// steady flow.
+const SLOWDOWN: f32 = 3.2;
+
+/// Fewest rows of a chunk that is cut: below it the weights are read so often that the prompt takes noticeably longer
+/// (measured with 4-bit weights on a CPU: 16 rows 20 % longer than 32, 32 as fast as 256).
+const MIN_CHUNK: u32 = 16;
+
+/// Rows of a chunk beside decode rows while nothing was measured yet.
+const UNMEASURED_CHUNK: u32 = 32;
+
+/// Rows whose computing takes as long as reading the weights once, while nothing was measured: on CPUs about six were
+/// seen, on graphics cards more than a hundred.
+const UNMEASURED_ROWS_PER_READ: f32 = 16.0;
+
+/// Weight of a new measurement in the running mean.
+const WEIGHT: f32 = 0.2;
+
+/// Chunks shorter than this say little about the time of a row.
+const MIN_TELLING_CHUNK: u32 = 8;
+
+/// Measured times of the ring's busiest stage, in microseconds.
+#[derive(Debug, Default)]
+pub(super) struct Budget {
+    /// Of a pass with `i + 1` decode rows and nothing else.
+    decode_us: Vec<Option<f32>>,
+    /// Of one row of a chunk.
+    row_us: Option<f32>,
+}
+
+fn mix(mean: &mut Option<f32>, value: f32) {
+    *mean = Some(mean.map_or(value, |old| old + WEIGHT * (value - old)));
+}
+
+impl Budget {
+    /// Takes in that a pass with so many rows took the busiest stage so long.
+    pub(super) fn observe(&mut self, n_decode: u32, n_chunk: u32, busiest_us: u32) {
+        let us = busiest_us as f32;
+        if n_chunk == 0 && n_decode > 0 {
+            let at = n_decode as usize - 1;
+            if self.decode_us.len() <= at {
+                self.decode_us.resize(at + 1, None);
+            }
+            mix(&mut self.decode_us[at], us);
+        } else if n_chunk >= MIN_TELLING_CHUNK {
+            let chunk_us = us - self.decode(n_decode).unwrap_or(0.0);
+            mix(&mut self.row_us, chunk_us.max(us / 4.0) / n_chunk as f32);
+        }
+    }
+
+    /// Time of a pass with so many decode rows: as measured, else of the nearest number that was.
+    fn decode(&self, n_rows: u32) -> Option<f32> {
+        let at = (n_rows as usize).checked_sub(1)?;
+        let measured = self.decode_us.iter().enumerate().filter_map(|(i, us)| us.map(|us| (i.abs_diff(at), us)));
+        measured.min_by_key(|(distance, _)| *distance).map(|(_, us)| us)
+    }
+
+    /// Prompt rows for a pass with `n_decode` decode rows, while somebody decodes.
+    pub(super) fn beside_decode(&self, n_decode: u32, most: u32) -> u32 {
+        let (Some(decode_us), Some(row_us)) = (self.decode(n_decode.max(1)), self.row_us) else {
+            return UNMEASURED_CHUNK.min(most);
+        };
+        let rows = (SLOWDOWN - 1.0) * decode_us / row_us.max(f32::MIN_POSITIVE);
+        // Kernels take rows in blocks of eight or sixteen.
+        let blocks = (rows / 8.0) as u32;
+        blocks.saturating_mul(8).clamp(MIN_CHUNK.min(most), most)
+    }
+
+    /// Prompt rows for a pass while nobody decodes: those that bring a prompt of `n_prompt` tokens through `n_stages`
+    /// stages soonest. With chunks of `c` rows that takes about `(n_prompt / c + n_stages - 1) * (read + c * row)`,
+    /// which is least at `c = sqrt(n_prompt * read / ((n_stages - 1) * row))`.
+    pub(super) fn alone(&self, n_prompt: u32, n_stages: u32, most: u32) -> u32 {
+        if n_stages < 2 {
+            return most;
+        }
+        let rows_per_read = match (self.decode(1), self.row_us) {
+            (Some(read_us), Some(row_us)) => read_us / row_us.max(f32::MIN_POSITIVE),
+            _ => UNMEASURED_ROWS_PER_READ,
+        };
+        let rows = (n_prompt as f32 * rows_per_read / (n_stages - 1) as f32).sqrt();
+        let blocks = (rows / 16.0).ceil() as u32;
+        blocks.saturating_mul(16).clamp((2 * MIN_CHUNK).min(most), most)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_measurements_chunks_are_careful() {
+        let budget = Budget::default();
+        assert_eq!(budget.beside_decode(3, 256), 32);
+        assert_eq!(budget.alone(512, 1, 256), 256);
+        assert_eq!(budget.alone(512, 2, 256), 96);
+        assert_eq!((budget.beside_decode(1, 8), budget.alone(512, 2, 8)), (8, 8));
+    }
+
+    #[test]
+    fn a_chunk_takes_twice_as_long_as_the_decode_rows_beside_it() {
+        let mut budget = Budget::default();
+        budget.observe(2, 0, 75_000);
+        budget.observe(2, 32, 75_000 + 32 * 6_500);
+        assert_eq!(budget.beside_decode(2, 256), 24);
+        for _ in 0..50 {
+            budget.observe(2, 0, 10_000);
+            budget.observe(2, 256, 10_000 + 256 * 20);
+        }
+        assert_eq!(budget.beside_decode(2, 256), 256);
+    }
+
+    #[test]
+    fn a_lone_prompt_is_cut_by_the_square_root() {
+        let mut budget = Budget::default();
+        budget.observe(1, 0, 37_000);
+        budget.observe(0, 64, 64 * 6_500);
+        assert_eq!([64, 512, 1500].map(|n| budget.alone(n, 2, 256)), [32, 64, 96]);
+        assert_eq!(budget.alone(1500, 8, 256), 48);
+    }
+
+    #[test]
+    fn the_nearest_number_of_rows_stands_in_for_an_unmeasured_one() {
+        let mut budget = Budget::default();
+        budget.observe(4, 0, 100);
+        budget.observe(1, 0, 40);
+        assert_eq!([1, 2, 3, 9].map(|n| budget.decode(n)), [40.0, 40.0, 100.0, 100.0].map(Some));
+        assert_eq!(budget.decode(0), None);
+    }
+}

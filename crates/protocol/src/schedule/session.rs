@@ -1,0 +1,196 @@
+//! A session as the scheduler sees it, and the order in which sessions get slots.
+
+use std::time::Instant;
+
+use brigade_base::{ImageId, SessionId, TenantId, Token};
+
+use super::kv::{Kept, Wanted};
+
+/// A sequence that is to be continued.
+#[derive(Debug, Clone)]
+pub struct Arrival {
+    /// Names it.
+    pub id: SessionId,
+    /// At least one token.
+    pub prompt: Vec<Token>,
+    /// Whose it is.
+    pub tenant: TenantId,
+    /// Lower is earlier; it may take the slot of one with a higher number.
+    pub priority: i32,
+    /// When it is of no use any more.
+    pub deadline: Option<Instant>,
+}
+
+#[derive(Debug)]
+pub(super) struct Session {
+    pub(super) id: SessionId,
+    pub(super) tenant: TenantId,
+    pub(super) priority: i32,
+    pub(super) deadline: Option<Instant>,
+    /// Counts arrivals.
+    pub(super) arrived: u64,
+    /// Prompt and answer so far.
+    pub(super) tokens: Vec<Token>,
+    /// Tokens of the prompt: these are computed in chunks, the others one by one.
+    pub(super) n_prompt: u32,
+    /// How many of the tokens have been sent through the ring, or were there already.
+    pub(super) n_sent: u32,
+    /// How many of these were computed in chunks, by whomever.
+    pub(super) n_chunked: u32,
+    /// The stages hold more tokens in its slot than those; they are cut when its first rows come.
+    pub(super) has_surplus: bool,
+    /// Passes in the ring with rows of it.
+    pub(super) in_flight: u32,
+    /// Rows were sent since it has its slot.
+    pub(super) started: bool,
+    /// The image that fills its slot, and how many tokens of it are for this session.
+    pub(super) loading: Option<(ImageId, u32)>,
+    /// Ended while something of it is in the ring: its slot is free when that is back.
+    pub(super) ended: bool,
+    /// To give up its slot as soon as nothing of it is in the ring.
+    pub(super) leaving: bool,
+}
+
+impl Session {
+    pub(super) fn new(arrival: Arrival, arrived: u64) -> Self {
+        Self {
+            id: arrival.id,
+            tenant: arrival.tenant,
+            priority: arrival.priority,
+            deadline: arrival.deadline,
+            arrived,
+            n_prompt: arrival.prompt.len() as u32,
+            tokens: arrival.prompt,
+            n_sent: 0,
+            n_chunked: 0,
+            has_surplus: false,
+            in_flight: 0,
+            started: false,
+            loading: None,
+            ended: false,
+            leaving: false,
+        }
+    }
+
+    pub(super) fn n_unsent(&self) -> u32 {
+        self.tokens.len() as u32 - self.n_sent
+    }
+
+    /// Whether it may send rows.
+    fn is_active(&self) -> bool {
+        !self.ended && !self.leaving && self.loading.is_none()
+    }
+
+    /// Whether part of its prompt is to be sent.
+    pub(super) fn has_prompt_left(&self) -> bool {
+        self.is_active() && self.n_sent < self.n_prompt
+    }
+
+    /// Whether it sends tokens one by one.
+    pub(super) fn is_decoding(&self) -> bool {
+        self.is_active() && self.n_sent >= self.n_prompt
+    }
+
+    /// Whether anything of it is in the ring.
+    pub(super) fn is_away(&self) -> bool {
+        self.in_flight > 0 || self.loading.is_some()
+    }
+
+    pub(super) fn wanted(&self) -> Wanted<'_> {
+        Wanted { id: self.id, tenant: self.tenant, tokens: &self.tokens, n_prompt: self.n_prompt }
+    }
+
+    /// Rows of its next chunk under a budget: never one alone, which would be computed in another way.
+    pub(super) fn chunk(&self, budget: u32) -> u32 {
+        let left = self.n_prompt.saturating_sub(self.n_sent);
+        let n = left.min(budget);
+        match left - n {
+            1 if n > 2 => n - 1,
+            1 => n + 1,
+            _ => n,
+        }
+    }
+
+    /// Takes over the first `n_tokens` tokens that its slot holds now, if `has_surplus` of more.
+    pub(super) fn take_over(&mut self, n_tokens: u32, n_chunked: u32, has_surplus: bool) {
+        self.n_sent = n_tokens;
+        self.n_chunked = n_chunked.min(n_tokens);
+        self.has_surplus = has_surplus;
+    }
+
+    /// What its slot holds, once nothing of it is in the ring.
+    pub(super) fn kept(&self, used: u64) -> Kept {
+        Kept {
+            tokens: self.tokens[..self.n_sent as usize].to_vec(),
+            n_chunked: self.n_chunked,
+            has_surplus: self.has_surplus,
+            tenant: self.tenant,
+            owner: self.id,
+            used,
+        }
+    }
+}
+
+/// Which of the waiting sessions is next: by priority; then of the tenant that has fewest sessions running, so that
+/// nobody is shut out by another one's hundred requests; then by deadline, and by arrival.
+pub(super) fn next_waiting(waiting: &[Session], running: impl Iterator<Item = TenantId>) -> Option<usize> {
+    if waiting.len() < 2 {
+        return (!waiting.is_empty()).then_some(0);
+    }
+    let mut counts: Vec<(TenantId, u32)> = Vec::new();
+    for tenant in running {
+        match counts.iter_mut().find(|(other, _)| *other == tenant) {
+            Some((_, n)) => *n += 1,
+            None => counts.push((tenant, 1)),
+        }
+    }
+    let n_running = |tenant| counts.iter().find(|(other, _)| *other == tenant).map_or(0, |(_, n)| *n);
+    let order = |session: &Session| {
+        let urgency = (session.deadline.is_none(), session.deadline);
+        (session.priority, n_running(session.tenant), urgency, session.arrived)
+    };
+    waiting.iter().enumerate().min_by_key(|(_, session)| order(session)).map(|(at, _)| at)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    fn session(arrived: u64, tenant: u64, priority: i32, deadline: Option<Instant>) -> Session {
+        let prompt = vec![1; 10];
+        Session::new(Arrival { id: SessionId(arrived), prompt, tenant: TenantId(tenant), priority, deadline }, arrived)
+    }
+
+    #[test]
+    fn priority_comes_first_then_fairness_then_haste_then_arrival() {
+        let now = Instant::now();
+        let later = now + Duration::from_secs(1);
+        let order = |waiting: &[Session], running: &[u64]| {
+            next_waiting(waiting, running.iter().map(|&t| TenantId(t))).map(|at| waiting[at].arrived)
+        };
+        assert_eq!(order(&[], &[]), None);
+        assert_eq!(order(&[session(1, 0, 0, None), session(2, 0, -1, None)], &[]), Some(2));
+        assert_eq!(order(&[session(1, 7, 0, None), session(2, 8, 0, None)], &[7, 7, 8]), Some(2));
+        assert_eq!(order(&[session(1, 0, 0, None), session(2, 0, 0, Some(later))], &[]), Some(2));
+        assert_eq!(order(&[session(1, 0, 0, Some(later)), session(2, 0, 0, Some(now))], &[]), Some(2));
+        assert_eq!(order(&[session(2, 0, 0, None), session(1, 0, 0, None)], &[]), Some(1));
+    }
+
+    #[test]
+    fn no_chunk_leaves_or_is_a_single_row() {
+        for n_prompt in 2..40 {
+            for budget in 2..20 {
+                let mut session = session(1, 0, 0, None);
+                session.tokens = vec![0; n_prompt];
+                session.n_prompt = n_prompt as u32;
+                while session.has_prompt_left() {
+                    let n = session.chunk(budget);
+                    assert!(n >= 2 && n <= budget + 1, "{n} rows of {n_prompt}, budget {budget}");
+                    session.n_sent += n;
+                }
+                assert_eq!(session.n_sent, n_prompt as u32);
+            }
+        }
+    }
+}
