@@ -81,6 +81,11 @@ impl Processes {
         Ok(Self { held, dir: path })
     }
 
+    /// The process of a running child.
+    pub fn id(&self, name: &str) -> Option<u32> {
+        lock(&self.held).running.iter().find(|running| running.name == name).map(|running| running.child.id())
+    }
+
     /// Where children keep their state.
     pub fn dir(&self) -> &Path {
         &self.dir

@@ -1,12 +1,13 @@
 //! Which rows of a run are computed together, and the arrays of one call of `llama_decode`.
 //!
-//! With a KV stream for each session, llama.cpp cuts a batch into *ubatches* of equally long runs of consecutive sequence
-//! numbers. Each *call* here is exactly one ubatch: either single rows of consecutive slots, or all rows of one slot. So
-//! results come in the order in which rows went in, and no graph is wider than asked for.
+//! With a KV stream for each session, llama.cpp cuts a batch into *ubatches* of equally long runs of consecutive
+//! sequence numbers. Each *call* here is exactly one ubatch: either single rows of consecutive slots, or all rows of
+//! one slot. So results come in the order in which rows went in, and no graph is wider than asked for.
 //!
-//! A slot without a row would part its neighbours, and each call reads all weights. So holes of up to [`MAX_HOLE`] slots
-//! are filled with rows that nobody asked for: zeros at the end of the slot's session, forgotten right behind the call
-//! (`run.rs` sees to that). A session that rests in such a slot keeps its bits, as its own cells are only read.
+//! A slot without a row would part its neighbours, and each call reads all weights. So holes of up to [`MAX_HOLE`]
+//! slots are filled with rows that nobody asked for: zeros at the end of the slot's session, forgotten right behind
+//! the call (`run.rs` sees to that). A session that rests in such a slot keeps its bits, as its own cells are only
+//! read.
 //!
 //! The scratch space belongs to the stage and is kept from run to run, so that a run allocates nothing.
 
@@ -20,11 +21,11 @@ use crate::stage::{CELL_PADDING, StageOptions};
 
 /// Most slots in a hole that is filled, and least rows of a call with filled holes.
 ///
-/// Measured with 1.2 billion weights in Q4_0 on one thread, a call of one row takes 70 ms, of two 142, of 3, 4, 5, 6, 8,
-/// 12 and 16 rows 152, 151, 188, 199, 218, 287 and 327: about 112 + 13 n from three rows on, since the kernel for few
-/// rows reads the weights once for each. Three rows with a hole of h between each two take 210 ms as calls of their own,
-/// and 151 + 26 h together: with h = 2 it is even at worst, and better with more rows, fewer holes or holes of one. Two
-/// rows gain nothing even with h = 1 (152 against 140).
+/// Measured with 1.2 billion weights in Q4_0 on one thread, a call of one row takes 70 ms, of two 142, of 3, 4, 5, 6,
+/// 8, 12 and 16 rows 152, 151, 188, 199, 218, 287 and 327: about 112 + 13 n from three rows on, since the kernel for
+/// few rows reads the weights once for each. Three rows with a hole of h between each two take 210 ms as calls of
+/// their own, and 151 + 26 h together: with h = 2 it is even at worst, and better with more rows, fewer holes or
+/// holes of one. Two rows gain nothing even with h = 1 (152 against 140).
 const MAX_HOLE: u32 = 2;
 const MIN_ROWS_AROUND_HOLES: usize = 3;
 
@@ -144,10 +145,11 @@ impl Room<'_> {
         CallRow::Filler { slot, position: self.lens[slot as usize] }
     }
 
-    /// How many of the first `slots`, in ascending order, go into one call if holes of up to `max_hole` slots are filled.
+    /// How many of the first `slots`, in ascending order, go into one call if holes of up to `max_hole` slots are
+    /// filled.
     ///
-    /// All sessions of a call attend to as many cells as the longest, masked beyond their own. So a hole whose session is
-    /// longer than those around it is left, or it would cost more than it saves.
+    /// All sessions of a call attend to as many cells as the longest, masked beyond their own. So a hole whose
+    /// session is longer than those around it is left, or it would cost more than it saves.
     fn stretch(&self, slots: &[SlotRows], max_hole: u32) -> usize {
         let Some(first) = slots.first().filter(|first| first.n == 1) else { return 1 };
         let mut n_cells = self.n_cells(first.slot);

@@ -1,16 +1,17 @@
 //! What happens to the KV cache of sessions between runs: cut back, copied, saved and restored.
 //!
 //! - Slots are cut back at once: freed cells are forgotten, their values stay until they are overwritten.
-//! - A copy takes effect on positions at once, but its values are copied by the next call of `llama_decode`, before that
-//!   computes, in the order of asking, whole streams at a time. So runs and further copies see what they should whatever
-//!   is cut, cleared or copied meanwhile: none of that touches values. Saving and restoring do, and therefore first
-//!   *settle*: a decode of one row that nobody asked for, in any slot with room. A run that was refused or failed may
-//!   have come to an end before the copies; the count of queued ones goes to 0 only behind a decode that went well.
-//! - A saved slot is an *image*: 20 bytes of header ([`ImageHeader`]), then what llama.cpp writes. It fits stages of the
-//!   same layers of the same model, loaded with as many sessions and the same kind of attention.
+//! - A copy takes effect on positions at once, but its values are copied by the next call of `llama_decode`, before
+//!   that computes, in the order of asking, whole streams at a time. So runs and further copies see what they should
+//!   whatever is cut, cleared or copied meanwhile: none of that touches values. Saving and restoring do, and
+//!   therefore first *settle*: a decode of one row that nobody asked for, in any slot with room. A run that was
+//!   refused or failed may have come to an end before the copies; the count of queued ones goes to 0 only behind a
+//!   decode that went well.
+//! - A saved slot is an *image*: 20 bytes of header ([`ImageHeader`]), then what llama.cpp writes. It fits stages of
+//!   the same layers of the same model, loaded with as many sessions and the same kind of attention.
 //!
-//! The stage owns the cache; images belong to the caller, who makes sure that he gives back what he was given: llama.cpp
-//! takes any values for keys, and a header does not protect them.
+//! The stage owns the cache; images belong to the caller, who keeps a hash of each: llama.cpp takes any values for
+//! keys, and the header does not protect them.
 
 use crate::run::RunError;
 use crate::stage::Stage;
@@ -114,8 +115,8 @@ impl Stage {
         self.lens.fill(0);
     }
 
-    /// Makes `to`, whatever it held, a copy of the first `n` tokens of slot `from`. It has the same bits as if they had
-    /// been computed there.
+    /// Makes `to`, whatever it held, a copy of the first `n` tokens of slot `from`. It has the same bits as if they
+    /// had been computed there.
     ///
     /// The values are copied when the next run begins, all cells of a session however few are used: about as long as
     /// writing [`Stage::kv_bytes_per_token`] times `n_ctx` takes.
@@ -138,8 +139,8 @@ impl Stage {
         if n == 0 {
             return self.clear(to);
         }
-        // One copy for each slot is as much as a caller needs between two runs; more would pile up for ever if he never
-        // ran anything.
+        // One copy for each slot is as much as a caller needs between two runs; without a limit they would pile up
+        // while nothing runs.
         if self.context.copies_queued >= self.options.n_sessions {
             self.settle()?;
         }
@@ -148,18 +149,18 @@ impl Stage {
         self.truncate(to, n)
     }
 
-    /// Whether [`Stage::save`] and [`Stage::restore`] work. They do not where what llama.cpp saves of a slot is not all
-    /// of it: it leaves out what has moved out of a sliding window, which a truncated session needs again; and the
-    /// state of recurrent layers holds for the last token only.
+    /// Whether [`Stage::save`] and [`Stage::restore`] work. They do not where what llama.cpp saves of a slot is not
+    /// all of it: it leaves out what has moved out of a sliding window, which a truncated session needs again; and
+    /// the state of recurrent layers holds for the last token only.
     pub fn can_save(&self) -> bool {
         !self.model.has_window() && !self.model.is_recurrent()
     }
 
-    /// Writes an image of `slot` to `out`, which is overwritten: [`Stage::kv_bytes_per_token`] for each token, and some
-    /// kilobytes.
+    /// Writes an image of `slot` to `out`, which is overwritten: [`Stage::kv_bytes_per_token`] for each token, and
+    /// some kilobytes.
     ///
-    /// # Errors
-    /// If there is no such slot, the model's slots cannot be saved, or queued copies cannot be made; `out` is then empty.
+    /// # Errors If there is no such slot, the model's slots cannot be saved, or queued copies cannot be made; `out`
+    /// is then empty.
     pub fn save(&mut self, slot: u32, out: &mut Vec<u8>) -> Result<(), KvError> {
         out.clear();
         let n_tokens = self.len_checked(slot)?;
@@ -180,9 +181,8 @@ impl Stage {
 
     /// Gives `slot`, whatever it held, the `n` tokens of an image. It has the same bits as the slot that was saved.
     ///
-    /// # Errors
-    /// If there is no such slot, the model's slots cannot be saved, or queued copies cannot be made: nothing has changed
-    /// then. If it is no image of `n` tokens for this stage, the slot is empty.
+    /// # Errors If there is no such slot, the model's slots cannot be saved, or queued copies cannot be made: nothing
+    /// has changed then. If it is no image of `n` tokens for this stage, the slot is empty.
     pub fn restore(&mut self, slot: u32, image: &[u8], n: u32) -> Result<(), KvError> {
         self.len_checked(slot)?;
         if !self.can_save() {

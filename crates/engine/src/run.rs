@@ -1,8 +1,8 @@
 //! One pass of a batch through a stage.
 //!
 //! - Rows are checked against what the KV cache holds, then grouped into calls of `llama_decode` (`batch.rs`).
-//! - Rows that only fill a hole between slots are taken out of the KV cache again right behind their call, and never get
-//!   into results. Results are scattered back into the caller's row order.
+//! - Rows that only fill a hole between slots are taken out of the KV cache again right behind their call, and never
+//!   get into results. Results are scattered back into the caller's row order.
 //! - A run is all or nothing: after an error or a cancel, the KV cache is as before.
 //!
 //! The stage owns the scratch space; the caller owns rows, input and results.
@@ -275,9 +275,10 @@ impl Stage {
             hook.arm(call.len(), &batch.hidden);
         }
         let (context, batch) = (self.context.as_ptr(), batch.raw());
-        // SAFETY: the arrays of the batch hold one entry for each of its rows, hidden states `n_embd` and positions all
-        // planes; slots, tokens, positions and numbers of rows and outputs were checked, those of fillers when the rows
-        // were grouped, so nothing is asserted. The arrays and the hook stay untouched until the call returns.
+        // SAFETY: the arrays of the batch hold one entry for each of its rows, hidden states `n_embd` and positions
+        // all planes; slots, tokens, positions and numbers of rows and outputs were checked, those of fillers when
+        // the rows were grouped, so nothing is asserted. The arrays and the hook stay untouched until the call
+        // returns.
         let (code, captured) = capture(|| unsafe { sys::llama_decode(context, batch) });
         for row in call {
             if let CallRow::Filler { slot, position } = *row {
@@ -326,8 +327,8 @@ impl Stage {
         if logits.is_null() {
             return Err(RunError::Decode { code: 0, message: "no logits were computed".to_owned() });
         }
-        // SAFETY: after a decode the buffer holds `n_vocab` floats for each output row of that batch, in its order, and
-        // stays until the next decode.
+        // SAFETY: after a decode the buffer holds `n_vocab` floats for each output row of that batch, in its order,
+        // and stays until the next decode.
         let logits = unsafe { std::slice::from_raw_parts(logits, n_outputs * n_vocab) };
         for (row, values) in outputs.zip(logits.chunks_exact(n_vocab)) {
             out[self.scratch.output_index[row] * n_vocab..][..n_vocab].copy_from_slice(values);

@@ -7,11 +7,16 @@
 //! - Each session slot has a KV stream of its own (`kv_unified = false`): which cells a session uses, and so every bit
 //!   of its answer, does not depend on what other sessions do. The cache of sliding-window layers has full size
 //!   (`swa_full`), so that [`Stage::truncate`] is exact there too.
-//! - On the CPU attention is computed plainly where its scores fit into 512 MiB. llama.cpp's flash attention
-//!   splits a lone row's keys among threads from 512 tokens on, so that its last bits, and with quantised weights up to
-//!   1 % of a logit, depend on the number of threads and on whether other sessions are in the same batch. Without it a
-//!   decode row has the same bits in any batch on any number of threads, and decoding at 900 tokens is three times as
-//!   fast; a long prefill takes half as long again.
+//! - On the CPU attention is computed plainly where its scores fit into 512 MiB. llama.cpp's flash attention splits a
+//!   lone row's keys among threads from 512 tokens on, so that its last bits, and with quantised weights up to 1 % of
+//!   a logit, depend on the number of threads and on whether other sessions are in the same batch. Without it a
+//!   decode row attends with the same bits in any batch on any number of threads, and decoding at 900 tokens is three
+//!   times as fast; a long prefill takes half as long again.
+//! - So a row that is alone in its slot has the same bits in any batch, and so has a row of a chunk of two or more in
+//!   any cut of its text, as far as llama.cpp multiplies matrices alike for any number of rows. With AMX it does, and
+//!   Q8_0 and Q4_0 do with AVX2 too. Elsewhere floats have another kernel for a call of one row (the routing to
+//!   experts is F32 on all machines), and Q4_K with AVX2 has another one for blocks of four rows. `tests/batches.rs`
+//!   tells.
 //!
 //! The stage owns everything; a [`Canceller`] shares only a flag.
 
@@ -51,8 +56,8 @@ pub struct StageOptions {
     /// Most rows of one [`Stage::run`]. On the CPU the compute buffers hold `n_heads * n_ctx * max_rows` floats, up to
     /// 512 MiB; beyond that attention is computed in another way, slower for decoding.
     pub max_rows: u32,
-    /// Most rows of one run that ask for logits, 0 for `max_rows`. A stage that is not the last ignores it. Its compute
-    /// buffers hold `max_outputs * n_vocab` floats.
+    /// Most rows of one run that ask for logits, 0 for `max_rows`. A stage that is not the last ignores it. Its
+    /// compute buffers hold `max_outputs * n_vocab` floats.
     pub max_outputs: u32,
     /// Threads that compute.
     pub n_threads: u32,
@@ -61,8 +66,8 @@ pub struct StageOptions {
     /// Size of the vocabulary that the caller believes in; 0 if it does not know. Compared only without `stop_node`:
     /// the other stages carry a vocabulary of a few rows.
     pub n_vocab: u32,
-    /// Name of the graph node, shape `[n_rows, n_embd]`, whose value is replaced by the given hidden states, for graphs
-    /// that change them first. `None` for all others.
+    /// Name of the graph node, shape `[n_rows, n_embd]`, whose value is replaced by the given hidden states, for
+    /// graphs that change them first. `None` for all others.
     pub input_node: Option<String>,
     /// Name of the graph node, shape `[n_rows, n_embd]`, at which the pass stops and whose value it yields. `None` for
     /// the last stage, which yields logits.
@@ -235,8 +240,9 @@ fn check_shape(name: &'static str, found: u32, expected: u32) -> Result<(), Load
 pub struct Canceller(Arc<CancelFlag>);
 
 impl Canceller {
-    /// Stops the run in progress, and returns whether there was one: if so, that run ends with `RunError::Cancelled` or
-    /// another error, never with a result. Without a run in progress it does nothing; the next run is not affected.
+    /// Stops the run in progress, and returns whether there was one: if so, that run ends with `RunError::Cancelled`
+    /// or another error, never with a result. Without a run in progress it does nothing; the next run is not
+    /// affected.
     ///
     /// The CPU stops before its next graph node, a device after the graph that it was given.
     pub fn cancel(&self) -> bool {

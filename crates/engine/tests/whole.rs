@@ -6,7 +6,7 @@ mod support;
 use std::io::{self, Cursor, Read, Seek, SeekFrom};
 
 use brigade_engine::{Input, KvError, LoadError, Row, RunError, Stage, StageOptions};
-use support::{N_VOCAB, abacus, difference, feed, generate, open, options, rows, tokens, whole};
+use support::{N_VOCAB, abacus, difference, feed, generate, lone_rows_agree, open, options, rows, tokens, whole};
 
 #[test]
 fn the_same_text_gives_the_same_bits() {
@@ -81,7 +81,8 @@ fn sessions_do_not_see_each_other() {
     assert_eq!((0..6).map(|slot| stage.len(slot)).collect::<Vec<_>>(), [12, 12, 12, 0, 12, 12]);
 }
 
-/// What a token yields depends on its session alone: not on who else is in the batch, nor on the number of threads.
+/// What a token yields depends on its session alone: not on who else is in the batch (as far as llama.cpp's kernels
+/// allow, see `batches.rs`), nor on the number of threads.
 #[test]
 fn a_decode_row_has_the_same_bits_in_any_batch() {
     let lens = [700, 30, 300, 600];
@@ -91,6 +92,8 @@ fn a_decode_row_has_the_same_bits_in_any_batch() {
         for n_threads in [1, 2] {
             let path = abacus().with_file_name(name);
             let mut stage = whole(&path, |o| (o.n_threads, o.n_ctx, o.max_rows) = (n_threads, 1024, 350));
+            let lone_rows_agree = lone_rows_agree(&mut stage);
+            assert!(lone_rows_agree || name == "abacus-f16.gguf");
             let mut alone = Vec::new();
             for (slot, &len) in lens.iter().enumerate() {
                 text[..len].chunks(350).for_each(|part| drop(feed(&mut stage, slot as u32, part)));
@@ -104,7 +107,10 @@ fn a_decode_row_has_the_same_bits_in_any_batch() {
                 let mut out = Vec::new();
                 stage.run(&rows, Input::Tokens(&input), &mut out).unwrap();
                 for (&slot, logits) in batch.iter().zip(out.chunks(N_VOCAB)) {
-                    assert!(alone[slot] == logits, "{name}, {n_threads} threads, slot {slot} of {batch:?}");
+                    assert!(
+                        alone[slot] == logits || !lone_rows_agree,
+                        "{name}, {n_threads} threads, slot {slot} of {batch:?}"
+                    );
                     stage.truncate(slot as u32, lens[slot] as u32).unwrap();
                 }
             }

@@ -2,17 +2,17 @@
 //!
 //! - A session that is idle need not stay in memory: the coordinator has every stage save its slot under a name, gives
 //!   the slot to somebody else, and has the name loaded again when the session goes on.
-//! - Each image is a file that has no name: it is made without one, or loses it at once, so that the system takes it back
-//!   when the process ends, however it ends, and nobody else can open it. Its directory is the owner's alone. The blocks
-//!   are freed, not overwritten.
-//! - The hash of an image is kept in memory and compared when it is loaded: a failing disk costs a replay, never a wrong
-//!   answer. For the same reason nothing is synced: an image need not outlive a crash.
+//! - Each image is a file that has no name: it is made without one, or loses it at once, so that the system takes it
+//!   back when the process ends, however it ends, and nobody else can open it. Its directory is the owner's alone. The
+//!   blocks are freed, not overwritten.
+//! - The hash of an image is kept in memory and compared when it is loaded: a failing disk costs a replay, never a
+//!   wrong answer. For the same reason nothing is synced: an image need not outlive a crash.
 //! - What is saved when, and what goes to make room, the coordinator decides alone, or the stages would come to hold
 //!   different images. Here a full store only refuses.
 //!
-//! The stage's [`PassRunner`](crate::stage_pass::PassRunner) owns the images and loads and saves them on the thread that
-//! computes, which the KV cache is tied to. Saving costs copying the slot twice, hashing it and writing it to the page
-//! cache; loading the same the other way around.
+//! The stage's [`PassRunner`](crate::stage_pass::PassRunner) owns the images and loads and saves them on the thread
+//! that computes, which the KV cache is tied to. Saving costs copying the slot twice, hashing it and writing it to the
+//! page cache; loading the same the other way around.
 
 use std::collections::HashMap;
 use std::fs::{self, File};

@@ -1,8 +1,8 @@
 //! One pass through one stage: what a worker and the coordinator's tail have in common.
 //!
-//! A pass first changes KV caches ([`PassRunner::apply`]), then has its rows computed ([`PassRunner::run`]). A step that
-//! a stage cannot carry out for want of disk is marked as failed and the pass goes on; a step or a row that counts on
-//! tokens which are not here means that the stages no longer agree, and ends the ring.
+//! A pass first changes KV caches ([`PassRunner::apply`]), then has its rows computed ([`PassRunner::run`]). A step
+//! that a stage cannot carry out for want of disk is marked as failed and the pass goes on; a step or a row that counts
+//! on tokens which are not here means that the stages no longer agree, and ends the ring.
 //!
 //! [`PassRunner`] owns the stage, its saved sessions ([`Images`]), and the buffers of both.
 
@@ -12,8 +12,8 @@ use brigade_protocol::frame::{KvStep, RowSet};
 
 use crate::images::{ImageError, Images};
 
-/// Memory that is kept for the next image: sessions of a small model fit, and those of a large one, which are hundreds of
-/// megabytes, must not stay in memory twice.
+/// Memory that is kept for the next image: sessions of a small model fit, and those of a large one, which are hundreds
+/// of megabytes, must not stay in memory twice.
 const KEPT_IMAGE_BYTES: usize = 16 << 20;
 
 /// A pass could not be computed.

@@ -1,7 +1,7 @@
 //! The thread that computes a worker's stage: frames come in, are computed, and go on.
 //!
-//! - [`Incoming`] has the next frames decoded while this thread computes; [`Outgoing`] sends large ones while it computes
-//!   on. Buffers are used again.
+//! - [`Incoming`] has the next frames decoded while this thread computes; [`Outgoing`] sends large ones while it
+//!   computes on. Buffers are used again.
 //! - What waits is computed together where that saves work, see [`n_together`]; each frame still leaves as its own, in
 //!   the order of coming.
 //!
@@ -26,8 +26,8 @@ use crate::outgoing::Outgoing;
 use crate::stage_pass::PassRunner;
 
 /// Fewest single rows that are computed together. Below, processors go row by row: with 1.2 billion weights in Q4_0 on
-/// one thread, 1 row was seen to take 70 ms, 2 rows 142, 3 rows 152 and 4 rows 151. So two lone rows would save nothing,
-/// and the first would wait for the second.
+/// one thread, 1 row was seen to take 70 ms, 2 rows 142, 3 rows 152 and 4 rows 151. So two lone rows would save
+/// nothing, and the first would wait for the second.
 const MIN_ROWS_TOGETHER: u32 = 3;
 
 /// Why a stage's thread ended.

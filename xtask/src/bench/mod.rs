@@ -2,11 +2,13 @@
 //!
 //! - [`cluster`] compares a split model with the same model in one process, side by side in one run.
 //! - [`serve`] compares the two under many streams, with the targets of the project, and plots them.
+//! - [`scheduler`] leaves the model out and measures what is around it.
 //! - [`whole`] measures one process; the other benchmarks start it as a child, so that its memory is its own.
 //!
 //! Prompts are tokens, answers have an exact length and are greedy, so that two runs do the same work.
 
 pub mod cluster;
+pub mod scheduler;
 pub mod serve;
 pub mod whole;
 
@@ -28,9 +30,19 @@ pub enum Bench {
     /// A model on several nodes against the same model in one process
     Cluster(cluster::ClusterArgs),
     /// A model on several nodes under 1 to 32 streams against one process, with targets and a plot
+    ///
+    /// Each round measures the whole model in one process with the threads of one node, the same with the threads of
+    /// all nodes together, and then the cluster, each alone and on the same file. Medians of the rounds are held
+    /// against the targets, which are meant for two pinned processes of one thread: `--pin`. Streams count while all of
+    /// them decode; times of the cluster are those of an HTTP client on this machine.
     Serve(serve::ServeArgs),
     /// A model in one process, without HTTP
     Whole(whole::WholeArgs),
+    /// A thousand streams without a model: what scheduling and HTTP cost
+    Scheduler(scheduler::SchedulerArgs),
+    /// An endpoint without a model; the child of `scheduler`
+    #[command(hide = true)]
+    Rehearsal(scheduler::RehearsalArgs),
     /// A model in one process under many streams; the child of `serve`
     #[command(hide = true)]
     Bar(serve::BarArgs),
@@ -40,6 +52,8 @@ pub enum Bench {
 pub fn run(bench: &Bench) -> Outcome {
     match bench {
         Bench::Cluster(args) => cluster::run(args),
+        Bench::Scheduler(args) => scheduler::run(args),
+        Bench::Rehearsal(args) => scheduler::run_rehearsal(args),
         Bench::Serve(args) => serve::run(args),
         Bench::Whole(args) => whole::run(args),
         Bench::Bar(args) => serve::run_bar(args),

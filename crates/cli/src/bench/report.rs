@@ -190,25 +190,24 @@ impl Report {
         self.row(&mut out, "tokens/s, one stream", |level| spread(level.tokens_per_second_per_stream));
         self.row(&mut out, "tokens/s, with the prompt", |level| spread(level.tokens_per_second_end_to_end));
         self.row(&mut out, "prompt tokens/s", |level| spread(level.prompt_tokens_per_second));
-        let times: [(&str, fn(&Level) -> Option<Times>); 3] = [
-            ("time to first token, ms", |level| level.time_to_first_token_ms),
-            ("time per output token, ms", |level| level.time_per_output_token_ms),
-            ("gap between chunks, ms", |level| level.inter_token_latency_ms),
-        ];
-        for (name, of) in times {
-            self.row(&mut out, name, |level| spread(of(level).map(|times| Spread { mean: times.mean, sd: times.sd })));
-            self.row(&mut out, "    p50 / p99 / max", |level| {
-                let sides = |times: Times| [times.p50, times.p99, times.max].map(number).join(" / ");
-                of(level).map_or_else(|| "-".to_owned(), sides)
-            });
-        }
+        self.time_rows(&mut out, "time to first token, ms", |level| level.time_to_first_token_ms);
+        self.time_rows(&mut out, "time per output token, ms", |level| level.time_per_output_token_ms);
+        self.time_rows(&mut out, "gap between chunks, ms", |level| level.inter_token_latency_ms);
         self.row(&mut out, "failed requests", |level| format!("{} of {}", level.failed, level.requests));
         let said = self.levels.iter().flat_map(|level| &level.errors);
         let errors = said.map(|error| format!("{} failed: {}", error.count, error.message));
         for (i, line) in self.notes.iter().cloned().chain(errors).enumerate() {
-            let _ = write!(out, "{}- {line}\n", if i == 0 { "\n" } else { "" });
+            let _ = writeln!(out, "{}- {line}", if i == 0 { "\n" } else { "" });
         }
         out
+    }
+
+    fn time_rows(&self, out: &mut String, name: &str, of: fn(&Level) -> Option<Times>) {
+        self.row(out, name, |level| spread(of(level).map(|times| Spread { mean: times.mean, sd: times.sd })));
+        self.row(out, "    p50 / p99 / max", |level| {
+            let parts = |times: Times| [times.p50, times.p99, times.max].map(number).join(" / ");
+            of(level).map_or_else(|| "-".to_owned(), parts)
+        });
     }
 
     fn row(&self, out: &mut String, name: &str, cell: impl Fn(&Level) -> String) {

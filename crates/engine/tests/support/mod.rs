@@ -5,7 +5,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use brigade_base::Token;
-use brigade_engine::{Input, Row, Stage, StageOptions};
+use brigade_engine::{Input, Row, RunError, Stage, StageOptions};
 
 pub mod synthetic;
 
@@ -66,6 +66,36 @@ pub fn generate(stage: &mut Stage, slot: u32, tokens: &[Token], n_prefill: usize
         all.extend(feed(stage, slot, &[*token]));
     }
     all
+}
+
+/// Appends one token of `text` to each of `slots` in one run, the one at its position; an error changes nothing.
+pub fn decode(stage: &mut Stage, slots: &[u32], text: &[Token]) -> Result<Vec<f32>, RunError> {
+    let row = |&slot: &u32| Row { slot, position: stage.len(slot), output: true };
+    let rows: Vec<_> = slots.iter().map(row).collect();
+    let input: Vec<_> = rows.iter().map(|row| text[row.position as usize]).collect();
+    let mut out = Vec::new();
+    stage.run(&rows, Input::Tokens(&input), &mut out).map(|()| out)
+}
+
+/// Whether a row that is alone in its call has the bits that it has beside another one; a property of llama.cpp's
+/// kernels for the model's types on this machine. Clears all slots, and needs two.
+pub fn lone_rows_agree(stage: &mut Stage) -> bool {
+    let text = [1, 2, 3];
+    stage.clear_all();
+    let lone = decode(stage, &[0], &text).unwrap();
+    stage.clear_all();
+    let both = decode(stage, &[0, 1], &text).unwrap();
+    stage.clear_all();
+    both[..lone.len()] == lone
+}
+
+/// The same of chunks of two and of four rows.
+pub fn chunks_agree(stage: &mut Stage) -> bool {
+    stage.clear_all();
+    let four = feed(stage, 0, &[1, 2, 3, 4]);
+    let halves = [feed(stage, 1, &[1, 2]), feed(stage, 1, &[3, 4])].concat();
+    stage.clear_all();
+    four == halves
 }
 
 /// Largest difference, as a share of the largest value.

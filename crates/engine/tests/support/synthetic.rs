@@ -14,7 +14,7 @@ const N_EXPERT: u64 = 4;
 const F32: u32 = 0;
 const F16: u32 = 1;
 const Q4_0: u32 = 2;
-const Q8_0: u32 = 8;
+pub const Q8_0: u32 = 8;
 const Q4_K: u32 = 12;
 
 /// One model to make.
@@ -146,7 +146,7 @@ impl Synthetic {
         let mut add = |name: String, dims: &[u64]| {
             let ty = match self.ty {
                 _ if dims.len() == 1 || name.contains("gate_inp") => F32,
-                Q4_K if dims[0] % 256 != 0 => Q8_0,
+                Q4_K if !dims[0].is_multiple_of(256) => Q8_0,
                 ty => ty,
             };
             all.push(Tensor { name, dims: dims.to_vec(), ty });

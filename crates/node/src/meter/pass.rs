@@ -1,7 +1,8 @@
 //! A pass as the ring thread tells of it, and what it cost where.
 //!
 //! The ring thread knows when a pass left and when it was back; each worker tells how long it read, waited, computed
-//! and wrote. Nodes have no common clock, so what is left of the way around is the wire's, spread evenly over the links.
+//! and wrote. Nodes have no common clock, so what is left of the way around is the wire's, spread evenly over the
+//! links.
 
 use std::time::{Duration, Instant};
 

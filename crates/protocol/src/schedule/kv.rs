@@ -237,6 +237,43 @@ mod tests {
         assert_eq!(dropped, [longer], "the older one is being read");
         assert_eq!(images.begin(&kept(0..300, 0), &mut dropped), None, "more than fits at all");
         assert_eq!(images.begin(&kept(0..63, 0), &mut dropped), None, "too short");
+        let with_surplus = Kept { has_surplus: true, ..kept(2000..2100, 0) };
+        assert_eq!(images.begin(&with_surplus, &mut dropped), None, "the stages hold more than is known");
+    }
+
+    #[test]
+    fn what_cannot_be_saved_pushes_nothing_out() {
+        let mut images = Images::new(250, 10);
+        let mut dropped = Vec::new();
+        let read = images.begin(&kept(0..100, 100), &mut dropped).unwrap();
+        images.get_mut(read).unwrap().n_readers = 1;
+        images.begin(&kept(500..600, 0), &mut dropped).unwrap();
+        assert_eq!(images.begin(&kept(500..700, 0), &mut dropped), None, "no room beside the one that is read");
+        assert_eq!((images.list.len(), dropped.len()), (2, 0));
+    }
+
+    #[test]
+    fn the_same_tokens_computed_in_another_way_are_another_image() {
+        let mut images = Images::new(1000, 10);
+        let mut dropped = Vec::new();
+        images.begin(&kept(0..100, 100), &mut dropped).unwrap();
+        assert!(images.begin(&kept(0..100, 70), &mut dropped).is_some(), "30 of an answer");
+        assert_eq!(images.begin(&kept(0..90, 90), &mut dropped), None);
+        assert_eq!(images.begin(&kept(0..90, 70), &mut dropped), None);
+        assert_eq!(images.list.len(), 2);
+    }
+
+    #[test]
+    fn images_of_one_owner_are_forgotten_unless_they_are_read() {
+        let mut images = Images::new(1000, 10);
+        let mut dropped = Vec::new();
+        let of = |owner, from| Kept { owner: SessionId(owner), ..kept(from..from + 100, 0) };
+        let ids: Vec<_> =
+            [(1, 0), (1, 200), (2, 400)].map(|(o, at)| images.begin(&of(o, at), &mut dropped).unwrap()).into();
+        images.get_mut(ids[1]).unwrap().n_readers = 1;
+        images.forget(SessionId(1), &mut dropped);
+        assert_eq!(dropped, [ids[0]]);
+        assert!(images.remove(ids[2]) && !images.remove(ids[2]));
     }
 
     #[test]

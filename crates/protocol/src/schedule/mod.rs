@@ -60,6 +60,7 @@ struct InFlight {
     /// Slots with rows in the pass, and for each whether its last row has logits.
     slots: Vec<(usize, bool)>,
     n_decode: u32,
+    /// Rows of prompts.
     n_chunk: u32,
     /// Its steps that may fail.
     images: Vec<ImageStep>,
@@ -87,6 +88,8 @@ pub struct Scheduler {
     to_drop: Vec<ImageId>,
     in_flight: VecDeque<InFlight>,
     budget: Budget,
+    /// Prompt rows of the pass that came back last.
+    chunk_back: u32,
     notices: Vec<Notice>,
     next_pass: PassId,
     n_arrived: u64,
@@ -111,6 +114,7 @@ impl Scheduler {
             to_drop: Vec::new(),
             in_flight: VecDeque::new(),
             budget: Budget::default(),
+            chunk_back: 0,
             notices: Vec::new(),
             next_pass: PassId(1),
             n_arrived: 0,
@@ -140,20 +144,24 @@ impl Scheduler {
     /// The next pass to send, if one may be in the ring and there is something to do.
     pub fn next_pass(&mut self) -> Option<Pass> {
         let n_stages = self.limits.n_stages.max(1) as usize;
-        let decodes = self.held().any(|(_, session)| session.is_decoding());
-        let most = if decodes || n_stages == 1 { n_stages } else { n_stages + 1 };
-        if self.in_flight.len() >= most {
+        // The one more pass that only prompts have.
+        let is_extra = self.in_flight.len() == n_stages && n_stages > 1;
+        if self.in_flight.len() >= n_stages && !is_extra || is_extra && self.decodes() {
             return None;
         }
         let mut pass = Pass { id: self.next_pass, ..Pass::default() };
         let mut sent = InFlight { id: pass.id, ..InFlight::default() };
         self.place(&mut pass, &mut sent);
-        for slot in self.decode_share() {
-            self.put(&mut pass, &mut sent, slot, 1);
-            sent.n_decode += 1;
+        // Somebody who was preempted may go on at once where he was.
+        let decodes = self.decodes();
+        if !(is_extra && decodes) {
+            for slot in self.decode_share() {
+                self.put(&mut pass, &mut sent, slot, 1);
+                sent.n_decode += 1;
+            }
+            self.put_prompts(&mut pass, &mut sent, decodes);
         }
-        self.put_prompts(&mut pass, &mut sent, decodes);
-        let n_drops = self.to_drop.len().min(MAX_KV_STEPS as usize - pass.steps.len());
+        let n_drops = self.to_drop.len().min((MAX_KV_STEPS as usize).saturating_sub(pass.steps.len()));
         pass.steps.extend(self.to_drop.drain(..n_drops).map(|image| KvStep::Drop { image }));
         if pass.sets.is_empty() && pass.steps.is_empty() {
             return None;
@@ -161,6 +169,11 @@ impl Scheduler {
         self.next_pass = self.next_pass.next();
         self.in_flight.push_back(sent);
         Some(pass)
+    }
+
+    /// Whether anybody sends tokens one by one.
+    fn decodes(&self) -> bool {
+        self.held().any(|(_, session)| session.is_decoding())
     }
 
     fn held(&self) -> impl Iterator<Item = (usize, &Session)> {
@@ -185,11 +198,19 @@ impl Scheduler {
     /// The slots that decode in the next pass. Those that decode at all are cut into as many runs of neighbours as
     /// there are stages, so that all passes of the ring are about equally full; the next run that has tokens to send is
     /// taken. Neighbours, because the engine computes rows of consecutive slots as one batch, and others one by one.
+    ///
+    /// No more passes than runs are on their way: then a run has its turn again when all of it is back. Otherwise the
+    /// sessions of a run that once travelled apart would do so for ever, each in a pass that has room for all.
     fn decode_share(&mut self) -> Vec<usize> {
         let decoding: Vec<(usize, bool)> =
             self.held().filter(|(_, s)| s.is_decoding()).map(|(slot, s)| (slot, s.n_unsent() > 0)).collect();
         let share = decoding.len().div_ceil(self.limits.n_stages.max(1) as usize).max(1);
         let runs: Vec<&[(usize, bool)]> = decoding.chunks(share).collect();
+        // Rows that are computed again follow each other without waiting.
+        let has_output = |pass: &&InFlight| pass.n_decode > 0 && pass.slots.iter().any(|(_, has_output)| *has_output);
+        if self.in_flight.iter().filter(has_output).count() >= runs.len() {
+            return Vec::new();
+        }
         for i in 0..runs.len() {
             let turn = (self.decode_turn + i) % runs.len();
             let slots: Vec<usize> = runs[turn].iter().filter(|(_, ready)| *ready).map(|(slot, _)| *slot).collect();
@@ -203,13 +224,15 @@ impl Scheduler {
 
     /// Adds chunks of prompts, as many as the budget allows.
     fn put_prompts(&mut self, pass: &mut Pass, sent: &mut InFlight, decodes: bool) {
+        let Limits { n_stages, chunk, .. } = self.limits;
+        let chunk_back = self.chunk_back;
         let mut left = None;
         while let Some(slot) = self.next_prompt(pass) {
             self.share(pass, slot);
             let Slot::Held(session) = &self.slots[slot] else { return };
             let budget = *left.get_or_insert_with(|| match decodes {
-                true => self.budget.beside_decode(sent.n_decode, self.limits.chunk),
-                false => self.budget.alone(session.n_prompt, self.limits.n_stages, self.limits.chunk),
+                true => self.budget.beside_decode(sent.n_decode, chunk_back, n_stages, chunk),
+                false => self.budget.alone(session.n_prompt, n_stages, chunk),
             });
             let n_rows = session.chunk(budget);
             if n_rows == 0 {
@@ -286,6 +309,7 @@ impl Scheduler {
             return None;
         }
         let pass = self.in_flight.pop_front()?;
+        self.chunk_back = pass.n_chunk;
         self.budget.observe(pass.n_decode, pass.n_chunk, busiest_us);
         for step in &pass.images {
             self.image_done(*step, !failed.get(step.step).copied().unwrap_or(false));

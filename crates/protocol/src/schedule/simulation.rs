@@ -172,3 +172,105 @@ fn whatever_happens_answers_are_those_of_lone_runs() {
     let counts = [n_preempted, n_saved, n_loaded, n_failed, n_cached];
     assert!(counts.iter().all(|n| *n > 100), "the load tries too little: {counts:?}");
 }
+
+/// A 1-billion model on one core for each of two stages.
+const CORE: Cost = Cost { decode_us: 75_000, decode_row_us: 0, chunk_least_us: 37_000, chunk_row_us: 6_500 };
+
+fn busy_world(n_slots: u32, n_stages: usize) -> World {
+    let cache = PrefixCache::Full;
+    let limits = Limits { n_slots, context: 4096, chunk: 256, n_stages: 0, cache, image_tokens: 0 };
+    World::new(limits, &vec![CORE; n_stages], 1)
+}
+
+/// Admits a session whose tokens nobody else has, at once.
+fn ask(world: &mut World, id: u64, n_prompt: usize, n_answer: usize) -> SessionId {
+    let prompt = (0..n_prompt).map(|at| (id as usize * 10_000 + at) as Token).collect();
+    let arrival = Arrival { id: SessionId(id), prompt, tenant: TenantId(0), priority: 0, deadline: None };
+    world.admit(arrival, n_answer).unwrap();
+    SessionId(id)
+}
+
+#[test]
+fn both_stages_work_while_eight_sessions_decode() {
+    for n_stages in 1..=4 {
+        let mut world = busy_world(8, n_stages);
+        let ids: Vec<_> = (1..=8).map(|id| ask(&mut world, id, 20 + 10 * id as usize, 100)).collect();
+        world.drain();
+        let from = ids.iter().map(|id| world.callers[id].told_us[0]).max().unwrap();
+        let to = ids.iter().map(|id| *world.callers[id].told_us.last().unwrap()).min().unwrap();
+        let busy = world.busy(from, to);
+        assert!(busy.iter().all(|share| *share > 0.9), "{n_stages} stages: {busy:?}");
+    }
+}
+
+/// Gaps between the tokens of a session's answer from `from` to `to`, in order of length.
+fn gaps(world: &World, id: SessionId, from: u64, to: u64) -> Vec<u64> {
+    let told = world.callers[&id].told_us.windows(2).filter(|pair| pair[0] >= from && pair[1] <= to);
+    let mut gaps: Vec<u64> = told.map(|pair| pair[1] - pair[0]).collect();
+    gaps.sort_unstable();
+    gaps
+}
+
+/// When the first token of a 1,500-token prompt that comes at `comes_us` is told, in microseconds from then.
+fn first_token_us(world: &mut World, comes_us: u64) -> u64 {
+    world.run_until(comes_us);
+    let id = ask(world, 9, 1500, 2);
+    world.drain();
+    world.callers[&id].told_us[0] - comes_us
+}
+
+#[test]
+fn nobody_waits_long_behind_a_long_prompt_nor_it_behind_them() {
+    for n_stages in 1..=6 {
+        for comes_us in (30_000_000..30_300_000).step_by(25_000) {
+            let mut alone = busy_world(5, n_stages);
+            ask(&mut alone, 1, 100, 20);
+            let lone_us = first_token_us(&mut alone, comes_us);
+            let mut world = busy_world(5, n_stages);
+            let streams: Vec<_> = (1..=4).map(|id| ask(&mut world, id, 30, 400)).collect();
+            let us = first_token_us(&mut world, comes_us);
+            let slower = us as f64 / lone_us as f64;
+            assert!(slower <= 1.5, "{n_stages} stages: the prompt takes {slower:.2} times as long as alone");
+            for id in streams {
+                let quiet = gaps(&world, id, comes_us / 2, comes_us);
+                let median = quiet[quiet.len() / 2];
+                let largest = *gaps(&world, id, comes_us / 2, comes_us + us + 2_000_000).last().unwrap();
+                let longer = largest as f64 / median as f64;
+                assert!(longer <= 4.0, "{n_stages} stages, session {id}: a gap of {longer:.2} medians");
+            }
+        }
+    }
+}
+
+#[test]
+fn sessions_that_travelled_apart_come_together_again() {
+    for (n_stages, n_sessions) in (1..=5).flat_map(|n_stages| (1..=9).map(move |n| (n_stages, n))) {
+        let mut world = busy_world(9, n_stages);
+        for id in 1..=n_sessions {
+            // Each comes at another moment, and one leaves soon.
+            ask(&mut world, id, 10 + 7 * id as usize, if id == 3 { 5 } else { 200 });
+            world.run_until(id * 170_000);
+        }
+        world.drain();
+        let told = &world.callers[&SessionId(1)].told_us;
+        let gap = told[150] - told[149];
+        assert_eq!(gap, 75_000 * n_stages as u64, "{n_sessions} sessions, {n_stages} stages");
+    }
+}
+
+#[test]
+fn the_chunks_of_a_lone_prompt_overlap() {
+    let first_us = |n_stages: usize, n_prompt: usize| {
+        let mut world = busy_world(1, n_stages);
+        ask(&mut world, 1, 100, 20);
+        world.run_until(30_000_000);
+        let id = ask(&mut world, 2, n_prompt, 1);
+        world.drain();
+        (world.callers[&id].told_us[0] - 30_000_000) as f64 / n_stages as f64
+    };
+    for n_prompt in [512, 1500] {
+        // Of a model cut into two, compared to the same model whole.
+        let share = first_us(2, n_prompt) / first_us(1, n_prompt);
+        assert!(share <= 0.65, "{n_prompt} tokens: {share:.2}");
+    }
+}

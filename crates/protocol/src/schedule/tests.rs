@@ -1,1 +1,403 @@
+//! What callers may rely on, each in a few lines. The [`World`] checks every pass beside, and compares the answers with
+//! those of lone runs at the end.
 
+use brigade_base::{SessionId, TenantId, Token};
+
+use super::world::{Cost, Outcome, World};
+use super::*;
+
+/// Chunks of 32 tokens are what the budget gives with these costs, whoever decodes.
+const COST: Cost = Cost { decode_us: 10_000, decode_row_us: 100, chunk_least_us: 1_000, chunk_row_us: 100 };
+
+fn limits(n_slots: u32) -> Limits {
+    Limits { n_slots, context: 256, chunk: 32, n_stages: 0, cache: PrefixCache::Full, image_tokens: 0 }
+}
+
+fn world(n_slots: u32, n_stages: usize) -> World {
+    World::new(limits(n_slots), &vec![COST; n_stages], 1)
+}
+
+fn with_images(n_slots: u32, image_tokens: u64) -> World {
+    World::new(Limits { image_tokens, ..limits(n_slots) }, &[COST; 2], 1)
+}
+
+/// `n` tokens that no other `kind` has.
+fn text(kind: Token, n: Token) -> Vec<Token> {
+    (0..n).map(|at| kind * 10_000 + at).collect()
+}
+
+impl World {
+    fn ask(&mut self, id: u64, prompt: Vec<Token>, n_answer: usize) -> SessionId {
+        self.ask_as(id, prompt, n_answer, 0, 0)
+    }
+
+    fn ask_as(&mut self, id: u64, prompt: Vec<Token>, n_answer: usize, tenant: u64, priority: i32) -> SessionId {
+        let tenant = TenantId(tenant);
+        let arrival = Arrival { id: SessionId(id), prompt, tenant, priority, deadline: None };
+        self.admit(arrival, n_answer).unwrap();
+        SessionId(id)
+    }
+
+    /// Goes on until a session has told so many tokens.
+    fn until_told(&mut self, id: SessionId, n: usize) {
+        while self.callers[&id].told_us.len() < n {
+            self.send_all();
+            assert!(self.receive(), "session {id} stands still");
+        }
+    }
+
+    /// Tokens that a session took over when it started first.
+    fn cached(&self, id: SessionId) -> u32 {
+        self.callers[&id].cached[0]
+    }
+}
+
+/// Slot, tokens before, rows and outputs of each set.
+fn sets(pass: &Pass) -> Vec<[u32; 4]> {
+    pass.sets.iter().map(|set| [set.slot, set.keep, set.n_rows, set.n_outputs]).collect()
+}
+
+#[test]
+fn a_prompt_travels_in_chunks_and_then_token_by_token() {
+    let mut world = world(1, 1);
+    world.ask(1, text(1, 40), 3);
+    for expected in [[0, 0, 32, 0], [0, 32, 8, 1], [0, 40, 1, 1], [0, 41, 1, 1]] {
+        assert_eq!(sets(&world.send().unwrap()), [expected]);
+        assert_eq!(world.send(), None, "one pass for one stage");
+        world.receive();
+    }
+    world.drain();
+    assert_eq!(world.n_passes, 4, "the last token need not be computed");
+}
+
+#[test]
+fn prompts_of_any_length_have_no_lone_row() {
+    let mut world = World::new(Limits { cache: PrefixCache::Exact, ..limits(3) }, &[COST; 2], 1);
+    for n in 1..100 {
+        world.ask(n as u64, text(n, n), 2);
+    }
+    world.drain();
+}
+
+#[test]
+fn the_chunks_of_a_prompt_do_not_wait_for_each_other() {
+    let mut world = world(1, 2);
+    world.ask(1, text(1, 120), 2);
+    let sent: Vec<_> = world.send_all().iter().flat_map(sets).collect();
+    assert_eq!(sent, [[0, 0, 32, 0], [0, 32, 32, 0], [0, 64, 32, 0]], "one more than there are stages");
+    world.drain();
+}
+
+#[test]
+fn decode_rows_come_first_and_one_pass_for_each_stage_is_enough() {
+    let mut world = world(2, 2);
+    let first = world.ask(1, text(1, 4), 9);
+    world.until_told(first, 2);
+    world.ask(2, text(2, 100), 2);
+    let sent = world.send_all();
+    assert_eq!(sent.len(), 2);
+    assert_eq!(sets(&sent[0]), [[0, 5, 1, 1], [1, 0, 32, 0]]);
+    assert_eq!(sets(&sent[1]), [[1, 32, 32, 0]]);
+    assert_eq!([&sent[0], &sent[1]].map(Pass::is_decode), [false; 2]);
+    world.drain();
+}
+
+#[test]
+fn sessions_are_dealt_over_the_passes_of_the_ring() {
+    let mut world = world(4, 2);
+    let ids: Vec<_> = (1..=4).map(|id| world.ask(id, text(id as Token, 4), 20)).collect();
+    ids.iter().for_each(|id| world.until_told(*id, 3));
+    for _ in 0..4 {
+        world.send_all();
+        world.receive();
+        world.receive();
+    }
+    let mut slots: Vec<Vec<u32>> =
+        world.send_all().iter().map(|pass| pass.sets.iter().map(|set| set.slot).collect()).collect();
+    slots.sort();
+    assert_eq!(slots, [[0, 1], [2, 3]], "neighbours travel together");
+    world.drain();
+}
+
+#[test]
+fn short_prompts_share_a_pass_and_long_ones_take_turns() {
+    let mut world = world(5, 2);
+    for id in 1..=3 {
+        world.ask(id, text(id as Token, 10), 1);
+    }
+    assert_eq!(sets(&world.send().unwrap()), [[0, 0, 10, 1], [1, 0, 10, 1], [2, 0, 10, 1]]);
+    world.drain();
+    for id in 4..=5 {
+        world.ask(id, text(id as Token, 64), 1);
+    }
+    let slots: Vec<u32> = world.send_all().iter().map(|pass| pass.sets[0].slot).collect();
+    assert!(slots.len() == 3 && slots[0] != slots[1] && slots[1] != slots[2], "{slots:?}");
+    world.drain();
+}
+
+#[test]
+fn a_conversation_goes_on_where_it_was() {
+    for (cache, expected) in [(PrefixCache::Off, 0), (PrefixCache::Exact, 40), (PrefixCache::Full, 49)] {
+        let mut world = World::new(Limits { cache, ..limits(2) }, &[COST; 2], 1);
+        let first = world.ask(1, text(1, 40), 10);
+        world.drain();
+        let mut tokens = world.callers[&first].tokens.clone();
+        tokens.extend(text(2, 20));
+        let second = world.ask(2, tokens, 4);
+        world.drain();
+        assert_eq!(world.cached(second), expected, "{cache:?}");
+        // The tokens that end the answers are never computed.
+        assert_eq!(world.n_rows, u64::from(49 + 70 + 3 - expected), "{cache:?}");
+    }
+}
+
+#[test]
+fn a_beginning_is_copied_from_a_slot_that_somebody_may_want_again() {
+    let mut world = world(2, 2);
+    world.ask(1, text(1, 100), 1);
+    world.drain();
+    let other = [text(1, 30), text(2, 20)].concat();
+    let second = world.ask(2, other, 4);
+    assert_eq!(world.send().unwrap().steps, [KvStep::Copy { slot: 1, from: 0, n_tokens: 30 }]);
+    world.drain();
+    let again = world.ask(3, text(1, 100), 1);
+    world.drain();
+    assert_eq!([second, again].map(|id| world.cached(id)), [30, 98], "a prompt keeps two rows to compute");
+}
+
+#[test]
+fn a_beginning_is_copied_from_a_session_that_runs() {
+    let mut world = world(2, 2);
+    let first = world.ask(1, text(1, 64), 20);
+    world.until_told(first, 2);
+    let second = world.ask(2, [text(1, 64), text(2, 10)].concat(), 2);
+    assert_eq!(world.send().unwrap().steps, [KvStep::Copy { slot: 1, from: 0, n_tokens: 64 }]);
+    world.drain();
+    assert_eq!(world.cached(second), 64);
+}
+
+#[test]
+fn the_same_beginning_is_computed_once_by_those_who_come_together() {
+    let mut world = world(4, 2);
+    let ids: Vec<_> = (1..=4).map(|id| world.ask(id, [text(1, 64), text(10 + id as Token, 8)].concat(), 1)).collect();
+    world.drain();
+    assert_eq!(world.n_rows, 64 + 4 * 8);
+    assert_eq!(ids.iter().map(|id| world.cached(*id)).collect::<Vec<_>>(), [0, 64, 64, 64]);
+}
+
+#[test]
+fn who_follows_goes_on_alone_when_the_leader_ends() {
+    let mut world = world(2, 1);
+    let leader = world.ask(1, text(1, 96), 1);
+    let follower = world.ask(2, text(1, 96), 1);
+    assert_eq!(sets(&world.send().unwrap()), [[0, 0, 32, 0]]);
+    world.end(leader, Outcome::Cancelled);
+    world.drain();
+    assert_eq!(world.cached(follower), 32, "what the leader has left");
+}
+
+#[test]
+fn other_tenants_share_nothing() {
+    let mut world = with_images(2, 1000);
+    for (id, tenant) in [(1, 1), (2, 2), (3, 3)] {
+        world.ask_as(id, text(1, 100), 2, tenant, 0);
+    }
+    world.drain();
+    assert_eq!([1, 2, 3].map(|id| world.cached(SessionId(id))), [0, 0, 0]);
+}
+
+#[test]
+fn urgent_sessions_take_slots_and_give_them_back() {
+    for (image_tokens, n_images) in [(0, 0), (1000, 1)] {
+        let mut world = with_images(1, image_tokens);
+        let patient = world.ask_as(1, text(1, 70), 20, 0, 1);
+        world.until_told(patient, 5);
+        world.send_all();
+        let urgent = world.ask_as(2, text(2, 40), 3, 0, 0);
+        world.until_told(urgent, 3);
+        assert_eq!(world.callers[&patient].n_preempted, 1);
+        assert_eq!(world.callers[&patient].told_us.len(), 6, "what was in the ring is not lost");
+        world.drain();
+        assert_eq!(world.callers[&patient].n_preempted, 1);
+        let n_loaded = world.notices.iter().filter(|n| matches!(n, Notice::Loaded { ok: true, .. })).count();
+        assert_eq!(n_loaded, n_images);
+        assert_eq!(world.callers[&patient].cached, [0, 75 * n_images as u32]);
+    }
+}
+
+#[test]
+fn what_was_answered_is_replayed_token_by_token() {
+    let mut world = world(1, 2);
+    let patient = world.ask_as(1, text(1, 40), 9, 0, 1);
+    world.until_told(patient, 5);
+    let urgent = world.ask_as(2, text(2, 40), 1, 0, 0);
+    world.until_told(urgent, 1);
+    let mut rows = Vec::new();
+    while world.callers[&patient].told_us.len() < 6 {
+        rows.extend(world.send_all().iter().flat_map(sets).map(|set| set[2]));
+        assert!(world.receive());
+    }
+    assert_eq!(rows[..7], [32, 8, 1, 1, 1, 1, 1]);
+    world.drain();
+}
+
+#[test]
+fn a_session_whose_whole_prompt_is_copied_goes_on_with_its_answer() {
+    let mut world = world(2, 2);
+    let patient = world.ask_as(1, text(1, 40), 9, 0, 1);
+    world.ask_as(2, text(1, 40), 60, 0, 0);
+    world.until_told(patient, 4);
+    world.ask_as(3, text(3, 40), 2, 0, 0);
+    world.drain();
+    assert_eq!(world.callers[&patient].n_preempted, 1);
+    assert!(world.callers[&patient].cached[1] > 40);
+}
+
+#[test]
+fn equals_do_not_push_each_other_out() {
+    let mut world = world(2, 2);
+    for id in 1..=6 {
+        world.ask_as(id, text(id as Token, 40), 9, id % 2, 3);
+    }
+    world.drain();
+    assert!(world.callers.values().all(|caller| caller.n_preempted == 0));
+}
+
+#[test]
+fn who_is_cancelled_at_any_moment_leaves_nothing_behind() {
+    for moment in 0..60 {
+        for victim in 1..=3 {
+            let mut world = with_images(1, 400);
+            world.failures = if moment % 2 == 0 { 0 } else { 50 };
+            world.ask_as(1, text(1, 100), 6, 0, 2);
+            for step in 0..60 {
+                if step == 4 {
+                    world.ask_as(2, text(2, 70), 6, 0, 1);
+                } else if step == 9 {
+                    world.ask_as(3, text(3, 70), 4, 0, 0);
+                }
+                if step == moment && world.callers.get(&SessionId(victim)).is_some_and(|c| c.outcome.is_none()) {
+                    world.end(SessionId(victim), Outcome::Cancelled);
+                }
+                world.send_all();
+                world.receive();
+            }
+            world.drain();
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_saved_or_loaded_is_computed_again() {
+    for failures in [30, 100] {
+        let mut world = with_images(1, 1000);
+        world.failures = failures;
+        for id in 1..=20 {
+            world.ask_as(id, text(id as Token % 3, 90), 3, 0, 0);
+            world.drain();
+        }
+        let n_bad = world.notices.iter().filter(|n| matches!(n, Notice::Saved { ok: false, .. })).count();
+        assert!(n_bad >= 5);
+        assert!(failures < 100 || world.scheduler.n_images() == (0, 0));
+    }
+}
+
+#[test]
+fn pushed_out_prefixes_come_back_from_images_until_they_are_old() {
+    let mut world = with_images(1, 250);
+    for (id, kind) in [(1, 1), (2, 2), (3, 3), (4, 2), (5, 1)] {
+        world.ask(id, text(kind, 101), 1);
+        world.drain();
+        assert!(world.scheduler.n_images().1 <= 250);
+    }
+    assert_eq!([1, 2, 3, 4, 5].map(|id| world.cached(SessionId(id))), [0, 0, 0, 99, 0]);
+}
+
+#[test]
+fn without_a_cache_images_go_with_their_sessions() {
+    let limits = Limits { cache: PrefixCache::Off, image_tokens: 1000, ..limits(1) };
+    let mut world = World::new(limits, &[COST; 2], 1);
+    let patient = world.ask_as(1, text(1, 100), 9, 0, 1);
+    world.until_told(patient, 3);
+    let urgent = world.ask_as(2, text(1, 100), 2, 0, 0);
+    world.until_told(urgent, 1);
+    assert_eq!(world.scheduler.n_images().0, 1);
+    world.drain();
+    assert_eq!(world.scheduler.n_images(), (0, 0));
+    assert_eq!((world.cached(urgent), world.callers[&patient].cached[1]), (0, 102));
+}
+
+#[test]
+fn tenants_take_turns() {
+    let mut world = world(1, 1);
+    for (id, tenant) in [(1, 1), (2, 1), (3, 1), (4, 2)] {
+        world.ask_as(id, text(id as Token, 10), 2, tenant, 0);
+    }
+    let mut two = World::new(limits(2), &[COST], 1);
+    for (id, tenant) in [(1, 1), (2, 1), (3, 1), (4, 2)] {
+        two.ask_as(id, text(id as Token, 10), 2, tenant, 0);
+    }
+    let started = |world: &mut World| {
+        world.drain();
+        let started = world.notices.iter().filter_map(|notice| match notice {
+            Notice::Started { session, .. } => Some(session.0),
+            _ => None,
+        });
+        started.collect::<Vec<_>>()
+    };
+    assert_eq!(started(&mut world), [1, 2, 3, 4], "nobody runs, so who came first");
+    assert_eq!(started(&mut two)[..2], [1, 4]);
+}
+
+#[test]
+fn deadlines_are_told_for_waiting_and_running_sessions() {
+    let mut world = world(1, 1);
+    for id in 1..=3 {
+        let deadline = (id != 3).then(|| world.at(1000 * id));
+        let prompt = text(id as Token, 10);
+        world.admit(Arrival { id: SessionId(id), prompt, tenant: TenantId(0), priority: 0, deadline }, 5).unwrap();
+    }
+    world.send();
+    let expired = |us: u64| {
+        let mut ids = world.scheduler.expired(world.at(us));
+        ids.sort_unstable();
+        ids
+    };
+    assert_eq!(expired(999), []);
+    assert_eq!(expired(1000), [SessionId(1)]);
+    assert_eq!(expired(5000), [SessionId(1), SessionId(2)]);
+    world.now_us = 5000;
+    world.expire();
+    assert_eq!(world.scheduler.expired(world.at(9000)), []);
+    world.drain();
+    assert_eq!(world.callers[&SessionId(3)].outcome, Some(Outcome::Answered));
+}
+
+#[test]
+fn a_full_context_ends_an_answer() {
+    let mut world = World::new(Limits { context: 20, ..limits(1) }, &[COST], 1);
+    let id = world.ask(1, text(1, 15), 99);
+    world.drain();
+    let caller = &world.callers[&id];
+    assert_eq!((caller.told_us.len(), caller.outcome), (5, Some(Outcome::ContextFull)));
+}
+
+#[test]
+fn hopeless_prompts_are_refused() {
+    let mut scheduler = Scheduler::new(limits(1));
+    let mut admit = |prompt| {
+        scheduler.admit(Arrival { id: SessionId(1), prompt, tenant: TenantId(0), priority: 0, deadline: None })
+    };
+    assert_eq!(admit(vec![]), Err(AdmitError::Empty));
+    assert_eq!(admit(vec![1; 256]), Err(AdmitError::TooLong { tokens: 256, context: 256 }));
+    assert_eq!(admit(vec![1; 255]), Ok(()));
+}
+
+#[test]
+fn passes_that_are_not_due_change_nothing() {
+    let mut world = world(1, 1);
+    world.ask(1, text(1, 10), 2);
+    let pass = world.send().unwrap();
+    assert_eq!(world.scheduler.complete(pass.id.next(), 1, &[]), None);
+    world.drain();
+}

@@ -66,22 +66,19 @@ const MIXED_TOKENS: u32 = MIXED_PROMPT / 2;
 /// What is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Part {
-    /// 1 to 32 streams at once
+    /// Streams at once: their speed, first tokens, gaps between tokens, and how busy each stage was
     Decode,
-    /// A long prompt alone
+    /// The first token of a 512-token prompt that is alone
     Prompt,
-    /// A long prompt among streams
+    /// A 1,500-token prompt among four streams that decode
     Mixed,
-    /// What lies between stages
+    /// What software and links take between two stages
     Hop,
-    /// What idle sessions take
+    /// What idle sessions take beside their keys and values
     Memory,
 }
 
 /// `cargo xtask bench serve`
-///
-/// Measures a cluster under many streams against the same model in one process, in the same run on the same file:
-/// `one` is the whole model with the threads of one node, `all` with the threads of all nodes together.
 #[derive(Debug, Args)]
 pub struct ServeArgs {
     #[command(flatten)]
