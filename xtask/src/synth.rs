@@ -193,7 +193,11 @@ pub fn write(shape: Shape, quantisation: Quantisation, seed: u64, out: &Path) ->
     partial.push(".part");
     let failed = |error| Failure::Io { what: format!("{} cannot be written", out.display()), source: error };
     let mut file = BufWriter::new(File::create(&partial).map_err(failed)?);
-    let fill = |idx: usize, offset: u64, bytes: &mut [u8]| fill(idx, &tensors[idx], &pools, offset, bytes);
+    let head = if numbers.tied { "token_embd.weight" } else { "output.weight" };
+    let fill = |idx: usize, offset: u64, bytes: &mut [u8]| {
+        let tensor = &tensors[idx];
+        fill(idx, tensor, tensor.name == head, &pools, offset, bytes)
+    };
     builder.write(&mut file, fill).and_then(|()| file.flush()).map_err(failed)?;
     drop(file);
     std::fs::rename(&partial, out).map_err(failed)
@@ -322,12 +326,20 @@ fn pools(tensors: &[Tensor], seed: u64) -> Outcome<Pools> {
     Ok(pools)
 }
 
-/// The bytes of a tensor from `offset` on.
-fn fill(idx: usize, tensor: &Tensor, pools: &Pools, offset: u64, mut bytes: &mut [u8]) -> io::Result<()> {
+/// The bytes of a tensor from `offset` on. In the head the tokens that show no text are never the likeliest, so that
+/// every token of an answer can be seen.
+fn fill(
+    idx: usize,
+    tensor: &Tensor,
+    is_head: bool,
+    pools: &Pools,
+    offset: u64,
+    mut bytes: &mut [u8],
+) -> io::Result<()> {
     let pool = pools.get(&(tensor.dims[0], tensor.ty)).ok_or(io::ErrorKind::NotFound)?;
     let row_bytes = tensor.ty.row_bytes(tensor.dims[0]).ok_or(io::ErrorKind::InvalidData)? as usize;
     let mut offset = offset as usize;
-    if tensor.name == "output.weight" {
+    if is_head {
         // In all types used here, a block of zero bytes holds zeros.
         let n_zeros = (FIRST_FILLER as usize * row_bytes).saturating_sub(offset).min(bytes.len());
         let (zeros, rest) = bytes.split_at_mut(n_zeros);

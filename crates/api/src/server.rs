@@ -27,7 +27,8 @@ use tokio::time::{sleep, timeout};
 use crate::patience::Patient;
 use crate::{ApiOptions, router};
 
-/// Connections at once. Each holds a socket and two buffers of some KiB; more wait in the listener's backlog.
+/// Connections at once. Each holds a socket and two buffers of some KiB; as many more wait in the listener's
+/// queue, which the system may shorten: with the usual 128 a thousand clients that come at once are partly cut off.
 const MAX_CONNECTIONS: usize = 4096;
 /// How long a client may take to send a request's head, and a connection may idle between two. Longer than clients'
 /// own pools keep one, so that a client never writes into a connection that is just being closed.
@@ -148,6 +149,8 @@ impl Server {
             .thread_name("brigade-api")
             .enable_all()
             .build()?;
+        // Once more, with a longer queue than the standard library asks for.
+        socket2::SockRef::from(&listener).listen(MAX_CONNECTIONS as i32)?;
         listener.set_nonblocking(true)?;
         let addr = listener.local_addr()?;
         let listener = {

@@ -30,8 +30,11 @@ fn bytes(head: &FrameHead) -> Vec<u8> {
     bytes
 }
 
+/// What was sent over a link: heads and rows.
+type Sent = Receiver<(FrameHead, Vec<f32>)>;
+
 /// A link that passes on what is sent over it, and yields what comes from `frames`.
-fn link(frames: Receiver<(u8, Vec<u8>)>) -> (Arc<dyn Link>, Receiver<(FrameHead, Vec<f32>)>) {
+fn link(frames: Receiver<(u8, Vec<u8>)>) -> (Arc<dyn Link>, Sent) {
     let (out, sent) = channel();
     let out = Mutex::new(out);
     let on_send = move |parts: &[&[u8]]| {
@@ -42,7 +45,7 @@ fn link(frames: Receiver<(u8, Vec<u8>)>) -> (Arc<dyn Link>, Receiver<(FrameHead,
     (TestLink::of(on_send, move || frames.recv().ok()), sent)
 }
 
-fn closed() -> (Arc<dyn Link>, Receiver<(FrameHead, Vec<f32>)>) {
+fn closed() -> (Arc<dyn Link>, Sent) {
     link(channel().1)
 }
 
@@ -123,7 +126,7 @@ fn a_frame_with_steps_begins_a_batch_and_never_joins_one() {
 struct Running {
     stage: RunningStage,
     frames: Sender<(u8, Vec<u8>)>,
-    sent: Receiver<(FrameHead, Vec<f32>)>,
+    sent: Sent,
     ended: Receiver<StageEnd>,
     n_embd: u32,
 }

@@ -7,7 +7,7 @@
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
@@ -157,6 +157,8 @@ struct Shared {
     started: AtomicUsize,
     ended: AtomicUsize,
     stop: AtomicBool,
+    /// What the first stream that ended had to say.
+    why: Mutex<Option<String>>,
 }
 
 impl Crowd {
@@ -166,8 +168,12 @@ impl Crowd {
         for k in 0..n_streams {
             let shared = Arc::clone(&shared);
             let stream = move || {
-                let _ = follow(addr, k, context - 64, &shared);
+                let end = follow(addr, k, context - 64, &shared);
                 shared.ended.fetch_add(1, Ordering::Relaxed);
+                if let Ok(mut why) = shared.why.lock() {
+                    let end = end.map_or_else(|error| error.to_string(), |text| text);
+                    why.get_or_insert(end);
+                }
             };
             let thread = std::thread::Builder::new().stack_size(STACK_BYTES);
             thread.spawn(stream).map_err(Failure::io("a thread for a stream"))?;
@@ -175,7 +181,8 @@ impl Crowd {
         let deadline = Instant::now() + START_TIMEOUT;
         while shared.started.load(Ordering::Relaxed) < n_streams as usize {
             if shared.ended.load(Ordering::Relaxed) > 0 || Instant::now() > deadline {
-                return Err(Failure::said("a stream got no token; see what the child wrote"));
+                let why = shared.why.lock().ok().and_then(|why| why.clone()).unwrap_or_else(|| "too slow".to_owned());
+                return Err(Failure::said(format!("a stream got no token: {why}")));
             }
             std::thread::sleep(Duration::from_millis(10));
         }
@@ -195,7 +202,7 @@ impl Crowd {
 }
 
 /// Asks, and counts the events of the answer until it ends or is to stop.
-fn follow(addr: SocketAddr, k: u32, n_tokens: u32, shared: &Shared) -> std::io::Result<()> {
+fn follow(addr: SocketAddr, k: u32, n_tokens: u32, shared: &Shared) -> std::io::Result<String> {
     let body = format!(
         r#"{{"model":"default","prompt":[{},{},{}],"max_tokens":{n_tokens},"temperature":0,"ignore_eos":true,"stream":true}}"#,
         k % 200 + 1,
@@ -210,19 +217,23 @@ fn follow(addr: SocketAddr, k: u32, n_tokens: u32, shared: &Shared) -> std::io::
     )?;
     let mut buffer = [0; 16 << 10];
     let mut events = Events::default();
-    let mut has_started = false;
+    let (mut has_answer, mut has_started) = (false, false);
     while !shared.stop.load(Ordering::Relaxed) {
         let n = stream.read(&mut buffer)?;
         if n == 0 {
-            return Ok(());
+            return Ok("the connection was closed".to_owned());
         }
+        if !buffer[..n].starts_with(b"HTTP/1.1 200") && !has_answer {
+            return Ok(String::from_utf8_lossy(&buffer[..n.min(400)]).into_owned());
+        }
+        has_answer = true;
         let found = events.count(&buffer[..n]);
         if found > 0 && !std::mem::replace(&mut has_started, true) {
             shared.started.fetch_add(1, Ordering::Relaxed);
         }
         shared.tokens.fetch_add(found, Ordering::Relaxed);
     }
-    Ok(())
+    Ok("it was told to stop".to_owned())
 }
 
 /// Counts events that carry text, wherever reads cut them.

@@ -1,6 +1,7 @@
 //! A small client of the endpoint: replies as JSON, streams as events.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpStream;
 use std::time::Duration;
 
 use serde_json::Value;
@@ -22,7 +23,11 @@ pub struct Endpoint {
 pub struct Reply {
     pub status: u16,
     pub retry_after: Option<String>,
-    /// Null if it is not JSON.
+    /// The header `x-request-id`.
+    pub request_id: Option<String>,
+    /// What it says, whatever it is.
+    pub text: String,
+    /// The same as JSON; null if it is none.
     pub body: Value,
 }
 
@@ -85,6 +90,15 @@ impl Endpoint {
         sent.unwrap_or_else(|error| panic!("POST {path}: {error}"))
     }
 
+    /// Posts a request on a socket of its own and leaves the rest to the caller, who may hang up. No key is sent.
+    pub fn post_on_socket(&self, path: &str, body: &Value) -> TcpStream {
+        let body = body.to_string();
+        let mut socket = TcpStream::connect(self.url.trim_start_matches("http://")).unwrap();
+        let head = format!("host: localhost\r\ncontent-type: application/json\r\ncontent-length: {}", body.len());
+        socket.write_all(format!("POST {path} HTTP/1.1\r\n{head}\r\n\r\n{body}").as_bytes()).unwrap();
+        socket
+    }
+
     /// Starts a streamed answer; `stream` is set here. Dropping it hangs up.
     #[track_caller]
     pub fn stream(&self, path: &str, body: &Value) -> Stream {
@@ -97,10 +111,11 @@ impl Endpoint {
 }
 
 fn reply(mut response: ureq::http::Response<ureq::Body>) -> Reply {
-    let retry_after = response.headers().get("retry-after").map(|value| value.to_str().unwrap().to_owned());
+    let header = |name| response.headers().get(name).map(|value| value.to_str().unwrap().to_owned());
+    let (retry_after, request_id) = (header("retry-after"), header("x-request-id"));
     let text = response.body_mut().read_to_string().unwrap();
     let body = serde_json::from_str(&text).unwrap_or(Value::Null);
-    Reply { status: response.status().as_u16(), retry_after, body }
+    Reply { status: response.status().as_u16(), retry_after, request_id, text, body }
 }
 
 /// An answer on its way.

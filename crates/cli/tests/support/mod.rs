@@ -2,7 +2,8 @@
 //!
 //! - [`Setup`] says how many nodes and with which flags; [`Cluster`] owns their processes and state directories.
 //! - [`Process`] is one of them: dropping it ends it, and if the test has failed shows what it said.
-//! - [`http`] talks to the endpoint, [`oracle`] knows the right answers, [`fake`] is a server that is none.
+//! - [`http`] talks to the endpoint, [`metrics`] reads what it counts, [`oracle`] knows the right answers, [`fake`] is a
+//!   server that is none.
 //!
 //! Nothing here waits for a fixed time: [`eventually`] polls a condition until a deadline.
 #![allow(dead_code, unused_imports, reason = "each test binary uses a part")]
@@ -10,6 +11,7 @@
 
 pub mod fake;
 pub mod http;
+pub mod metrics;
 pub mod oracle;
 mod process;
 
@@ -21,6 +23,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 pub use http::{Endpoint, Event, Reply, Stream};
+pub use metrics::Metrics;
 pub use process::{Ended, Process, run, run_with_input};
 
 /// How long a condition may take on a machine that is busy with other tests.
@@ -100,6 +103,11 @@ impl Setup {
     pub fn join(mut self, args: &[&str]) -> Self {
         self.join.extend(args.iter().map(ToString::to_string));
         self
+    }
+
+    /// Disk for idle sessions, on all nodes.
+    pub fn kv_spill(self, size: &str) -> Self {
+        self.serve(&["--kv-spill", size]).join(&["--kv-spill", size])
     }
 
     /// Starts the coordinator alone, which need not become ready.
@@ -222,6 +230,33 @@ impl Cluster {
     /// The status as the endpoint tells it.
     pub fn status(&self) -> Value {
         self.endpoint.get("/brigade/v1/status").ok()
+    }
+
+    /// What the endpoint counts.
+    pub fn metrics(&self) -> Metrics {
+        let reply = self.endpoint.get("/metrics");
+        assert_eq!(reply.status, 200);
+        Metrics::parse(&reply.text)
+    }
+
+    /// What the endpoint knows of a request.
+    pub fn trace(&self, id: &str) -> Value {
+        self.endpoint.get(&format!("/debug/requests/{id}")).ok()
+    }
+
+    /// What the endpoint knows of a request that has been answered: its caller hears the end a moment before.
+    #[track_caller]
+    pub fn trace_of_done(&self, id: &str) -> Value {
+        eventually("the end of a request", || Some(self.trace(id)).filter(|trace| trace["state"] == "done"))
+    }
+
+    /// Waits until no request runs or waits.
+    #[track_caller]
+    pub fn wait_idle(&self) {
+        eventually("rest", || {
+            let status = self.status();
+            (status["running"] == 0 && status["waiting"] == 0).then_some(())
+        });
     }
 
     /// Name and layers of every node that has a stage, in ring order.

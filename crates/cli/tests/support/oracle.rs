@@ -13,7 +13,7 @@ use super::{MAX_ANSWER, abacus};
 const CONTEXT: u32 = 1024;
 
 /// What a session yields.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct Answer {
     /// The tokens, the end token not among them.
     pub tokens: Vec<Token>,
@@ -21,6 +21,8 @@ pub struct Answer {
     pub text: String,
     /// The natural logarithm of each token's probability.
     pub logprobs: Vec<f64>,
+    /// The same and those of the five likeliest tokens, best first, as the engine has them: to compare bits.
+    pub printed: Vec<(f32, Vec<f32>)>,
     /// `stop` or `length`.
     pub finish: &'static str,
     /// Tokens generated, the end token counted.
@@ -43,6 +45,11 @@ pub fn oracle() -> MutexGuard<'static, Oracle> {
 /// A chat with one message, as abacus was trained on it.
 pub fn rendered(prompt: &str) -> String {
     conversation(&[prompt])
+}
+
+/// What the model is told first, and then a conversation.
+pub fn instructed(system: &str, turns: &[&str]) -> String {
+    format!("<|im_start|>system\n{system}<|im_end|>\n{}", conversation(turns))
 }
 
 /// A conversation of user and assistant in turns; the last turn is the user's.
@@ -98,24 +105,41 @@ impl Oracle {
 
     fn compute(&mut self, prompt: &[Token], max_tokens: u32, ignore_end: bool) -> Answer {
         self.stage.clear_all();
+        self.go_on(prompt, 0, max_tokens, ignore_end)
+    }
+
+    /// The likeliest continuation of `prompt`, of whose tokens the first `n_kept` are not computed again: they are as
+    /// the last call left them, in the batch shapes that it had.
+    pub fn go_on(&mut self, prompt: &[Token], n_kept: u32, max_tokens: u32, ignore_end: bool) -> Answer {
+        self.stage.truncate(0, n_kept).unwrap();
         let mut logits = Vec::new();
-        prompt.chunks(brigade_node::CHUNK as usize).for_each(|chunk| self.feed(chunk, &mut logits));
-        let (mut tokens, mut logprobs, mut n_generated) = (Vec::new(), Vec::new(), 0);
+        let mut new = &prompt[n_kept as usize..];
+        while !new.is_empty() {
+            // A row that is alone is computed in another way; the schedule leaves none of a prompt alone.
+            let most = brigade_node::CHUNK as usize;
+            let n = if new.len() == most + 1 { most - 1 } else { new.len().min(most) };
+            self.feed(&new[..n], &mut logits);
+            new = &new[n..];
+        }
+        let mut answer = Answer::default();
         let finish = loop {
             let (token, logprob) = likeliest(&logits);
-            n_generated += 1;
+            answer.n_generated += 1;
             if self.vocabulary.is_end(token) && !ignore_end {
                 break "stop";
             }
-            tokens.push(token);
-            logprobs.push(logprob);
-            if n_generated >= max_tokens as usize {
+            let (own, top) = brigade_engine::log_probabilities(&logits, token, 5);
+            answer.tokens.push(token);
+            answer.logprobs.push(logprob);
+            answer.printed.push((own, top.into_iter().map(|(_, logprob)| logprob).collect()));
+            if answer.n_generated >= max_tokens as usize {
                 break "length";
             }
             self.feed(&[token], &mut logits);
         };
-        let bytes: Vec<u8> = tokens.iter().flat_map(|&token| self.vocabulary.token_bytes(token, false)).collect();
-        Answer { text: String::from_utf8_lossy(&bytes).into_owned(), tokens, logprobs, finish, n_generated }
+        let bytes: Vec<u8> =
+            answer.tokens.iter().flat_map(|&token| self.vocabulary.token_bytes(token, false)).collect();
+        Answer { text: String::from_utf8_lossy(&bytes).into_owned(), finish, ..answer }
     }
 
     /// Appends tokens; `logits` are those of the last.

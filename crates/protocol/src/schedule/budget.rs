@@ -14,10 +14,10 @@
 const SLOWDOWN: f32 = 3.2;
 
 /// What the first chunks may be of those that follow them. While passes come back every `t`, others that take `x` are
-/// sent every `t`, so with `n` stages the last of `n` waits `(n - 1) * (x - t)` before the first stage. With chunks that
-/// take `a * t` a stream's longest gap is `1 + a * (2 - 1 / n)` times `t * n`. If the first round has `f * a` and the
-/// second `a`, it is `1 + 2 * f * a` in the first and `1 + a + (1 - f) * a` in the second, for large `n`: least for two
-/// thirds, and then still below four.
+/// sent every `t`, so with `n` stages the last of `n` waits `(n - 1) * (x - t)` before the first stage. With chunks
+/// that take `a * t` a stream's longest gap is `1 + a * (2 - 1 / n)` times `t * n`. If the first round has `f * a` and
+/// the second `a`, it is `1 + 2 * f * a` in the first and `1 + a + (1 - f) * a` in the second, for large `n`: least for
+/// two thirds, and then still below four.
 const FIRST_CHUNKS: f32 = 2.0 / 3.0;
 
 /// Fewest rows of a chunk that is cut: below it the weights are read so often that the prompt takes noticeably longer

@@ -36,8 +36,8 @@ pub(super) struct Kept {
     pub(super) tokens: Vec<Token>,
     /// How many of the first tokens were computed in chunks of two and more rows; the others one by one.
     pub(super) n_chunked: u32,
-    /// The stages hold more tokens behind these, left by somebody else. Such a slot cannot be saved, since a stage saves
-    /// all that it holds.
+    /// The stages hold more tokens behind these, left by somebody else. Such a slot cannot be saved, since a stage
+    /// saves all that it holds.
     pub(super) has_surplus: bool,
     pub(super) tenant: TenantId,
     /// Whose tokens they were last.

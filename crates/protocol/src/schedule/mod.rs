@@ -5,22 +5,22 @@
 //! [`Scheduler::push`] appends a chosen token.
 //!
 //! - **Full stages.** Up to one pass per stage carries decode rows. Sessions are dealt over the passes: with two stages
-//!   and eight sessions, four travel while four are sampled. While only prompts are computed, one more pass waits before
-//!   the busiest stage. The chunks of a prompt need not wait for each other: while one is in the second stage, the next
-//!   is in the first.
+//!   and eight sessions, four travel while four are sampled. While only prompts are computed, one more pass waits
+//!   before the busiest stage. The chunks of a prompt need not wait for each other: while one is in the second stage,
+//!   the next is in the first.
 //! - **Nobody waits behind a prompt.** A pass carries decode rows first and prompt rows as far as the measured times
 //!   allow (`budget.rs`); prompts take turns.
 //! - **Nothing is computed twice.** A slot keeps its tokens when its session ends. A session takes over the slot with
 //!   the longest common beginning, copies from a slot that others need, waits for a session that is just computing the
 //!   same beginning, or has a saved image loaded (`kv.rs`).
 //! - **Order.** Waiting sessions come by priority, then tenants take turns (`session.rs`). A session with a higher
-//!   priority takes the slot of one with a lower, which goes on later: from what its slot still holds, from its image, or
-//!   by computing its tokens again.
+//!   priority takes the slot of one with a lower, which goes on later: from what its slot still holds, from its image,
+//!   or by computing its tokens again.
 //! - **The same bits.** Prompt rows are computed at least two at a time, all others one at a time, also when they are
 //!   computed again: libllama's kernels give a row of either kind the same bits in any company, but not both kinds.
 //!
-//! A slot holds a whole context on every stage. So who has a slot can always finish, and nobody who runs is ever stopped
-//! for want of memory.
+//! A slot holds a whole context on every stage. So who has a slot can always finish, and nobody who runs is ever
+//! stopped for want of memory.
 
 use std::collections::VecDeque;
 use std::time::Instant;

@@ -53,6 +53,8 @@ impl Scheduler {
         if (image.is_some() || kept.len() - here >= MIN_SHARED)
             && let Some(id) = self.images.begin(&kept, &mut self.to_drop)
         {
+            // What makes room for it goes first.
+            pass.steps.extend(self.to_drop.drain(..).map(|image| KvStep::Drop { image }));
             let (n_tokens, n_chunked) = (kept.len(), kept.n_chunked);
             sent.images.push(ImageStep { step: pass.steps.len(), image: id, n_tokens, n_chunked, slot: None });
             pass.steps.push(KvStep::Save { slot: slot as u32, n_tokens, image: id });

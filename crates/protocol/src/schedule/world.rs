@@ -1,11 +1,11 @@
 //! A ring that is not there, for tests of the scheduler: stages that hold tokens, callers, and a clock.
 //!
-//! - A [`Stage`] takes frames like a worker: steps, then row sets, strictly in order. Each position of a slot has a value
-//!   that follows from all positions before it, from the row that came in, and (with an exact cache) from whether it
-//!   was computed alone or in a chunk. The tail's value is the next token. So an answer equals that of a lone run
+//! - A [`Stage`] takes frames like a worker: steps, then row sets, strictly in order. Each position of a slot has a
+//!   value that follows from all positions before it, from the row that came in, and (with an exact cache) from whether
+//!   it was computed alone or in a chunk. The tail's value is the next token. So an answer equals that of a lone run
 //!   ([`World::lone`]) only if every stage held the right tokens all along.
-//! - The [`World`] owns scheduler, stages and callers. It sends and receives passes, checks each against what the callers
-//!   know, and computes when a stage would be done ([`Cost`]). Images fail as its seed wants.
+//! - The [`World`] owns scheduler, stages and callers. It sends and receives passes, checks each against what the
+//!   callers know, and computes when a stage would be done ([`Cost`]). Images fail as its seed wants.
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::time::{Duration, Instant};
