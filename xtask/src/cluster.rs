@@ -40,6 +40,8 @@ pub struct ClusterSpec {
     pub context: Option<u32>,
     /// Sessions at once.
     pub parallel: Option<u32>,
+    /// Layers of each stage, the coordinator's last; by memory if there are none.
+    pub layers: Vec<u32>,
 }
 
 /// A cluster that answers.
@@ -62,6 +64,10 @@ impl Cluster {
             if let Some(value) = value {
                 serve.args([flag, &value.to_string()]);
             }
+        }
+        if !spec.layers.is_empty() {
+            let layers: Vec<String> = spec.layers.iter().map(u32::to_string).collect();
+            serve.args(["--layers", &layers.join(",")]);
         }
         let lines = processes.start(&spec.names[0], serve)?;
         // Printed once the ticket is in its file.

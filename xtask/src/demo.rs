@@ -42,6 +42,7 @@ pub fn run() -> Outcome {
         pin: false,
         context: None,
         parallel: None,
+        layers: Vec::new(),
     };
     let cluster = Cluster::start(&processes, &brigade, &state_dir, &spec)?;
     line(format_args!("ready after {:.1} s", cluster.startup.as_secs_f32()))?;

@@ -113,7 +113,7 @@ pub struct ServeArgs {
     /// Pin the split: layers of each stage, workers in the order of joining and this node last
     #[arg(long, value_name = "A,B,C", value_delimiter = ',', env = "BRIGADE_LAYERS")]
     pub layers: Option<Vec<u32>>,
-    /// Which computed tokens later requests of the same key may use: full (all), exact (only where not one bit changes), off
+    /// Which computed tokens later requests of the same key may use: full (all), exact (no bit changes), or off
     #[arg(long, value_name = "WHICH", default_value = "full", env = "BRIGADE_PREFIX_CACHE", value_parser = prefix_cache)]
     pub prefix_cache: PrefixCache,
     /// Let requests of all keys use each other's computed tokens; timing then tells what others asked

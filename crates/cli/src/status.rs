@@ -67,18 +67,19 @@ fn layers(value: &Value) -> String {
 fn print(status: &Value) -> Result<(), Failure> {
     output::line(format_args!("{}: {}", text(status, "model"), text(status, "state")))?;
     output::line(format_args!(
-        "{} of {} sessions run, {} wait; {:.1} tokens/s, {} tokens since the start; {:.0} us per hop",
+        "{} of {} sessions run, {} wait; {:.1} tokens/s, {} tokens since the start; {:.0} us per hop; {:.0} % of KV cache",
         number(status, "running"),
         number(status, "parallel"),
         number(status, "waiting"),
         number(status, "tokens_per_second"),
         number(status, "tokens_generated"),
         number(status, "hop_us_p50"),
+        100.0 * number(status, "kv_tokens") / number(status, "kv_capacity").max(1.0),
     ))?;
     output::line("")?;
     output::line(format_args!(
-        "{:<20} {:<11} {:>7} {:<9} {:>10} {:>10} {:>10} {:>7} {:>8} {:>8}",
-        "node", "role", "layers", "state", "stage", "resident", "offered", "threads", "pass ms", "rtt ms"
+        "{:<20} {:<11} {:>7} {:<9} {:>10} {:>10} {:>10} {:>7} {:>8} {:>6} {:>8}",
+        "node", "role", "layers", "state", "stage", "resident", "offered", "threads", "pass ms", "busy", "rtt ms"
     ))?;
     for node in status.get("nodes").and_then(Value::as_array).into_iter().flatten() {
         let state = if text(node, "state") == "loading" {
@@ -87,7 +88,7 @@ fn print(status: &Value) -> Result<(), Failure> {
             text(node, "state").to_owned()
         };
         output::line(format_args!(
-            "{:<20} {:<11} {:>7} {:<9} {:>10} {:>10} {:>10} {:>7} {:>8.2} {:>8.2}",
+            "{:<20} {:<11} {:>7} {:<9} {:>10} {:>10} {:>10} {:>7} {:>8.2} {:>4.0} % {:>8.2}",
             text(node, "name"),
             text(node, "role"),
             layers(node),
@@ -97,6 +98,7 @@ fn print(status: &Value) -> Result<(), Failure> {
             size(node, "memory_offered").to_string(),
             number(node, "threads"),
             number(node, "pass_ms"),
+            100.0 * number(node, "busy"),
             number(node, "rtt_ms"),
         ))?;
     }

@@ -1,8 +1,8 @@
 //! Many at once: whoever comes, waits, is pushed aside or hangs up, every answer is the one of a lone run.
 //!
 //! A crowd is made from a seed: talks of several turns below one long system prompt, and completions of tokens that
-//! look random, with priorities, streams, and callers who hang up. When all of it is asked at once, the schedule and the
-//! batches are others in each run, and no text may be.
+//! look random, with priorities, streams, and callers who hang up. When all of it is asked at once, the schedule and
+//! the batches are others in each run, and no text may be.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod support;
@@ -14,14 +14,14 @@ use std::sync::Arc;
 use brigade_base::Token;
 use brigade_node::MAX_WAITING;
 use serde_json::{Value, json};
-use support::oracle::{Answer, instructed, oracle, rendered};
-use support::{Cluster, Event, MAX_ANSWER, Setup, endless_body, eventually};
+use support::oracle::{Answer, Oracle, instructed, oracle, rendered};
+use support::{Cluster, Event, MAX_ANSWER, Setup, endless_body, eventually, quantised_abacus};
 
 const CHAT: &str = "/v1/chat/completions";
 const PLAIN: &str = "/v1/completions";
 
 /// Tokens of an answer that takes so long that it can be disturbed.
-const LONG: u32 = 900;
+const LONG: u32 = 600;
 
 /// A priority behind those of all others.
 const PATIENT: i64 = 9;
@@ -98,11 +98,10 @@ impl Ask {
     }
 }
 
-/// A completion of tokens that look random.
-fn completion(dice: &mut Dice, n_prompt: u64, n_answer: u64, priority: i64, manner: Manner) -> Ask {
-    let prompt = dice.tokens(n_prompt);
-    let expected = oracle().generate(&prompt, n_answer as u32, true);
-    let mut body = endless_body(&prompt, n_answer as u32);
+/// A completion of a prompt that need not mean anything.
+fn completion(oracle: &mut Oracle, prompt: &[Token], n_answer: u64, priority: i64, manner: Manner) -> Ask {
+    let expected = oracle.generate(prompt, n_answer as u32, true);
+    let mut body = endless_body(prompt, n_answer as u32);
     body["priority"] = priority.into();
     Ask { path: PLAIN, body, manner, expected }
 }
@@ -114,15 +113,15 @@ fn system_prompt() -> String {
 }
 
 /// A talk of three turns.
-fn talk(dice: &mut Dice, all_questions: &[Value]) -> Vec<Ask> {
+fn talk(oracle: &mut Oracle, dice: &mut Dice, all_questions: &[Value]) -> Vec<Ask> {
     let mut turns: Vec<String> = Vec::new();
     let mut asks = Vec::new();
     for _ in 0..3 {
         let question = &all_questions[dice.below(all_questions.len() as u64) as usize];
         turns.push(question["prompt"].as_str().unwrap().to_owned());
         let texts: Vec<&str> = turns.iter().map(String::as_str).collect();
-        let prompt = oracle().tokens(&instructed(&system_prompt(), &texts));
-        let expected = oracle().generate(&prompt, MAX_ANSWER, false);
+        let prompt = oracle.tokens(&instructed(&system_prompt(), &texts));
+        let expected = oracle.generate(&prompt, MAX_ANSWER, false);
         let roles = ["user", "assistant"].into_iter().cycle();
         let turn = |(role, text): (&str, &String)| json!({"role": role, "content": text});
         let mut messages = vec![json!({"role": "system", "content": system_prompt()})];
@@ -138,9 +137,9 @@ fn talk(dice: &mut Dice, all_questions: &[Value]) -> Vec<Ask> {
 }
 
 /// What each of ten callers asks, one thing after the other.
-fn crowd(dice: &mut Dice) -> Vec<Vec<Ask>> {
+fn crowd(oracle: &mut Oracle, dice: &mut Dice) -> Vec<Vec<Ask>> {
     let all_questions: Vec<Value> = serde_json::from_str(include_str!("../../../models/eval.json")).unwrap();
-    let mut callers: Vec<Vec<Ask>> = (0..4).map(|_| talk(dice, &all_questions)).collect();
+    let mut callers: Vec<Vec<Ask>> = (0..4).map(|_| talk(oracle, dice, &all_questions)).collect();
     for _ in 0..6 {
         let mut asks = Vec::new();
         for _ in 0..4 {
@@ -152,7 +151,7 @@ fn crowd(dice: &mut Dice) -> Vec<Vec<Ask>> {
                 2 | 3 => Manner::Whole,
                 _ => Manner::Streamed,
             };
-            asks.push(completion(dice, n_prompt, n_answer, priority, manner));
+            asks.push(completion(oracle, &dice.tokens(n_prompt), n_answer, priority, manner));
         }
         callers.push(asks);
     }
@@ -160,15 +159,15 @@ fn crowd(dice: &mut Dice) -> Vec<Vec<Ask>> {
 }
 
 /// Four patient sessions have all slots when a crowd of more urgent ones comes; in the end all have their answers.
-fn check_crowd(setup: Setup, seed: u64) -> Cluster {
+fn check_crowd(setup: Setup, oracle: &mut Oracle, seed: u64) -> Cluster {
     let mut dice = Dice(seed);
     let patient: Vec<Ask> = (0..4)
         .map(|_| {
             let (n_prompt, n_answer) = (dice.within(100, 200), dice.within(200, 300));
-            completion(&mut dice, n_prompt, n_answer, PATIENT, Manner::Streamed)
+            completion(oracle, &dice.tokens(n_prompt), n_answer, PATIENT, Manner::Streamed)
         })
         .collect();
-    let callers = crowd(&mut dice);
+    let callers = crowd(oracle, &mut dice);
     let cluster = setup.parallel(4).start();
     let mut streams: Vec<_> = patient.iter().map(|ask| cluster.stream(ask.path, &ask.body)).collect();
     let begun: Vec<String> = streams.iter_mut().map(|stream| stream.chunks(2)).collect();
@@ -207,7 +206,7 @@ fn outcomes(cluster: &Cluster, name: &str) -> f64 {
 
 #[test]
 fn a_crowd_is_answered_as_if_each_were_alone() {
-    let cluster = check_crowd(Setup::of(3).serve(&["--prefix-cache", "exact"]).kv_spill("64MiB"), 1);
+    let cluster = check_crowd(Setup::of(3).serve(&["--prefix-cache", "exact"]).kv_spill("64MiB"), &mut oracle(), 1);
     assert!(cluster.metrics().get("prefix_cache_hits_total") >= 1.0);
     assert!(outcomes(&cluster, "kv_image_saves_total") >= 1.0);
     assert!(outcomes(&cluster, "kv_image_restores_total") >= 1.0);
@@ -216,14 +215,24 @@ fn a_crowd_is_answered_as_if_each_were_alone() {
 /// So little disk that images push each other out while others are on their way.
 #[test]
 fn a_crowd_with_little_disk_is_answered_as_if_each_were_alone() {
-    let cluster = check_crowd(Setup::of(2).serve(&["--prefix-cache", "exact"]).kv_spill("1MiB"), 2);
+    let cluster = check_crowd(Setup::of(2).serve(&["--prefix-cache", "exact"]).kv_spill("1MiB"), &mut oracle(), 2);
     assert!(outcomes(&cluster, "kv_image_saves_total") >= 1.0);
+}
+
+/// Quantised products have other bits for a row alone than for one of many; each row is computed in the same company
+/// of its own session here and there.
+#[test]
+fn a_crowd_on_quantised_weights_is_answered_as_if_each_were_alone() {
+    let model = quantised_abacus();
+    let setup = Setup::of(2).serve(&[model.to_str().unwrap(), "--prefix-cache", "exact"]).kv_spill("64MiB");
+    let cluster = check_crowd(setup, &mut Oracle::of(&model), 6);
+    assert!(outcomes(&cluster, "kv_image_restores_total") >= 1.0);
 }
 
 /// Who was preempted has its tokens computed again.
 #[test]
 fn a_crowd_without_disk_is_answered_as_if_each_were_alone() {
-    let cluster = check_crowd(Setup::of(3).serve(&["--prefix-cache", "exact"]), 3);
+    let cluster = check_crowd(Setup::of(3).serve(&["--prefix-cache", "exact"]), &mut oracle(), 3);
     assert!(cluster.metrics().get("prefix_cache_hits_total") >= 1.0);
     assert_eq!(outcomes(&cluster, "kv_image_saves_total"), 0.0);
 }
@@ -231,7 +240,7 @@ fn a_crowd_without_disk_is_answered_as_if_each_were_alone() {
 /// Without a cache, what is kept of a session is for itself alone.
 #[test]
 fn a_crowd_without_a_cache_is_answered_as_if_each_were_alone() {
-    let cluster = check_crowd(Setup::of(3).serve(&["--prefix-cache", "off"]).kv_spill("64MiB"), 4);
+    let cluster = check_crowd(Setup::of(3).serve(&["--prefix-cache", "off"]).kv_spill("64MiB"), &mut oracle(), 4);
     assert!(outcomes(&cluster, "kv_image_restores_total") >= 1.0);
     let body = endless_body(&Dice(5).tokens(100), 2);
     for _ in 0..2 {
@@ -255,7 +264,8 @@ fn begin(cluster: &Cluster, body: &Value) -> (support::Stream, String, String) {
 
 fn check_preemption(setup: Setup) {
     let cluster = setup.parallel(1).start();
-    let mut patient = endless_body(&story(), LONG);
+    let story = story();
+    let mut patient = endless_body(&story, LONG);
     patient["priority"] = 1.into();
     let (mut stream, patient_id, mut told) = begin(&cluster, &patient);
     let question = oracle().tokens(&rendered("What is 17 + 25?"));
@@ -265,7 +275,7 @@ fn check_preemption(setup: Setup) {
     assert_eq!(reply["choices"][0]["text"], oracle().generate(&question, 30, true).text);
     let (rest, end) = stream.rest();
     told.push_str(&rest);
-    assert_eq!((told, end), (oracle().generate(&story(), LONG, true).text.clone(), Event::Done));
+    assert_eq!((told, end), (oracle().generate(&story, LONG, true).text.clone(), Event::Done));
 
     let ended = |trace: &Value| trace["received_unix_ms"].as_f64().unwrap() + trace["total_ms"].as_f64().unwrap();
     let patient = cluster.trace_of_done(&patient_id);
@@ -291,7 +301,8 @@ fn an_urgent_request_takes_the_slot_of_a_patient_one_which_is_loaded_again() {
 #[test]
 fn who_has_no_time_left_is_told_and_gives_up_its_place() {
     let cluster = Setup::of(2).parallel(1).start();
-    let mut hasty = endless_body(&story(), LONG);
+    let story = story();
+    let mut hasty = endless_body(&story, LONG);
     hasty["timeout"] = json!(0.05);
     let reply = cluster.endpoint.post(PLAIN, &hasty);
     assert_eq!((reply.status, reply.code()), (504, "timeout"), "{reply:?}");
@@ -301,10 +312,10 @@ fn who_has_no_time_left_is_told_and_gives_up_its_place() {
     let (told, end) = cluster.stream(PLAIN, &hasty).rest();
     let Event::Error(error) = end else { panic!("{end:?}") };
     assert_eq!(error["error"]["code"], "timeout");
-    assert!(oracle().generate(&story(), LONG, true).text.starts_with(&told), "{told:?}");
+    assert!(oracle().generate(&story, LONG, true).text.starts_with(&told), "{told:?}");
     cluster.wait_idle();
 
-    let (mut stream, id, _) = begin(&cluster, &endless_body(&story(), LONG));
+    let (mut stream, id, _) = begin(&cluster, &endless_body(&story, LONG));
     let reply = cluster.endpoint.post(PLAIN, &hasty);
     assert_eq!((reply.status, reply.code()), (504, "timeout"), "{reply:?}");
     let waited = cluster.trace_of_done(reply.request_id.as_ref().unwrap());

@@ -22,8 +22,14 @@ fn prompt(i: Token) -> Vec<Token> {
 fn counted(cluster: &Cluster, n: f64) -> Metrics {
     eventually("the end of all requests", || {
         let metrics = cluster.metrics();
-        (metrics.get("request_success_total") == n && metrics.get("num_requests_running") == 0.0).then_some(metrics)
+        let n_ended = if metrics.tells("request_success") { metrics.get("request_success_total") } else { 0.0 };
+        (n_ended == n && metrics.get("num_requests_running") == 0.0).then_some(metrics)
     })
+}
+
+/// Names of the nodes in the order of the ring, the coordinator last.
+fn ring(cluster: &Cluster) -> Vec<String> {
+    cluster.placement().into_iter().map(|(name, _)| name).collect()
 }
 
 #[test]
@@ -31,7 +37,7 @@ fn counters_tell_what_was_done() {
     let cluster = Cluster::of(3);
     let before = counted(&cluster, 0.0);
     assert_eq!(before.labelled("build_info", &[("version", env!("CARGO_PKG_VERSION"))]), 1.0);
-    assert_eq!((before.get("epoch"), before.get("kv_cache_capacity_tokens")), (1.0, 4.0 * 1024.0));
+    assert_eq!(before.get("epoch"), 1.0);
     for i in 0..2 {
         cluster.complete(&endless_body(&prompt(i), N_ANSWER));
     }
@@ -58,6 +64,7 @@ fn counters_tell_what_was_done() {
         ("request_prompt_tokens_sum", n_prompt),
         ("request_generation_tokens_sum", n_answer),
         ("num_requests_waiting", 0.0),
+        ("kv_cache_capacity_tokens", 4.0 * 1024.0),
     ];
     for (name, value) in expected {
         assert_eq!(metrics.get(name), value, "{name}");
@@ -65,20 +72,22 @@ fn counters_tell_what_was_done() {
     assert_eq!(metrics.labelled("request_success_total", &[("finished_reason", "length")]), 3.0);
     // The last token of an answer is chosen and never computed.
     let n_rows = n_prompt - n_cached + n_answer - 3.0;
-    let names = ["w0", "w1", "a"];
-    for (stage, name) in names.into_iter().enumerate() {
-        let labels = [("stage", &stage.to_string()[..]), ("node", name)];
+    let names = ring(&cluster);
+    for (stage, name) in names.iter().enumerate() {
+        let labels = [("stage", &stage.to_string()[..]), ("node", &name[..])];
         let more = |of: &str| metrics.labelled(of, &labels) - before.labelled(of, &labels);
         assert_eq!(more("stage_rows_total"), n_rows, "{name}");
         assert_eq!(more("stage_rows_per_pass_sum"), n_rows, "{name}");
         assert!(more("stage_busy_seconds_total") > 0.0, "{name}");
     }
-    let links = [("a", "w0"), ("w0", "w1"), ("w1", "a")];
     eventually("bytes on all links", || {
         let metrics = cluster.metrics();
-        let bytes = |(from, to)| metrics.labelled("link_bytes_total", &[("from", from), ("to", to)]);
+        let bytes = |from: usize| {
+            let labels = [("from", &names[from][..]), ("to", &names[(from + 1) % names.len()][..])];
+            metrics.labelled("link_bytes_total", &labels)
+        };
         // Each row travels as numbers of four bytes, 256 of them.
-        links.into_iter().all(|link| bytes(link) >= n_rows * 1024.0).then_some(())
+        (0..names.len()).all(|from| bytes(from) >= n_rows * 1024.0).then_some(())
     });
     eventually("round trips", || {
         let metrics = cluster.metrics();
@@ -164,6 +173,8 @@ fn a_trace_shows_each_pass_and_each_stage() {
     let times = ["queued_ms", "first_token_ms", "total_ms"].map(|name| trace[name].as_f64().unwrap());
     assert!(times.is_sorted(), "{times:?}");
 
+    let ring = ring(&cluster);
+    assert_eq!(ring.len(), 3);
     let passes = trace["passes"].as_array().unwrap();
     let of_kind = |kind: &str| -> Vec<&Value> { passes.iter().filter(|pass| pass["kind"] == kind).collect() };
     let n_rows = |passes: &[&Value]| passes.iter().map(|pass| pass["rows"].as_u64().unwrap()).sum::<u64>();
@@ -174,7 +185,7 @@ fn a_trace_shows_each_pass_and_each_stage() {
         assert_eq!(pass["rows"], pass["pass_rows"], "nobody else was there");
         let stages = pass["stages"].as_array().unwrap();
         let names: Vec<&str> = stages.iter().map(|stage| stage["node"].as_str().unwrap()).collect();
-        assert_eq!(names, ["w0", "w1", "a"]);
+        assert_eq!(names, ring);
         assert!(stages.iter().enumerate().all(|(i, stage)| stage["stage"] == i && stage["frames"] == 1), "{pass}");
         assert!(stages.iter().all(|stage| stage["compute_us"].as_u64().unwrap() > 0), "{pass}");
     }
@@ -192,7 +203,6 @@ fn a_trace_is_there_before_the_end() {
     let trace = cluster.trace(id);
     assert_eq!((&trace["state"], &trace["finish"]), (&json!("running"), &Value::Null));
     let before = trace["completion_tokens"].as_u64().unwrap();
-    assert!(before >= 1, "{trace}");
     eventually("another token", || (cluster.trace(id)["completion_tokens"].as_u64().unwrap() > before).then_some(()));
     drop(stream);
     let trace = cluster.trace_of_done(id);

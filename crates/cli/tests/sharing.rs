@@ -10,11 +10,8 @@ use std::sync::Arc;
 
 use brigade_base::Token;
 use serde_json::{Value, json};
-use support::oracle::{Answer, conversation, oracle, rendered};
-use support::{Cluster, Endpoint, Event, MAX_ANSWER, Setup, chat_body, endless_body, eventually};
-
-/// Fewest tokens that are taken over from another session's cache.
-const MIN_SHARED: u64 = 16;
+use support::oracle::{Answer, Oracle, conversation, oracle, rendered};
+use support::{Cluster, Endpoint, Event, MAX_ANSWER, Metrics, Setup, chat_body, endless_body, quantised_abacus};
 
 /// What users say in their conversations, turn by turn; the first turns have no beginning in common that is worth
 /// sharing, and are long enough to be worth saving.
@@ -35,6 +32,7 @@ const TALKS: [[&str; 3]; 2] = [
 
 /// A turn, and what must come of it.
 struct Turn {
+    prompt: Vec<Token>,
     body: Value,
     expected: Answer,
     /// Tokens that need not be computed, if all that was computed before is still there.
@@ -43,8 +41,7 @@ struct Turn {
 
 /// A conversation as one machine has it that computes each token once, in the batch shapes of a cluster with a full
 /// cache: the first prompt as a chunk, answers token by token, what each turn adds as a chunk.
-fn talk(says: &[&str]) -> Vec<Turn> {
-    let mut oracle = oracle();
+fn talk(oracle: &mut Oracle, says: &[&str]) -> Vec<Turn> {
     let (mut computed, mut history): (Vec<Token>, Vec<Token>) = Default::default();
     let turn = |(i, text): (usize, &&str)| {
         let user = if i == 0 { rendered(text) } else { format!("<|im_end|>\n{}", conversation(&[text])) };
@@ -57,7 +54,7 @@ fn talk(says: &[&str]) -> Vec<Turn> {
         computed.clone_from(&history);
         computed.truncate(prompt.len() + expected.n_generated - 1);
         let body = json!({"prompt": prompt, "max_tokens": MAX_ANSWER, "temperature": 0, "logprobs": 5});
-        Turn { body, expected, n_cached }
+        Turn { prompt, body, expected, n_cached }
     };
     says.iter().enumerate().map(turn).collect()
 }
@@ -82,50 +79,55 @@ fn check_bits(reply: &Value, expected: &Answer) {
     assert_eq!(own.zip(top).collect::<Vec<_>>(), expected.printed);
 }
 
-/// Two conversations take turns, each in a slot of its own.
-fn check_turns(n_nodes: usize) {
-    let cluster = Cluster::of(n_nodes);
-    let talks = TALKS.map(|says| talk(&says));
+/// Two conversations take turns, and nothing of them is computed twice. Returns how many tokens were not.
+fn check_turns(cluster: &Cluster, oracle: &mut Oracle) -> usize {
+    let talks = TALKS.map(|says| talk(oracle, &says));
     for turn in 0..TALKS[0].len() {
         for talk in &talks {
-            let Turn { body, expected, n_cached } = &talk[turn];
+            let Turn { body, expected, n_cached, .. } = &talk[turn];
             let reply = cluster.complete(body);
             assert_eq!(cached(&reply), *n_cached as u64, "turn {turn}");
             check_bits(&reply, expected);
         }
     }
+    // A lone run computes earlier answers as part of its prompt. That may show in the last bits, and nowhere else.
+    for Turn { prompt, expected, .. } in talks.iter().flatten() {
+        let lone = oracle.generate(prompt, MAX_ANSWER, false);
+        assert_eq!(lone.text, expected.text);
+        let differences = lone.logprobs.iter().zip(&expected.logprobs).map(|(a, b)| (a - b).abs());
+        assert!(differences.fold(0.0, f64::max) < 0.01, "{:?}\n{:?}", lone.logprobs, expected.logprobs);
+    }
+    talks.iter().flatten().map(|turn| turn.n_cached).sum()
 }
 
 #[test]
 fn on_two_nodes_no_turn_is_computed_twice_and_each_bit_is_that_of_one_machine() {
-    check_turns(2);
+    check_turns(&Cluster::of(2), &mut oracle());
 }
 
 #[test]
 fn on_three_nodes_no_turn_is_computed_twice_and_each_bit_is_that_of_one_machine() {
-    check_turns(3);
+    check_turns(&Cluster::of(3), &mut oracle());
+}
+
+#[test]
+fn on_quantised_weights_no_turn_is_computed_twice_and_each_bit_is_that_of_one_machine() {
+    let model = quantised_abacus();
+    let cluster = Setup::of(2).serve(&[model.to_str().unwrap()]).start();
+    check_turns(&cluster, &mut Oracle::of(&model));
 }
 
 /// One slot for two conversations: each turn is loaded from disk, and that of the other is saved.
 #[test]
 fn a_conversation_comes_back_from_disk_bit_by_bit() {
     let cluster = Setup::of(3).parallel(1).kv_spill("64MiB").start();
-    let talks = TALKS.map(|says| talk(&says));
-    let n_turns = TALKS[0].len();
-    for turn in 0..n_turns {
-        for talk in &talks {
-            let Turn { body, expected, n_cached } = &talk[turn];
-            let reply = cluster.complete(body);
-            assert_eq!(cached(&reply), *n_cached as u64, "turn {turn}");
-            check_bits(&reply, expected);
-        }
-    }
+    let n_restored = check_turns(&cluster, &mut oracle());
+    let n_turns = TALKS[0].len() as f64;
     let metrics = cluster.metrics();
     let done = |what: &str| metrics.labelled(&format!("kv_image_{what}_total"), &[("outcome", "ok")]);
-    assert_eq!(done("restores"), 2.0 * (n_turns as f64 - 1.0));
-    assert_eq!(done("saves"), 2.0 * n_turns as f64 - 1.0, "all but the last, which still has the slot");
-    let restored: usize = talks.iter().flatten().map(|turn| turn.n_cached).sum();
-    assert_eq!(metrics.get("kv_image_restore_tokens_total"), restored as f64);
+    assert_eq!(done("restores"), 2.0 * (n_turns - 1.0));
+    assert_eq!(done("saves"), 2.0 * n_turns - 1.0, "all but the last, which still has the slot");
+    assert_eq!(metrics.get("kv_image_restore_tokens_total"), n_restored as f64);
 }
 
 /// The same with messages, which are made into tokens anew in each turn.
@@ -224,16 +226,14 @@ fn check_prompt(cluster: &Cluster, i: Token) -> u64 {
 fn after_a_loss_nothing_is_taken_from_before() {
     let mut cluster = Setup::of(3).layers("3,3,2").parallel(1).kv_spill("64MiB").start();
     assert_eq!([1, 2, 1].map(|i| check_prompt(&cluster, i)), [0, 0, 118], "the last one comes from disk");
-    let metrics = cluster.metrics();
-    assert_eq!(metrics.labelled("kv_image_restores_total", &[("outcome", "ok")]), 1.0);
-    assert!(metrics.get("kv_images") >= 1.0);
     let mut stream = cluster.stream("/v1/completions", &endless_body(&prompt(2), 900));
-    let begun = stream.chunks(3);
-    let whole = oracle().generate(&prompt(2), 900, true);
+    stream.chunks(3);
+    let restored = |metrics: &Metrics| metrics.labelled("kv_image_restores_total", &[("outcome", "ok")]);
+    let metrics = cluster.metrics();
+    assert_eq!((restored(&metrics), metrics.get("kv_images") >= 1.0), (2.0, true));
     cluster.kill_worker(0);
-    let (rest, end) = stream.rest();
+    let (_, end) = stream.rest();
     assert!(matches!(end, Event::Error(_)), "{end:?}");
-    assert!(whole.text.starts_with(&(begun + &rest)), "{rest:?}");
     cluster.wait_not_ready("1 more must join");
     let metrics = cluster.metrics();
     assert_eq!((metrics.get("kv_images"), metrics.get("kv_cache_tokens")), (0.0, 0.0));
@@ -245,11 +245,10 @@ fn after_a_loss_nothing_is_taken_from_before() {
     let metrics = cluster.metrics();
     let failed = |name| metrics.labelled(name, &[("outcome", "failed")]);
     assert_eq!(failed("kv_image_saves_total") + failed("kv_image_restores_total"), 0.0);
-    assert_eq!(metrics.labelled("kv_image_restores_total", &[("outcome", "ok")]), 3.0);
+    assert_eq!(restored(&metrics), 2.0 + 2.0);
 }
 
-/// All that was said to a worker that hung up is void, its answers too, and the rest of the cluster goes on with another
-/// split.
+/// Those who are left after a loss share the layers in another way, and forget what they had computed.
 #[test]
 fn another_split_begins_without_a_cache() {
     let mut cluster = Setup::of(3).parallel(1).kv_spill("64MiB").start();
@@ -257,5 +256,4 @@ fn another_split_begins_without_a_cache() {
     cluster.kill_worker(1);
     cluster.wait_placed_on(&["a", "w0"]);
     assert_eq!([1, 2, 1].map(|i| check_prompt(&cluster, i)), [0, 0, 118]);
-    eventually("rest", || (cluster.metrics().get("num_requests_running") == 0.0).then_some(()));
 }

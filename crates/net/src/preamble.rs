@@ -34,10 +34,11 @@ use crate::ticket::{SECRET_BYTES, Secret, TICKET_ID_BYTES, TicketId, TicketSecre
 /// | version | since | reason |
 /// |---|---|---|
 /// | 1 | 0.1 | the first |
-pub const PROTOCOL_VERSION: u16 = 1;
+/// | 2 | 0.1 | frames carry KV steps and five times of each stage; offers say how much disk there is for sessions |
+pub const PROTOCOL_VERSION: u16 = 2;
 
 /// The lowest protocol version that this build speaks.
-pub const MIN_PROTOCOL_VERSION: u16 = 1;
+pub const MIN_PROTOCOL_VERSION: u16 = 2;
 
 /// Longest wait for the other side's preamble: a round trip and a look into two small tables, on a machine that may be
 /// busy loading a model.

@@ -1,7 +1,7 @@
 //! A coordinator whose model computes nothing: what is left is the cost of scheduling, choosing tokens and HTTP.
 //!
-//! It answers through the same [`Handle`], ring thread, scheduler and meter as a real one. Only its stage is missing: in
-//! its place every token is followed by a letter that depends on its slot and position.
+//! It answers through the same [`Handle`], ring thread, scheduler and meter as a real one. Only its stage is missing:
+//! in its place every token is followed by a letter that depends on its slot and position.
 
 use std::path::Path;
 use std::sync::Arc;

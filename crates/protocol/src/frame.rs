@@ -12,10 +12,10 @@
 //! n_rows x n_embd x f32
 //! ```
 //!
-//! Every stage takes the frames of a ring in the same order, and of each first the KV steps in their order, then the row
-//! sets. So all stages hold the same tokens in the same slots, and nobody needs to ask. Each row set begins with "keep
-//! the first `keep` tokens of this slot", so that a rollback, the end of a session and its replacement by another are
-//! all the same: a position.
+//! Every stage takes the frames of a ring in the same order, and of each first the KV steps in their order, then the
+//! row sets. So all stages hold the same tokens in the same slots, and nobody needs to ask. Each row set begins with
+//! "keep the first `keep` tokens of this slot", so that a rollback, the end of a session and its replacement by
+//! another are all the same: a position.
 //!
 //! A KV step that a stage cannot carry out (its disk is full, an image is gone) is marked as failed and the frame goes
 //! on: the coordinator then computes those tokens again. Rows never depend on a step of their own frame that can fail.

@@ -162,6 +162,7 @@ fn measure_cluster(
         pin: args.pin,
         context: Some(args.work.context()),
         parallel: Some(args.work.streams),
+        layers: Vec::new(),
     };
     let cluster = Cluster::start(processes, brigade, state_dir, &spec)?;
     let asked = Instant::now();

@@ -7,8 +7,8 @@
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use brigade_api::{ApiOptions, Server};
@@ -104,11 +104,12 @@ pub fn run(args: &SchedulerArgs) -> Outcome {
     command.args(["bench", "rehearsal", "--streams", &args.streams.to_string(), "--context", &context.to_string()]);
     command.arg("--state-dir").arg(processes.dir().join("state"));
     let lines = processes.start("rehearsal", command)?;
-    let (addr, n_vocab, pid) = lines.wait_for("its address", OPEN_TIMEOUT, |line| {
-        let (addr, n_vocab) = line.strip_prefix("ready ")?.split_once(' ')?;
-        Some((addr.parse::<SocketAddr>().ok()?, n_vocab.parse::<u32>().ok()?, ()))
-    })
-    .map(|(addr, n_vocab, ())| (addr, n_vocab, processes.id("rehearsal")))?;
+    let (addr, n_vocab, pid) = lines
+        .wait_for("its address", OPEN_TIMEOUT, |line| {
+            let (addr, n_vocab) = line.strip_prefix("ready ")?.split_once(' ')?;
+            Some((addr.parse::<SocketAddr>().ok()?, n_vocab.parse::<u32>().ok()?, ()))
+        })
+        .map(|(addr, n_vocab, ())| (addr, n_vocab, processes.id("rehearsal")))?;
     keep_off_core(0)?;
     let crowd = Crowd::start(addr, args.streams, context)?;
     let begin = (Instant::now(), crowd.tokens(), cpu_time(pid)?);

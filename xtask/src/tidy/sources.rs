@@ -33,15 +33,21 @@ pub fn check(tree: &Tree) -> Vec<Problem> {
     problems
 }
 
-/// Files that another one includes as its tests by `#[path = ".."]`.
+/// Files that another one includes for its tests: by `#[path = ".."]`, or by `#[cfg(test)]` before `mod name;`.
 pub fn test_modules(tree: &Tree) -> HashSet<String> {
     let rust = tree.texts.iter().filter(|text| text.is_rust());
-    let included = rust.flat_map(|text| {
-        let dir = text.path.rsplit_once('/').map_or("", |(dir, _)| dir);
-        let files = text.text.lines().filter_map(|line| line.trim().strip_prefix("#[path = \"")?.strip_suffix("\"]"));
-        files.map(move |file| format!("{dir}/{file}"))
-    });
-    included.collect()
+    rust.flat_map(test_modules_of).collect()
+}
+
+fn test_modules_of(text: &Text) -> Vec<String> {
+    let (dir, file) = text.path.rsplit_once('/').unwrap_or(("", &text.path));
+    let is_root = ["mod.rs", "lib.rs", "main.rs"].contains(&file);
+    let own_dir = if is_root { dir.to_owned() } else { format!("{dir}/{}", file.trim_end_matches(".rs")) };
+    let lines: Vec<&str> = text.text.lines().map(str::trim).collect();
+    let by_path = lines.iter().filter_map(|line| line.strip_prefix("#[path = \"")?.strip_suffix("\"]"));
+    let by_name = lines.windows(2).filter(|pair| pair[0] == "#[cfg(test)]");
+    let by_name = by_name.filter_map(|pair| pair[1].rsplit_once("mod ")?.1.strip_suffix(';'));
+    by_path.map(|file| format!("{dir}/{file}")).chain(by_name.map(|name| format!("{own_dir}/{name}.rs"))).collect()
 }
 
 fn check_form(text: &Text, tests: &HashSet<String>, problems: &mut Vec<Problem>) {
@@ -150,6 +156,12 @@ mod tests {
             ("crates/base/src/lib_tests.rs", "use super::*;\n"),
         ]);
         assert_eq!(check(&tree), []);
+        let names = test_modules(&Tree::of([
+            (path, "//! Head.\n#[cfg(test)]\nmod world;\nmod house;\n"),
+            ("crates/base/src/a/b.rs", "//! Head.\n    #[cfg(test)]\n    pub(crate) mod c;\n"),
+        ]));
+        let expected = ["crates/base/src/world.rs", "crates/base/src/a/b/c.rs"].map(str::to_owned);
+        assert_eq!(names, HashSet::from(expected));
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! What `/metrics` shows, read as strictly as a scraper of OpenMetrics does: text that it would not take fails the test.
+//! What `/metrics` shows, read as strictly as a scraper of OpenMetrics does: text that it would not take fails the
+//! test.
 
 use std::collections::{HashMap, HashSet};
 
@@ -75,6 +76,11 @@ impl Metrics {
                 last = 0.0;
             }
         }
+    }
+
+    /// Whether anything is told of this: counters with labels are not there before they count.
+    pub fn tells(&self, family: &str) -> bool {
+        self.families.contains(&format!("brigade_{family}"))
     }
 
     /// A number, added up over all labels. The prefix of the project is put before the name.

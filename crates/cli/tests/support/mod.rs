@@ -2,8 +2,8 @@
 //!
 //! - [`Setup`] says how many nodes and with which flags; [`Cluster`] owns their processes and state directories.
 //! - [`Process`] is one of them: dropping it ends it, and if the test has failed shows what it said.
-//! - [`http`] talks to the endpoint, [`metrics`] reads what it counts, [`oracle`] knows the right answers, [`fake`] is a
-//!   server that is none.
+//! - [`http`] talks to the endpoint, [`metrics`] reads what it counts, [`oracle`] knows the right answers.
+//! - [`fake`] is a server that is none.
 //!
 //! Nothing here waits for a fixed time: [`eventually`] polls a condition until a deadline.
 #![allow(dead_code, unused_imports, reason = "each test binary uses a part")]
@@ -35,6 +35,11 @@ const POLL: Duration = Duration::from_millis(10);
 /// The model inside the program, as a file.
 pub fn abacus() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/abacus-f16.gguf")
+}
+
+/// The same model with weights of eight bits.
+pub fn quantised_abacus() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/abacus-q8_0.gguf")
 }
 
 /// Waits until `check` yields something; fails after [`PATIENCE`].

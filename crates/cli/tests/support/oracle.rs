@@ -1,6 +1,7 @@
 //! The right answers: the same file, whole, in this process, without network, batching or scheduling.
 
 use std::collections::HashMap;
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use brigade_base::Token;
@@ -36,10 +37,10 @@ pub struct Oracle {
     known: HashMap<(Vec<Token>, u32, bool), Arc<Answer>>,
 }
 
-/// The oracle of this test binary.
+/// The oracle of this test binary, for abacus.
 pub fn oracle() -> MutexGuard<'static, Oracle> {
     static ORACLE: OnceLock<Mutex<Oracle>> = OnceLock::new();
-    ORACLE.get_or_init(|| Mutex::new(Oracle::load())).lock().unwrap_or_else(PoisonError::into_inner)
+    ORACLE.get_or_init(|| Mutex::new(Oracle::of(&abacus()))).lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A chat with one message, as abacus was trained on it.
@@ -61,7 +62,8 @@ pub fn conversation(turns: &[&str]) -> String {
 }
 
 impl Oracle {
-    fn load() -> Self {
+    /// An oracle of another model file.
+    pub fn of(model: &Path) -> Self {
         brigade_engine::init();
         let options = StageOptions {
             n_ctx: CONTEXT,
@@ -74,8 +76,8 @@ impl Oracle {
             input_node: None,
             stop_node: None,
         };
-        let stage = Stage::load_file(&abacus(), options).unwrap();
-        let header = vocabulary_header(ModelFile::open(abacus()).unwrap().catalog());
+        let stage = Stage::load_file(model, options).unwrap();
+        let header = vocabulary_header(ModelFile::open(model).unwrap().catalog());
         let n_bytes = header.len() as u64;
         let vocabulary = Vocabulary::load(Box::new(std::io::Cursor::new(header)), n_bytes).unwrap();
         Self { stage, vocabulary, known: HashMap::new() }

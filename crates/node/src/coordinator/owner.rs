@@ -350,7 +350,7 @@ impl Owner {
                 !cancelled.load(Ordering::Relaxed)
             };
             let images = Images::open(&kv_dir, kv_spill).unwrap_or_else(|error| {
-                tracing::warn!(%error, "no sessions are saved to disk");
+                tracing::warn!(%error, "no idle sessions are kept on disk");
                 Images::off()
             });
             let result = load_stage(key, &view, source, threads, images, &mut progress);

@@ -1,9 +1,9 @@
 //! The coordinator's side of the ring: schedule, run, postprocess.
 //!
 //! One thread owns the tail stage, the link to the first worker, and every session. Each turn it takes what came in,
-//! sends as many passes as the scheduler has, waits for the oldest to come back, computes the tail, chooses tokens and
-//! tells the callers. While it waits it takes requests, so that a prompt starts at once where a stage is free. A ring of
-//! one stage is the same without links.
+//! sends as many passes as the scheduler has, waits for the oldest to come back, computes the tail, chooses tokens
+//! and tells the callers. While it waits it takes requests, so that a prompt starts at once where a stage is free. A
+//! ring of one stage is the same without links.
 //!
 //! - `inbox.rs`: the one queue that the thread sleeps on.
 //! - `answer.rs`: a session's sampler, text and caller.
@@ -396,7 +396,8 @@ impl<T: Tail> Running<'_, T> {
         Ok(())
     }
 
-    /// Waits for the oldest pass; its hidden states are then in the buffers. Requests that come meanwhile begin at once.
+    /// Waits for the oldest pass; its hidden states are then in the buffers. Requests that come meanwhile begin at
+    /// once.
     fn receive(&mut self) -> Result<Back, RingEnd> {
         let nothing = || RingEnd::Broke("a pass came back that was never sent".to_owned());
         loop {
@@ -454,11 +455,11 @@ impl<T: Tail> Running<'_, T> {
     fn postprocess(&mut self, back: &Back, tail_begin: Instant, tail_end: Instant) -> Outcome {
         let pass = &back.sent.pass;
         let tail_us = (tail_end - tail_begin).as_micros() as u32;
-        let busiest_us = self.head.timings.iter().map(|timing| timing.share_us()).fold(tail_us, u32::max);
+        let stage_us: Vec<u32> = self.head.timings.iter().map(|timing| timing.share_us()).chain([tail_us]).collect();
         let failed: Vec<bool> = self.head.steps.iter().map(|(_, failed)| *failed).collect();
         let outputs = self
             .scheduler
-            .complete(pass.id, busiest_us, &failed)
+            .complete(pass.id, &stage_us, &failed)
             .ok_or_else(|| RingEnd::Broke("a pass came back out of order".to_owned()))?;
         self.ring.meter.pass(PassReport {
             pass: pass.id,

@@ -1,12 +1,16 @@
-//! How many prompt rows a pass may carry.
+//! How many prompt rows a pass may carry, and over how many passes the sessions that decode are dealt.
 //!
-//! Two things bound it. While others decode, a pass with a chunk takes longer than one without, and everybody's next
-//! token comes that much later: the chunk may make a pass [`SLOWDOWN`] times as long, no more, and the first chunks
-//! behind passes without any are shorter, since they pile up in the first stage. While nobody decodes,
-//! the chunks of one prompt follow each other through the stages: few long ones leave stages idle at the beginning and
-//! the end, many short ones read the weights too often.
+//! Two things bound prompt rows. While others decode, a pass with a chunk takes longer than one without, and
+//! everybody's next token comes that much later: the chunk may make a pass [`SLOWDOWN`] times as long, no more, and
+//! the first chunks behind passes without any are shorter, since they pile up in the first stage. While nobody
+//! decodes, the chunks of one prompt follow each other through the stages: few long ones leave stages idle at the
+//! beginning and the end, many short ones read the weights too often.
 //!
-//! Both come from measured times: of the busiest stage, for decode rows by their number, and for a row of a chunk.
+//! Sessions that decode are dealt over as many passes as give most tokens in a time: with few passes the rows of each
+//! are computed together, which costs less; with many all stages have something to do.
+//!
+//! All of it comes from measured times: of the busiest stage and of all, for decode rows by their number, and for a row
+//! of a chunk.
 
 /// How much longer than without it a pass may take because of a chunk, decode rows included. A stream whose tokens came
 /// every `t` then waits about `SLOWDOWN * t`; with noise that stays below four times, which people still see as a
@@ -37,49 +41,73 @@ const WEIGHT: f32 = 0.2;
 /// Chunks shorter than this say little about the time of a row.
 const MIN_TELLING_CHUNK: u32 = 8;
 
-/// Measured times of the ring's busiest stage, in microseconds.
+/// How much better fewer passes must be than one per stage: measured times waver by some percent.
+const CLEARLY_BETTER: f32 = 0.95;
+
+/// Measured times of a ring, in microseconds.
 #[derive(Debug, Default)]
 pub(super) struct Budget {
     /// Of a pass with `i + 1` decode rows and nothing else.
-    decode_us: Vec<Option<f32>>,
-    /// Of one row of a chunk.
+    decode: Vec<Option<Decode>>,
+    /// Of one row of a chunk, in the busiest stage.
     row_us: Option<f32>,
 }
 
-fn mix(mean: &mut Option<f32>, value: f32) {
-    *mean = Some(mean.map_or(value, |old| old + WEIGHT * (value - old)));
+/// What a pass of decode rows takes.
+#[derive(Debug, Clone, Copy)]
+struct Decode {
+    busiest_us: f32,
+    all_us: f32,
 }
 
 impl Budget {
-    /// Takes in that a pass with so many rows took the busiest stage so long.
-    pub(super) fn observe(&mut self, n_decode: u32, n_chunk: u32, busiest_us: u32) {
-        let us = busiest_us as f32;
+    /// Takes in that a pass with so many rows took each stage so long.
+    pub(super) fn observe(&mut self, n_decode: u32, n_chunk: u32, stage_us: &[u32]) {
+        let busiest_us = stage_us.iter().copied().max().unwrap_or(0) as f32;
         if n_chunk == 0 && n_decode > 0 {
             let at = n_decode as usize - 1;
-            if self.decode_us.len() <= at {
-                self.decode_us.resize(at + 1, None);
+            if self.decode.len() <= at {
+                self.decode.resize(at + 1, None);
             }
-            mix(&mut self.decode_us[at], us);
+            let all_us = stage_us.iter().map(|us| *us as f32).sum();
+            let seen = self.decode[at].unwrap_or(Decode { busiest_us, all_us });
+            let mixed = |old: f32, new: f32| old + WEIGHT * (new - old);
+            let busiest_us = mixed(seen.busiest_us, busiest_us);
+            self.decode[at] = Some(Decode { busiest_us, all_us: mixed(seen.all_us, all_us) });
         } else if n_chunk >= MIN_TELLING_CHUNK {
-            let chunk_us = us - self.decode(n_decode).unwrap_or(0.0);
-            mix(&mut self.row_us, chunk_us.max(us / 4.0) / n_chunk as f32);
+            let chunk_us = busiest_us - self.decode(n_decode).map_or(0.0, |decode| decode.busiest_us);
+            let us = chunk_us.max(busiest_us / 4.0) / n_chunk as f32;
+            self.row_us = Some(self.row_us.map_or(us, |old| old + WEIGHT * (us - old)));
         }
     }
 
-    /// Time of a pass with so many decode rows: as measured, else of the nearest number that was.
-    fn decode(&self, n_rows: u32) -> Option<f32> {
+    /// Times of a pass with so many decode rows: as measured, else of the nearest number that was.
+    fn decode(&self, n_rows: u32) -> Option<Decode> {
         let at = (n_rows as usize).checked_sub(1)?;
-        let measured = self.decode_us.iter().enumerate().filter_map(|(i, us)| us.map(|us| (i.abs_diff(at), us)));
-        measured.min_by_key(|(distance, _)| *distance).map(|(_, us)| us)
+        let measured = self.decode.iter().enumerate().filter_map(|(i, times)| times.map(|t| (i.abs_diff(at), t)));
+        measured.min_by_key(|(distance, _)| *distance).map(|(_, times)| times)
+    }
+
+    /// Over how many passes `n_sessions` that decode are dealt. In one round each gets a token; with `p` passes of
+    /// `r` rows it takes as long as a pass needs for all stages, or as the busiest stage for all passes. A number of
+    /// rows that was never tried counts like its neighbour, so that it is tried if it might be better.
+    pub(super) fn passes(&self, n_sessions: u32, n_stages: u32) -> u32 {
+        let most = n_stages.min(n_sessions).max(1);
+        let round_us = |n_passes: u32| {
+            let times = self.decode(n_sessions.div_ceil(n_passes));
+            times.map_or(0.0, |times| times.all_us.max(n_passes as f32 * times.busiest_us))
+        };
+        let best = (1..=most).min_by(|a, b| round_us(*a).total_cmp(&round_us(*b))).unwrap_or(most);
+        if round_us(best) < round_us(most) * CLEARLY_BETTER { best } else { most }
     }
 
     /// Prompt rows for a pass with `n_decode` decode rows, while somebody decodes. It takes the place of one that had
     /// `chunk_back` prompt rows.
     pub(super) fn beside_decode(&self, n_decode: u32, chunk_back: u32, n_stages: u32, most: u32) -> u32 {
-        let (Some(decode_us), Some(row_us)) = (self.decode(n_decode.max(1)), self.row_us) else {
+        let (Some(decode), Some(row_us)) = (self.decode(n_decode.max(1)), self.row_us) else {
             return UNMEASURED_CHUNK.min(most);
         };
-        let rows = (SLOWDOWN - 1.0) * decode_us / row_us.max(f32::MIN_POSITIVE);
+        let rows = (SLOWDOWN - 1.0) * decode.busiest_us / row_us.max(f32::MIN_POSITIVE);
         // Kernels take rows in blocks of eight or sixteen.
         let in_blocks = |rows: f32| ((rows / 8.0) as u32).saturating_mul(8).clamp(MIN_CHUNK.min(most), most);
         match in_blocks(rows) {
@@ -96,7 +124,7 @@ impl Budget {
             return most;
         }
         let rows_per_read = match (self.decode(1), self.row_us) {
-            (Some(read_us), Some(row_us)) => read_us / row_us.max(f32::MIN_POSITIVE),
+            (Some(read), Some(row_us)) => read.busiest_us / row_us.max(f32::MIN_POSITIVE),
             _ => UNMEASURED_ROWS_PER_READ,
         };
         let rows = (n_prompt as f32 * rows_per_read / (n_stages - 1) as f32).sqrt();
@@ -121,13 +149,13 @@ mod tests {
     #[test]
     fn a_chunk_takes_twice_as_long_as_the_decode_rows_beside_it() {
         let mut budget = Budget::default();
-        budget.observe(2, 0, 75_000);
-        budget.observe(2, 32, 75_000 + 32 * 6_500);
+        budget.observe(2, 0, &[75_000]);
+        budget.observe(2, 32, &[75_000 + 32 * 6_500]);
         assert_eq!([0, 16, 24].map(|back| budget.beside_decode(2, back, 2, 256)), [16, 24, 24]);
         assert_eq!(budget.beside_decode(2, 0, 1, 256), 24, "nothing piles up before a single stage");
         for _ in 0..50 {
-            budget.observe(2, 0, 10_000);
-            budget.observe(2, 256, 10_000 + 256 * 20);
+            budget.observe(2, 0, &[10_000]);
+            budget.observe(2, 256, &[10_000 + 256 * 20]);
         }
         assert_eq!([0, 168].map(|back| budget.beside_decode(2, back, 2, 256)), [168, 256]);
     }
@@ -135,8 +163,8 @@ mod tests {
     #[test]
     fn a_lone_prompt_is_cut_by_the_square_root() {
         let mut budget = Budget::default();
-        budget.observe(1, 0, 37_000);
-        budget.observe(0, 64, 64 * 6_500);
+        budget.observe(1, 0, &[37_000]);
+        budget.observe(0, 64, &[64 * 6_500]);
         assert_eq!([64, 512, 1500].map(|n| budget.alone(n, 2, 256)), [32, 64, 96]);
         assert_eq!(budget.alone(1500, 8, 256), 48);
     }
@@ -144,9 +172,41 @@ mod tests {
     #[test]
     fn the_nearest_number_of_rows_stands_in_for_an_unmeasured_one() {
         let mut budget = Budget::default();
-        budget.observe(4, 0, 100);
-        budget.observe(1, 0, 40);
-        assert_eq!([1, 2, 3, 9].map(|n| budget.decode(n)), [40.0, 40.0, 100.0, 100.0].map(Some));
-        assert_eq!(budget.decode(0), None);
+        budget.observe(4, 0, &[100]);
+        budget.observe(1, 0, &[40]);
+        let times = |n| budget.decode(n).map(|times| times.busiest_us);
+        assert_eq!([1, 2, 3, 9].map(times), [40.0, 40.0, 100.0, 100.0].map(Some));
+        assert_eq!(times(0), None);
+    }
+
+    /// Tries what the budget says until it says the same again.
+    fn settles(n_sessions: u32, stage_us: impl Fn(u32) -> Vec<u32>) -> u32 {
+        let mut budget = Budget::default();
+        let n_stages = stage_us(1).len() as u32;
+        let mut n_passes = budget.passes(n_sessions, n_stages);
+        assert_eq!(n_passes, n_stages.min(n_sessions), "one per stage until something is known");
+        for _ in 0..20 {
+            let n_rows = n_sessions.div_ceil(n_passes);
+            budget.observe(n_rows, 0, &stage_us(n_rows));
+            n_passes = budget.passes(n_sessions, n_stages);
+        }
+        n_passes
+    }
+
+    #[test]
+    fn sessions_are_dealt_over_as_many_passes_as_are_quickest() {
+        // Two and three rows cost one by one, four as much as two: measured with 4-bit weights on a CPU.
+        let cpu = |n_rows: u32| match n_rows {
+            1 => vec![37, 36],
+            2 | 3 => vec![70, 92],
+            4 => vec![75, 91],
+            _ => vec![110, 120],
+        };
+        assert_eq!([1, 2, 4, 8, 16].map(|n| settles(n, cpu)), [1, 2, 1, 2, 2]);
+        // Where rows cost nothing, it is all the same, and all stages have something to do.
+        assert_eq!(settles(8, |_| vec![10, 10, 10]), 3);
+        // One stage that takes ten times as long as the others has nobody to wait for.
+        assert_eq!(settles(6, |_| vec![10, 100, 10]), 1);
+        assert_eq!(settles(6, |n| vec![10, 100 * n, 10]), 3);
     }
 }

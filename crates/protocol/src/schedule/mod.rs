@@ -4,10 +4,10 @@
 //! token a pass until it ends. [`Scheduler::next_pass`] makes a pass, [`Scheduler::complete`] takes one back,
 //! [`Scheduler::push`] appends a chosen token.
 //!
-//! - **Full stages.** Up to one pass per stage carries decode rows. Sessions are dealt over the passes: with two stages
-//!   and eight sessions, four travel while four are sampled. While only prompts are computed, one more pass waits
-//!   before the busiest stage. The chunks of a prompt need not wait for each other: while one is in the second stage,
-//!   the next is in the first.
+//! - **Full stages.** Up to one pass per stage carries decode rows, fewer where that is measured to be quicker.
+//!   Sessions are dealt over the passes: with two stages and eight sessions, four travel while four are sampled.
+//!   While only prompts are computed, one more pass waits before the busiest stage. The chunks of a prompt need not
+//!   wait for each other: while one is in the second stage, the next is in the first.
 //! - **Nobody waits behind a prompt.** A pass carries decode rows first and prompt rows as far as the measured times
 //!   allow (`budget.rs`); prompts take turns.
 //! - **Nothing is computed twice.** A slot keeps its tokens when its session ends. A session takes over the slot with
@@ -195,16 +195,18 @@ impl Scheduler {
         self.clock
     }
 
-    /// The slots that decode in the next pass. Those that decode at all are cut into as many runs of neighbours as
-    /// there are stages, so that all passes of the ring are about equally full; the next run that has tokens to send is
-    /// taken. Neighbours, because the engine computes rows of consecutive slots as one batch, and others one by one.
+    /// The slots that decode in the next pass. Those that decode at all are cut into runs of neighbours, one for each
+    /// stage or fewer where that is quicker, so that all passes of the ring are about equally full; the next run that
+    /// has tokens to send is taken. Neighbours, because the engine computes rows of consecutive slots as one batch,
+    /// and others one by one.
     ///
     /// No more passes than runs are on their way: then a run has its turn again when all of it is back. Otherwise the
     /// sessions of a run that once travelled apart would do so for ever, each in a pass that has room for all.
     fn decode_share(&mut self) -> Vec<usize> {
         let decoding: Vec<(usize, bool)> =
             self.held().filter(|(_, s)| s.is_decoding()).map(|(slot, s)| (slot, s.n_unsent() > 0)).collect();
-        let share = decoding.len().div_ceil(self.limits.n_stages.max(1) as usize).max(1);
+        let n_runs = self.budget.passes(decoding.len() as u32, self.limits.n_stages);
+        let share = decoding.len().div_ceil(n_runs as usize).max(1);
         let runs: Vec<&[(usize, bool)]> = decoding.chunks(share).collect();
         // Rows that are computed again follow each other without waiting.
         let has_output = |pass: &&InFlight| pass.n_decode > 0 && pass.slots.iter().any(|(_, has_output)| *has_output);
@@ -302,15 +304,15 @@ impl Scheduler {
         sent.slots.push((slot, last));
     }
 
-    /// A pass is back: its busiest stage computed for `busiest_us` microseconds, and each of its steps `failed` or not.
+    /// A pass is back: its stages computed for `stage_us` microseconds each, and each of its steps `failed` or not.
     /// Returns whose logits it holds; `None` if it is not the pass that was to come next.
-    pub fn complete(&mut self, id: PassId, busiest_us: u32, failed: &[bool]) -> Option<Vec<Output>> {
+    pub fn complete(&mut self, id: PassId, stage_us: &[u32], failed: &[bool]) -> Option<Vec<Output>> {
         if self.in_flight.front()?.id != id {
             return None;
         }
         let pass = self.in_flight.pop_front()?;
         self.chunk_back = pass.n_chunk;
-        self.budget.observe(pass.n_decode, pass.n_chunk, busiest_us);
+        self.budget.observe(pass.n_decode, pass.n_chunk, stage_us);
         for step in &pass.images {
             self.image_done(*step, !failed.get(step.step).copied().unwrap_or(false));
         }

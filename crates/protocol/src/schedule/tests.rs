@@ -398,6 +398,6 @@ fn passes_that_are_not_due_change_nothing() {
     let mut world = world(1, 1);
     world.ask(1, text(1, 10), 2);
     let pass = world.send().unwrap();
-    assert_eq!(world.scheduler.complete(pass.id.next(), 1, &[]), None);
+    assert_eq!(world.scheduler.complete(pass.id.next(), &[1], &[]), None);
     world.drain();
 }

@@ -167,7 +167,7 @@ struct Travelling {
     failed: Vec<bool>,
     /// Values of the rows behind the tail.
     rows: Vec<u64>,
-    busiest_us: u32,
+    stage_us: Vec<u32>,
     back_us: u64,
 }
 
@@ -258,7 +258,7 @@ impl World {
         let mut failed = vec![false; pass.steps.len()];
         let count =
             |is_prompt| pass.rows.iter().filter(|r| r.is_prompt == is_prompt).map(|r| u64::from(r.n_rows)).sum();
-        let (mut busiest_us, mut back_us) = (0, self.now_us);
+        let (mut stage_us, mut back_us) = (Vec::new(), self.now_us);
         for stage in &mut self.stages {
             for (step, failed) in pass.steps.iter().zip(&mut failed) {
                 *failed |= !stage.step(*step, self.random.percent(self.failures));
@@ -274,11 +274,11 @@ impl World {
             let from = back_us.max(stage.busy.last().map_or(0, |busy| busy.1));
             back_us = from + us;
             stage.busy.push((from, back_us));
-            busiest_us = busiest_us.max(us as u32);
+            stage_us.push(us as u32);
         }
         self.n_passes += 1;
         self.n_rows += rows.len() as u64;
-        self.ring.push_back(Travelling { pass: pass.clone(), failed, rows, busiest_us, back_us });
+        self.ring.push_back(Travelling { pass: pass.clone(), failed, rows, stage_us, back_us });
         self.check_book();
         Some(pass)
     }
@@ -289,9 +289,9 @@ impl World {
 
     /// Takes the oldest pass back and chooses tokens. False if none is in the ring.
     pub(super) fn receive(&mut self) -> bool {
-        let Some(Travelling { pass, failed, rows, busiest_us, back_us }) = self.ring.pop_front() else { return false };
+        let Some(Travelling { pass, failed, rows, stage_us, back_us }) = self.ring.pop_front() else { return false };
         self.now_us = self.now_us.max(back_us);
-        let outputs = self.scheduler.complete(pass.id, busiest_us, &failed).expect("passes come back in order");
+        let outputs = self.scheduler.complete(pass.id, &stage_us, &failed).expect("passes come back in order");
         let mut ends = Vec::new();
         let mut at = 0;
         for set in &pass.sets {

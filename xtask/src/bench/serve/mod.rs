@@ -92,6 +92,9 @@ pub struct ServeArgs {
     /// Threads that compute in each node
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=512))]
     pub threads: u32,
+    /// Layers of each stage, the coordinator's last [default: by memory]
+    #[arg(long, value_name = "A,B", value_delimiter = ',')]
+    pub layers: Vec<u32>,
     /// Give each process its own cores (needs `taskset`)
     #[arg(long)]
     pub pin: bool,
@@ -278,6 +281,7 @@ impl Bench<'_> {
             pin: self.args.pin,
             context: Some(context),
             parallel: Some(parallel),
+            layers: self.args.layers.clone(),
         };
         let state_dir = self.processes.dir().join(format!("cluster-{}", self.n_clusters));
         let cluster = Cluster::start(&self.processes, &self.brigade, &state_dir, &spec)?;
