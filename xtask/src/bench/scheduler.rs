@@ -172,7 +172,7 @@ impl Crowd {
                 let end = follow(addr, k, context - 64, &shared);
                 shared.ended.fetch_add(1, Ordering::Relaxed);
                 if let Ok(mut why) = shared.why.lock() {
-                    let end = end.map_or_else(|error| error.to_string(), |text| text);
+                    let end = end.unwrap_or_else(|error| error.to_string());
                     why.get_or_insert(end);
                 }
             };

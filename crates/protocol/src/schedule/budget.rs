@@ -7,7 +7,7 @@
 //! beginning and the end, many short ones read the weights too often.
 //!
 //! Sessions that decode are dealt over as many passes as give most tokens in a time: with few passes the rows of each
-//! are computed together, which costs less; with many all stages have something to do.
+//! are computed together, which may cost less; with many all stages have something to do.
 //!
 //! All of it comes from measured times: of the busiest stage and of all, for decode rows by their number, and for a row
 //! of a chunk.
@@ -41,8 +41,12 @@ const WEIGHT: f32 = 0.2;
 /// Chunks shorter than this say little about the time of a row.
 const MIN_TELLING_CHUNK: u32 = 8;
 
-/// How much better fewer passes must be than one per stage: measured times waver by some percent.
+/// How much better another number of passes must be than one per stage: measured times waver by some percent.
 const CLEARLY_BETTER: f32 = 0.95;
+
+/// Most passes for each stage: with four sessions each may have its own; more are never quicker than larger passes, as
+/// kernels compute from four rows on together.
+const MOST_PER_STAGE: u32 = 4;
 
 /// Measured times of a ring, in microseconds.
 #[derive(Debug, Default)]
@@ -88,17 +92,20 @@ impl Budget {
         measured.min_by_key(|(distance, _)| *distance).map(|(_, times)| times)
     }
 
-    /// Over how many passes `n_sessions` that decode are dealt. In one round each gets a token; with `p` passes of
-    /// `r` rows it takes as long as a pass needs for all stages, or as the busiest stage for all passes. A number of
-    /// rows that was never tried counts like its neighbour, so that it is tried if it might be better.
+    /// Over how many passes `n_sessions` that decode are dealt. In one round each gets a token; with `p` passes of `r`
+    /// rows it takes as long as a pass needs for all stages, or as the busiest stage for all passes. A number of rows
+    /// that was never tried counts like its neighbour, so that it is tried if it might be better.
+    ///
+    /// There may be more passes than stages: where two rows cost twice as much as one, nobody gains by sharing a pass.
     pub(super) fn passes(&self, n_sessions: u32, n_stages: u32) -> u32 {
-        let most = n_stages.min(n_sessions).max(1);
+        let usual = n_stages.min(n_sessions).max(1);
         let round_us = |n_passes: u32| {
             let times = self.decode(n_sessions.div_ceil(n_passes));
             times.map_or(0.0, |times| times.all_us.max(n_passes as f32 * times.busiest_us))
         };
-        let best = (1..=most).min_by(|a, b| round_us(*a).total_cmp(&round_us(*b))).unwrap_or(most);
-        if round_us(best) < round_us(most) * CLEARLY_BETTER { best } else { most }
+        let most = n_sessions.min(MOST_PER_STAGE * n_stages).max(1);
+        let best = (1..=most).min_by(|a, b| round_us(*a).total_cmp(&round_us(*b))).unwrap_or(usual);
+        if round_us(best) < round_us(usual) * CLEARLY_BETTER { best } else { usual }
     }
 
     /// Prompt rows for a pass with `n_decode` decode rows, while somebody decodes. It takes the place of one that had
@@ -185,6 +192,8 @@ mod tests {
         let n_stages = stage_us(1).len() as u32;
         let mut n_passes = budget.passes(n_sessions, n_stages);
         assert_eq!(n_passes, n_stages.min(n_sessions), "one per stage until something is known");
+        // The first of them was alone for a while.
+        budget.observe(1, 0, &stage_us(1));
         for _ in 0..20 {
             let n_rows = n_sessions.div_ceil(n_passes);
             budget.observe(n_rows, 0, &stage_us(n_rows));
@@ -202,7 +211,7 @@ mod tests {
             4 => vec![75, 91],
             _ => vec![110, 120],
         };
-        assert_eq!([1, 2, 4, 8, 16].map(|n| settles(n, cpu)), [1, 2, 1, 2, 2]);
+        assert_eq!([1, 2, 3, 4, 8, 16].map(|n| settles(n, cpu)), [1, 2, 3, 4, 2, 2]);
         // Where rows cost nothing, it is all the same, and all stages have something to do.
         assert_eq!(settles(8, |_| vec![10, 10, 10]), 3);
         // One stage that takes ten times as long as the others has nobody to wait for.

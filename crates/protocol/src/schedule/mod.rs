@@ -4,7 +4,7 @@
 //! token a pass until it ends. [`Scheduler::next_pass`] makes a pass, [`Scheduler::complete`] takes one back,
 //! [`Scheduler::push`] appends a chosen token.
 //!
-//! - **Full stages.** Up to one pass per stage carries decode rows, fewer where that is measured to be quicker.
+//! - **Full stages.** Up to one pass per stage carries decode rows, fewer where that is quicker.
 //!   Sessions are dealt over the passes: with two stages and eight sessions, four travel while four are sampled.
 //!   While only prompts are computed, one more pass waits before the busiest stage. The chunks of a prompt need not
 //!   wait for each other: while one is in the second stage, the next is in the first.
@@ -196,7 +196,7 @@ impl Scheduler {
     }
 
     /// The slots that decode in the next pass. Those that decode at all are cut into runs of neighbours, one for each
-    /// stage or fewer where that is quicker, so that all passes of the ring are about equally full; the next run that
+    /// stage or as many as are quicker, so that all passes of the ring are about equally full; the next run that
     /// has tokens to send is taken. Neighbours, because the engine computes rows of consecutive slots as one batch,
     /// and others one by one.
     ///
