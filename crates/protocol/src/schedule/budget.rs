@@ -13,9 +13,9 @@
 //! of a chunk.
 
 /// How much longer than without it a pass may take because of a chunk, decode rows included. A stream whose tokens came
-/// every `t` then waits about `SLOWDOWN * t`; with noise that stays below four times, which people still see as a
-/// steady flow.
-const SLOWDOWN: f32 = 3.2;
+/// every `t` then waits about `SLOWDOWN * t`. With noise, and because a chunk takes longer the more tokens are before it
+/// while the mean is of earlier ones, that stays below four times, which people still see as a steady flow.
+const SLOWDOWN: f32 = 3.1;
 
 /// What the first chunks may be of those that follow them. While passes come back every `t`, others that take `x` are
 /// sent every `t`, so with `n` stages the last of `n` waits `(n - 1) * (x - t)` before the first stage. With chunks
@@ -35,8 +35,11 @@ const UNMEASURED_CHUNK: u32 = 32;
 /// seen, on graphics cards more than a hundred.
 const UNMEASURED_ROWS_PER_READ: f32 = 16.0;
 
-/// Weight of a new measurement in the running mean.
+/// Weight of a new measurement in the running mean of decode rows.
 const WEIGHT: f32 = 0.2;
+
+/// The same for rows of chunks, which take longer and longer as the prompt goes on, so that an old mean says little.
+const CHUNK_WEIGHT: f32 = 0.5;
 
 /// Chunks shorter than this say little about the time of a row.
 const MIN_TELLING_CHUNK: u32 = 8;
@@ -81,7 +84,7 @@ impl Budget {
         } else if n_chunk >= MIN_TELLING_CHUNK {
             let chunk_us = busiest_us - self.decode(n_decode).map_or(0.0, |decode| decode.busiest_us);
             let us = chunk_us.max(busiest_us / 4.0) / n_chunk as f32;
-            self.row_us = Some(self.row_us.map_or(us, |old| old + WEIGHT * (us - old)));
+            self.row_us = Some(self.row_us.map_or(us, |old| old + CHUNK_WEIGHT * (us - old)));
         }
     }
 
