@@ -20,6 +20,8 @@ use prometheus_client::registry::{Metric, Registry};
 
 use brigade_net::MAX_MEMBERS;
 
+use super::End;
+
 /// Most stages, links or nodes that one metric tells apart, over all placements. As many as there can be members, so a
 /// cluster of any size fits. Beyond, all begin anew at 0, which Prometheus takes for a restart.
 pub const MAX_SERIES: usize = MAX_MEMBERS;
@@ -266,6 +268,15 @@ impl RequestMetrics {
             generation_tokens: m.zero("generation_tokens", "Tokens generated"),
             finished: m.zero("request_success", "Requests that ended, by how they did"),
         }
+        .with_all_ends()
+    }
+
+    /// Counters that begin at 0, so that the first request that ends is seen as an increase.
+    fn with_all_ends(self) -> Self {
+        for end in End::ALL {
+            self.finished.get_or_create(&[("finished_reason", end.name())]);
+        }
+        self
     }
 
     /// Counts a request that ended for `reason`.

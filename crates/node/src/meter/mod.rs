@@ -63,6 +63,8 @@ pub enum End {
 }
 
 impl End {
+    const ALL: [Self; 5] = [Self::Stop, Self::Length, Self::Abort, Self::Timeout, Self::Error];
+
     /// The word for it in metrics and traces.
     const fn name(self) -> &'static str {
         match self {

@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use brigade_base::SessionId;
+use brigade_base::{SessionId, TenantId};
 use brigade_engine::Sampler;
 use brigade_protocol::frame::{Attach, FrameHead, KvStep, RowSet};
 use brigade_protocol::schedule::{Arrival, Limits, Notice, Output, Pass, Scheduler};
@@ -148,7 +148,8 @@ impl<T: Tail> Ring<T> {
         let token = self.model.vocabulary().bos().unwrap_or(0);
         let mut running = self.running();
         let (id, prompt) = (SessionId(0), vec![token]);
-        let arrival = Arrival { id, prompt, tenant: Default::default(), priority: 0, deadline: None };
+        let (tenant, at) = (TenantId(0), Instant::now());
+        let arrival = Arrival { id, prompt, tenant, priority: 0, at, deadline: None };
         running.scheduler.admit(arrival).map_err(|error| RingEnd::Broke(error.to_string()))?;
         let pass =
             running.scheduler.next_pass().ok_or_else(|| RingEnd::Broke("there is no pass to send".to_owned()))?;
@@ -269,7 +270,7 @@ impl<T: Tail> Running<'_, T> {
             return meter.ended(id, End::Length, Instant::now());
         }
         let deadline = timeout.and_then(|timeout| at.checked_add(timeout));
-        if let Err(error) = self.scheduler.admit(Arrival { id, prompt, tenant, priority, deadline }) {
+        if let Err(error) = self.scheduler.admit(Arrival { id, prompt, tenant, priority, at, deadline }) {
             return refuse(error.to_string());
         }
         let wishes = Wishes { max_tokens, logprobs, ignore_end };

@@ -1,10 +1,14 @@
 //! A session as the scheduler sees it, and the order in which sessions get slots.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use brigade_base::{ImageId, SessionId, TenantId, Token};
 
 use super::kv::{Kept, Wanted};
+
+/// How long whoever gives no deadline is supposed to wait gladly. A session that has waited as long comes before all
+/// newer ones, whatever their deadlines, so that nobody waits for ever.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A sequence that is to be continued.
 #[derive(Debug, Clone)]
@@ -17,6 +21,8 @@ pub struct Arrival {
     pub tenant: TenantId,
     /// Lower is earlier; it may take the slot of one with a higher number.
     pub priority: i32,
+    /// When it came.
+    pub at: Instant,
     /// When it is of no use any more.
     pub deadline: Option<Instant>,
 }
@@ -27,6 +33,8 @@ pub(super) struct Session {
     pub(super) tenant: TenantId,
     pub(super) priority: i32,
     pub(super) deadline: Option<Instant>,
+    /// When it should have begun, for the order of those who wait.
+    pub(super) due: Instant,
     /// Counts arrivals.
     pub(super) arrived: u64,
     /// Prompt and answer so far.
@@ -58,6 +66,7 @@ impl Session {
             tenant: arrival.tenant,
             priority: arrival.priority,
             deadline: arrival.deadline,
+            due: arrival.deadline.map_or(arrival.at + PATIENCE, |deadline| deadline.min(arrival.at + PATIENCE)),
             arrived,
             n_prompt: arrival.prompt.len() as u32,
             tokens: arrival.prompt,
@@ -132,7 +141,7 @@ impl Session {
 }
 
 /// Which of the waiting sessions is next: by priority; then of the tenant that has fewest sessions running, so that
-/// nobody is shut out by another one's hundred requests; then by deadline, and by arrival.
+/// nobody is shut out by another one's hundred requests; then by deadline or patience, and by arrival.
 pub(super) fn next_waiting(waiting: &[Session], running: impl Iterator<Item = TenantId>) -> Option<usize> {
     if waiting.len() < 2 {
         return (!waiting.is_empty()).then_some(0);
@@ -145,26 +154,28 @@ pub(super) fn next_waiting(waiting: &[Session], running: impl Iterator<Item = Te
         }
     }
     let n_running = |tenant| counts.iter().find(|(other, _)| *other == tenant).map_or(0, |(_, n)| *n);
-    let order = |session: &Session| {
-        let urgency = (session.deadline.is_none(), session.deadline);
-        (session.priority, n_running(session.tenant), urgency, session.arrived)
-    };
+    let order = |session: &Session| (session.priority, n_running(session.tenant), session.due, session.arrived);
     waiting.iter().enumerate().min_by_key(|(_, session)| order(session)).map(|(at, _)| at)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
+
+    /// When all of it happens.
+    fn noon() -> Instant {
+        static NOON: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();
+        *NOON.get_or_init(Instant::now)
+    }
 
     fn session(arrived: u64, tenant: u64, priority: i32, deadline: Option<Instant>) -> Session {
-        let prompt = vec![1; 10];
-        Session::new(Arrival { id: SessionId(arrived), prompt, tenant: TenantId(tenant), priority, deadline }, arrived)
+        let (id, tenant, at) = (SessionId(arrived), TenantId(tenant), noon() + Duration::from_secs(arrived));
+        Session::new(Arrival { id, prompt: vec![1; 10], tenant, priority, at, deadline }, arrived)
     }
 
     #[test]
     fn priority_comes_first_then_fairness_then_haste_then_arrival() {
-        let now = Instant::now();
+        let now = noon();
         let later = now + Duration::from_secs(1);
         let order = |waiting: &[Session], running: &[u64]| {
             next_waiting(waiting, running.iter().map(|&t| TenantId(t))).map(|at| waiting[at].arrived)
@@ -175,6 +186,9 @@ mod tests {
         assert_eq!(order(&[session(1, 0, 0, None), session(2, 0, 0, Some(later))], &[]), Some(2));
         assert_eq!(order(&[session(1, 0, 0, Some(later)), session(2, 0, 0, Some(now))], &[]), Some(2));
         assert_eq!(order(&[session(2, 0, 0, None), session(1, 0, 0, None)], &[]), Some(1));
+        let hasty = |arrived| session(arrived, 0, 0, Some(noon() + Duration::from_secs(arrived + 5)));
+        assert_eq!(order(&[session(1, 0, 0, None), hasty(50)], &[]), Some(50));
+        assert_eq!(order(&[session(1, 0, 0, None), hasty(60)], &[]), Some(1), "it has waited for a minute");
     }
 
     #[test]

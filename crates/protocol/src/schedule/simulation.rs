@@ -128,6 +128,7 @@ fn simulate(seed: u64) -> World {
             prompt: prompt(&mut world, tenant),
             tenant,
             priority: world.random.below(load.n_priorities) as i32,
+            at: world.at(world.now_us),
             deadline: deadline.map(|us| world.at(us)),
         };
         let n_answer = 1 + world.random.below(load.longest_answer) as usize;
@@ -185,7 +186,8 @@ fn busy_world(n_slots: u32, n_stages: usize) -> World {
 /// Admits a session whose tokens nobody else has, at once.
 fn ask(world: &mut World, id: u64, n_prompt: usize, n_answer: usize) -> SessionId {
     let prompt = (0..n_prompt).map(|at| (id as usize * 10_000 + at) as Token).collect();
-    let arrival = Arrival { id: SessionId(id), prompt, tenant: TenantId(0), priority: 0, deadline: None };
+    let at = world.at(world.now_us);
+    let arrival = Arrival { id: SessionId(id), prompt, tenant: TenantId(0), priority: 0, at, deadline: None };
     world.admit(arrival, n_answer).unwrap();
     SessionId(id)
 }

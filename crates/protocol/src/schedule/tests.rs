@@ -33,7 +33,8 @@ impl World {
 
     fn ask_as(&mut self, id: u64, prompt: Vec<Token>, n_answer: usize, tenant: u64, priority: i32) -> SessionId {
         let tenant = TenantId(tenant);
-        let arrival = Arrival { id: SessionId(id), prompt, tenant, priority, deadline: None };
+        let at = self.at(self.now_us);
+        let arrival = Arrival { id: SessionId(id), prompt, tenant, priority, at, deadline: None };
         self.admit(arrival, n_answer).unwrap();
         SessionId(id)
     }
@@ -354,8 +355,8 @@ fn deadlines_are_told_for_waiting_and_running_sessions() {
     let mut world = world(1, 1);
     for id in 1..=3 {
         let deadline = (id != 3).then(|| world.at(1000 * id));
-        let prompt = text(id as Token, 10);
-        world.admit(Arrival { id: SessionId(id), prompt, tenant: TenantId(0), priority: 0, deadline }, 5).unwrap();
+        let (prompt, at) = (text(id as Token, 10), world.at(0));
+        world.admit(Arrival { id: SessionId(id), prompt, tenant: TenantId(0), priority: 0, at, deadline }, 5).unwrap();
     }
     world.send();
     let expired = |us: u64| {
@@ -386,7 +387,8 @@ fn a_full_context_ends_an_answer() {
 fn hopeless_prompts_are_refused() {
     let mut scheduler = Scheduler::new(limits(1));
     let mut admit = |prompt| {
-        scheduler.admit(Arrival { id: SessionId(1), prompt, tenant: TenantId(0), priority: 0, deadline: None })
+        let (id, tenant, at) = (SessionId(1), TenantId(0), Instant::now());
+        scheduler.admit(Arrival { id, prompt, tenant, priority: 0, at, deadline: None })
     };
     assert_eq!(admit(vec![]), Err(AdmitError::Empty));
     assert_eq!(admit(vec![1; 256]), Err(AdmitError::TooLong { tokens: 256, context: 256 }));
