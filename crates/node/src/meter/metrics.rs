@@ -274,7 +274,7 @@ impl RequestMetrics {
     /// Counters that begin at 0, so that the first request that ends is seen as an increase.
     fn with_all_ends(self) -> Self {
         for end in End::ALL {
-            self.finished.get_or_create(&[("finished_reason", end.name())]);
+            drop(self.finished.get_or_create(&[("finished_reason", end.name())]));
         }
         self
     }

@@ -88,25 +88,34 @@ impl Budget {
         }
     }
 
-    /// Times of a pass with so many decode rows: as measured, else of the nearest number that was.
+    /// Times of a pass with so many decode rows: as measured, else of the nearest number that was; with more rows than
+    /// were ever measured, half of what they add is taken to cost as much as those before.
     fn decode(&self, n_rows: u32) -> Option<Decode> {
         let at = (n_rows as usize).checked_sub(1)?;
-        let measured = self.decode.iter().enumerate().filter_map(|(i, times)| times.map(|t| (i.abs_diff(at), t)));
-        measured.min_by_key(|(distance, _)| *distance).map(|(_, times)| times)
+        let measured = self.decode.iter().enumerate().filter_map(|(i, times)| times.map(|times| (i, times)));
+        let (nearest, times) = measured.min_by_key(|(i, _)| i.abs_diff(at))?;
+        let more = at.saturating_sub(nearest) as f32 / (nearest + 1) as f32;
+        let factor = if at >= self.decode.len() { 1.0 + more / 2.0 } else { 1.0 };
+        Some(Decode { busiest_us: times.busiest_us * factor, all_us: times.all_us * factor })
     }
 
     /// Over how many passes `n_sessions` that decode are dealt. In one round each gets a token; with `p` passes of `r`
     /// rows it takes as long as a pass needs for all stages, or as the busiest stage for all passes. A number of rows
-    /// that was never tried counts like its neighbour, so that it is tried if it might be better.
+    /// that was never tried is guessed from its neighbours, and tried if it might be better; one pass per stage is
+    /// always tried.
     ///
     /// There may be more passes than stages: where two rows cost twice as much as one, nobody gains by sharing a pass.
     pub(super) fn passes(&self, n_sessions: u32, n_stages: u32) -> u32 {
         let usual = n_stages.min(n_sessions).max(1);
+        let is_measured = |n_rows: u32| self.decode.get(n_rows as usize - 1).is_some_and(Option::is_some);
+        if n_sessions == 0 || !is_measured(n_sessions.div_ceil(usual)) {
+            return usual;
+        }
         let round_us = |n_passes: u32| {
             let times = self.decode(n_sessions.div_ceil(n_passes));
             times.map_or(0.0, |times| times.all_us.max(n_passes as f32 * times.busiest_us))
         };
-        let most = n_sessions.min(MOST_PER_STAGE * n_stages).max(1);
+        let most = n_sessions.min(MOST_PER_STAGE * n_stages.max(1));
         let best = (1..=most).min_by(|a, b| round_us(*a).total_cmp(&round_us(*b))).unwrap_or(usual);
         if round_us(best) < round_us(usual) * CLEARLY_BETTER { best } else { usual }
     }
@@ -185,7 +194,7 @@ mod tests {
         budget.observe(4, 0, &[100]);
         budget.observe(1, 0, &[40]);
         let times = |n| budget.decode(n).map(|times| times.busiest_us);
-        assert_eq!([1, 2, 3, 9].map(times), [40.0, 40.0, 100.0, 100.0].map(Some));
+        assert_eq!([1, 2, 3, 8].map(times), [40.0, 40.0, 100.0, 150.0].map(Some));
         assert_eq!(times(0), None);
     }
 
