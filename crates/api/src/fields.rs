@@ -143,6 +143,7 @@ pub(crate) fn clip(text: &str) -> String {
 }
 
 fn out_of_range<T: Display>(path: &str, found: impl Display, range: &RangeInclusive<T>) -> ApiError {
+    let found = clip(&found.to_string());
     let message = format!("`{path}` must be from {} to {}, not {found}", range.start(), range.end());
     ApiError::field(path, message).with_code("invalid_value")
 }

@@ -244,7 +244,8 @@ fn timeout(fields: &mut Fields) -> Result<Option<Duration>, ApiError> {
     match duration.filter(|duration| !duration.is_zero()) {
         Some(duration) => Ok(Some(duration)),
         None => {
-            let message = format!("`timeout` must be above 0 and at most {MAX_TIMEOUT_S} seconds, not {seconds}");
+            let found = clip(&seconds.to_string());
+            let message = format!("`timeout` must be above 0 and at most {MAX_TIMEOUT_S} seconds, not {found}");
             Err(ApiError::field("timeout", message).with_code("invalid_value"))
         }
     }
@@ -254,7 +255,8 @@ fn timeout(fields: &mut Fields) -> Result<Option<Duration>, ApiError> {
 fn top_p(fields: &mut Fields) -> Result<Option<f32>, ApiError> {
     match fields.number("top_p", f64::MIN..=f64::MAX)? {
         Some(number) if !(number as f32 > 0.0 && number <= 1.0) => {
-            let message = format!("`top_p` must be above 0 and at most 1, not {number}");
+            let found = clip(&number.to_string());
+            let message = format!("`top_p` must be above 0 and at most 1, not {found}");
             Err(ApiError::field("top_p", message).with_code("invalid_value"))
         }
         number => Ok(number.map(|number| number as f32)),

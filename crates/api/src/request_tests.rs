@@ -263,6 +263,10 @@ fn errors_repeat_only_so_much() {
     assert!(serde_json::to_string(&error.object()).unwrap().len() < 500);
     let error = chat_with("model", json!("é".repeat(100_000))).unwrap_err();
     assert!(serde_json::to_string(&error.object()).unwrap().len() < 500);
+    for name in ["timeout", "top_p", "temperature"] {
+        let error = chat_with(name, json!(1e308)).unwrap_err();
+        assert!(serde_json::to_string(&error.object()).unwrap().len() < 300, "{name}: {error}");
+    }
 }
 
 fn any_json() -> impl Strategy<Value = Value> {

@@ -1,7 +1,6 @@
 //! What callers hold of a coordinator.
 
 use std::net::SocketAddr;
-use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -13,7 +12,7 @@ use tokio::sync::mpsc;
 use crate::coordinator::{CoordinatorOptions, MAX_WAITING};
 use crate::meter::Meter;
 use crate::model::LocalModel;
-use crate::ring::{OpenCount, Submission, Submissions};
+use crate::ring::{Open, Submission, Submissions};
 use crate::serving::{
     ClusterStatus, Event, HopParts, ModelCard, Readiness, Request, RequestTrace, Serving, SubmitError, TicketInfo,
 };
@@ -26,7 +25,7 @@ pub(crate) struct Shared {
     pub(crate) submissions: Submissions,
     pub(crate) link_addresses: Vec<String>,
     readiness: Mutex<Readiness>,
-    open: Arc<AtomicUsize>,
+    open: Arc<Open>,
     node: NodeId,
     card: ModelCard,
     parallel: u32,
@@ -81,7 +80,7 @@ impl Shared {
             submissions: Submissions::new(),
             link_addresses: link_addresses.iter().map(ToString::to_string).collect(),
             readiness: Mutex::new(Readiness::NotReady(starting)),
-            open: Arc::new(AtomicUsize::new(0)),
+            open: Arc::default(),
             node: identity.node_id(),
             card,
             parallel: options.parallel,
@@ -157,7 +156,8 @@ impl Serving for Handle {
         }
         request.sampling.validate(card.n_vocab).map_err(|error| SubmitError::Invalid(error.to_string()))?;
         let most = MAX_WAITING + self.shared.parallel as usize;
-        let open = OpenCount::take(&self.shared.open, most).ok_or(SubmitError::Busy { waiting: MAX_WAITING })?;
+        let open = self.shared.open.take(request.tenant, most);
+        let open = open.ok_or(SubmitError::Busy { waiting: MAX_WAITING })?;
         // Bounded by the context: a session tells at most that many tokens and one end.
         let (events, receiver) = mpsc::unbounded_channel();
         if self.shared.submissions.send(Submission { request, at: Instant::now(), events, open }) {

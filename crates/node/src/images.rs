@@ -169,7 +169,14 @@ impl Images {
     }
 
     fn write(&self, bytes: &[u8]) -> io::Result<File> {
-        let mut file = tempfile::tempfile_in(&self.dir)?;
+        let mut file = tempfile::tempfile_in(&self.dir).or_else(|error| {
+            if error.kind() != io::ErrorKind::NotFound {
+                return Err(error);
+            }
+            // Somebody has tidied up.
+            make_private(&self.dir)?;
+            tempfile::tempfile_in(&self.dir)
+        })?;
         file.write_all(bytes)?;
         Ok(file)
     }
@@ -310,9 +317,20 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_that_is_gone_is_an_error_that_names_it() {
+    fn a_directory_that_is_gone_is_made_again() {
+        let (dir, mut images) = store(100);
+        images.save(ImageId(1), b"before").unwrap();
+        fs::remove_dir(dir.path().join("kv")).unwrap();
+        images.save(ImageId(2), b"after").unwrap();
+        assert_eq!(load(&mut images, 1).unwrap(), b"before");
+        assert_eq!(load(&mut images, 2).unwrap(), b"after");
+    }
+
+    #[test]
+    fn a_directory_that_cannot_be_used_is_an_error_that_names_it() {
         let (dir, mut images) = store(100);
         fs::remove_dir(dir.path().join("kv")).unwrap();
+        fs::write(dir.path().join("kv"), b"a file").unwrap();
         let error = images.save(ImageId(1), b"x").unwrap_err();
         assert!(error.to_string().contains("kv"), "{error}");
         assert_eq!(images.used(), ByteSize(0));

@@ -63,6 +63,8 @@ pub struct PassRunner {
     images: Images,
     /// Said once that nothing can be saved.
     said_off: bool,
+    /// Said that the disk refuses, and since then it has.
+    said_lost: bool,
     rows: Vec<Row>,
     image: Vec<u8>,
 }
@@ -70,7 +72,16 @@ pub struct PassRunner {
 impl PassRunner {
     /// Wraps a stage with `n_slots` sessions; `images` are its own.
     pub fn new(stage: Stage, input_scale: f32, n_slots: u32, images: Images) -> Self {
-        Self { stage, input_scale, n_slots, images, said_off: false, rows: Vec::new(), image: Vec::new() }
+        Self {
+            stage,
+            input_scale,
+            n_slots,
+            images,
+            said_off: false,
+            said_lost: false,
+            rows: Vec::new(),
+            image: Vec::new(),
+        }
     }
 
     /// The stage itself.
@@ -137,7 +148,9 @@ impl PassRunner {
         // Tokens that were taken back may still be here.
         self.stage.truncate(slot, n_tokens)?;
         self.stage.save(slot, &mut self.image)?;
-        Ok(self.images.save(image, &self.image)?)
+        self.images.save(image, &self.image)?;
+        self.said_lost = false;
+        Ok(())
     }
 
     fn load(&mut self, slot: u32, n_tokens: u32, image: ImageId) -> Result<(), SpillError> {
@@ -156,6 +169,10 @@ impl PassRunner {
             // The coordinator makes room; it happens again and again.
             SpillError::Image(ImageError::Full { .. } | ImageError::TooMany) => {
                 tracing::debug!(%error, "an idle session was not kept");
+            }
+            // A disk that is full refuses several times a second.
+            SpillError::Image(ImageError::Io { .. }) if std::mem::replace(&mut self.said_lost, true) => {
+                tracing::debug!(%error, "one more idle session was lost");
             }
             _ => tracing::warn!(%error, "an idle session was lost; its tokens will be computed again"),
         }

@@ -62,7 +62,12 @@ fn seed(args: &BenchArgs) -> u64 {
 
 /// The first model that the endpoint lists.
 fn first_model(endpoint: &Endpoint, notes: &mut Vec<String>) -> Result<String, Failure> {
-    let missing = || Failure::run(format!("{} lists no model; name one with --model", endpoint.base()));
+    let missing = || {
+        let base = endpoint.base();
+        Failure::run(format!(
+            "{base} lists no model; is that all before `/v1` of its address? Then name one with --model"
+        ))
+    };
     let reply = endpoint.get("/v1/models").map_err(|error| match error {
         EndpointError::Refused { status: 404 | 405 | 501, .. } => missing(),
         EndpointError::Refused { status: 401 | 403, ref message } => wants_key(message),
@@ -81,7 +86,9 @@ fn first_model(endpoint: &Endpoint, notes: &mut Vec<String>) -> Result<String, F
 }
 
 fn wants_key(message: &str) -> Failure {
-    Failure::run(format!("the endpoint wants another key: {message}; give it with --api-key or BRIGADE_API_KEY"))
+    Failure::run(format!(
+        "the endpoint wants a key that it knows: {message}; give it with --api-key or BRIGADE_API_KEY"
+    ))
 }
 
 /// What an endpoint's error means for who measures.

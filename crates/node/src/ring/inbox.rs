@@ -1,10 +1,11 @@
 //! What reaches a ring's thread: requests from callers, and word that a frame came back.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::collections::HashMap;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
+use brigade_base::TenantId;
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::serving::{Event, Failure, Request};
@@ -30,21 +31,50 @@ pub struct Submission {
     pub open: OpenCount,
 }
 
-/// One of the open requests; dropping it takes it back.
-pub struct OpenCount(Arc<AtomicUsize>);
+/// Open requests that each tenant may have even where others fill the queue. So a key that asks for hundreds does not
+/// lock the others out, and what all of them hold together stays bounded, by the number of keys.
+pub const RESERVED: usize = 16;
 
-impl OpenCount {
-    /// Counts one more, unless `most` are open already.
-    pub fn take(counter: &Arc<AtomicUsize>, most: usize) -> Option<Self> {
-        let more = |n| (n < most).then_some(n + 1);
-        counter.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok()?;
-        Some(Self(Arc::clone(counter)))
+/// Counts the open requests of each tenant.
+#[derive(Debug, Default)]
+pub struct Open(Mutex<Counts>);
+
+#[derive(Debug, Default)]
+struct Counts {
+    all: usize,
+    of: HashMap<TenantId, usize>,
+}
+
+impl Open {
+    /// Counts one more, unless `most` are open already and the tenant has [`RESERVED`] of its own.
+    pub fn take(self: &Arc<Self>, tenant: TenantId, most: usize) -> Option<OpenCount> {
+        let mut counts = lock(&self.0);
+        let own = counts.of.get(&tenant).copied().unwrap_or(0);
+        if counts.all >= most && own >= RESERVED {
+            return None;
+        }
+        counts.all += 1;
+        counts.of.insert(tenant, own + 1);
+        Some(OpenCount { open: Arc::clone(self), tenant })
     }
+}
+
+/// One of the open requests; dropping it takes it back.
+pub struct OpenCount {
+    open: Arc<Open>,
+    tenant: TenantId,
 }
 
 impl Drop for OpenCount {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+        let mut counts = lock(&self.open.0);
+        counts.all -= 1;
+        let own = counts.of.get(&self.tenant).copied().unwrap_or(1) - 1;
+        // Those who have nothing open are not remembered.
+        match own {
+            0 => counts.of.remove(&self.tenant),
+            own => counts.of.insert(self.tenant, own),
+        };
     }
 }
 
@@ -82,5 +112,25 @@ impl Submissions {
     pub fn send(&self, submission: Submission) -> bool {
         let happening = Happening::Submission(Box::new(submission));
         lock(&self.0).0.as_ref().is_some_and(|sender| sender.send(happening).is_ok())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_tenant_does_not_lock_the_others_out() {
+        let open = Arc::new(Open::default());
+        let take = |tenant, n: usize| (0..n).filter_map(|_| open.take(TenantId(tenant), 50)).collect::<Vec<_>>();
+        let greedy = take(1, 100);
+        assert_eq!(greedy.len(), 50);
+        let modest = take(2, 100);
+        assert_eq!(modest.len(), RESERVED);
+        drop(greedy);
+        assert_eq!(take(2, 100).len(), 50 - RESERVED);
+        drop(modest);
+        let counts = lock(&open.0);
+        assert_eq!((counts.all, counts.of.len()), (0, 0));
     }
 }

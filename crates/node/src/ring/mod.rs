@@ -21,7 +21,7 @@ use brigade_protocol::frame::{Attach, FrameHead, KvStep, RowSet};
 use brigade_protocol::schedule::{Arrival, Limits, Notice, Output, Pass, Scheduler};
 
 use self::answer::{Answer, Chosen, Wishes};
-pub use self::inbox::{Happening, OpenCount, Submission, Submissions};
+pub use self::inbox::{Happening, Open, Submission, Submissions};
 use crate::incoming::{Incoming, IncomingEnd};
 use crate::loaded::LoadedStage;
 use crate::meter::{End, Load, Meter, PassReport};
@@ -303,7 +303,11 @@ impl<T: Tail> Running<'_, T> {
     fn fail_all(&mut self, failure: &Failure) {
         while let Ok(happening) = self.ring.inbox.try_recv() {
             if let Happening::Submission(submission) = happening {
+                let id = self.next_session;
+                self.next_session = id.next();
+                self.ring.meter.received(id, &submission.request, submission.at);
                 let _ = submission.events.send(Event::Failed(failure.clone()));
+                self.ring.meter.ended(id, End::Error, Instant::now());
             }
         }
         for (id, answer) in self.answers.drain() {
@@ -413,6 +417,7 @@ impl<T: Tail> Running<'_, T> {
             };
             if let Some(mut frame) = links.last.try_recv().map_err(|end| self.link_ended(&end))? {
                 if frame.head.epoch != self.ring.attach.epoch {
+                    links.last.recycle(frame);
                     continue;
                 }
                 std::mem::swap(&mut self.head, &mut frame.head);

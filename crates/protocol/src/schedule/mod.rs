@@ -29,7 +29,7 @@ use brigade_base::{ImageId, PassId, SessionId, Token};
 
 use self::budget::Budget;
 use self::kv::{Images, Kept, MIN_SHARED, usable};
-use self::session::Session;
+use self::session::{Served, Session};
 use crate::frame::{KvStep, MAX_IMAGES, MAX_KV_STEPS, RowSet};
 
 mod budget;
@@ -95,6 +95,7 @@ pub struct Scheduler {
     n_arrived: u64,
     /// Rises with each use of a slot or image.
     clock: u64,
+    served: Served,
     /// The run of slots after the last one that decoded, so that all do in turn.
     decode_turn: usize,
     /// The slot after the last one whose prompt was computed, so that all are in turn.
@@ -119,6 +120,7 @@ impl Scheduler {
             next_pass: PassId(1),
             n_arrived: 0,
             clock: 0,
+            served: Served::default(),
             decode_turn: 0,
             prompt_turn: 0,
         }

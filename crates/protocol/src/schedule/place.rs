@@ -5,14 +5,14 @@ use brigade_base::SessionId;
 use super::kv::{Kept, MIN_SHARED, usable};
 use super::session::{Session, next_waiting};
 use super::{ImageStep, InFlight, Notice, Pass, PrefixCache, Scheduler, Slot};
-use crate::frame::KvStep;
+use crate::frame::{KvStep, MAX_KV_STEPS};
 
 impl Scheduler {
     /// Gives slots to waiting sessions.
     pub(super) fn place(&mut self, pass: &mut Pass, sent: &mut InFlight) {
         loop {
             let running = self.held().map(|(_, session)| session.tenant);
-            let Some(at) = next_waiting(&self.waiting, running) else { return };
+            let Some(at) = next_waiting(&self.waiting, running, |tenant| self.served.when(tenant)) else { return };
             match self.slot_for(&self.waiting[at]) {
                 Some(slot) => {
                     let session = self.waiting.swap_remove(at);
@@ -43,14 +43,18 @@ impl Scheduler {
     /// Makes a slot a session's own.
     fn take_slot(&mut self, mut session: Session, slot: usize, pass: &mut Pass, sent: &mut InFlight) {
         let used = self.tick();
+        self.served.note(session.tenant, used);
         let Slot::Kept(kept) = std::mem::replace(&mut self.slots[slot], Slot::Kept(Kept::default())) else { return };
         let here = Some(kept.usable(session.wanted(), self.limits.cache)).filter(|n| *n >= MIN_SHARED).unwrap_or(0);
         // Copying is cheaper than loading, and cannot fail.
         let copied = self.best_source(&session, slot, pass).map_or(0, |(_, n, _)| n);
         let image = self.images.best(session.wanted(), self.limits.cache);
         let image = image.filter(|(_, n)| *n >= here.max(copied) + MIN_SHARED);
+        // Beside saving it, what makes room for it, and one step that fills each slot.
+        let n_steps = pass.steps.len() + 1 + self.to_drop.len() + self.images.list.len() + self.slots.len();
         // What nobody could compute more cheaply than load is saved before it is overwritten.
         if (image.is_some() || kept.len() - here >= MIN_SHARED)
+            && n_steps <= MAX_KV_STEPS as usize
             && let Some(id) = self.images.begin(&kept, &mut self.to_drop)
         {
             // What makes room for it goes first.
@@ -175,10 +179,17 @@ impl Scheduler {
         self.waiting.push(session);
     }
 
-    /// Without a cache, drops what was saved of a session that has ended: nobody else may use it.
+    /// Without a cache, drops what is left of a session that has ended: nobody else may use it. That goes for the slot
+    /// that it was pushed out of too, which would be saved otherwise.
     pub(super) fn forget(&mut self, owner: SessionId) {
-        if self.limits.cache == PrefixCache::Off {
-            self.images.forget(owner, &mut self.to_drop);
+        if self.limits.cache != PrefixCache::Off {
+            return;
+        }
+        self.images.forget(owner, &mut self.to_drop);
+        for slot in &mut self.slots {
+            if matches!(slot, Slot::Kept(kept) if kept.owner == owner) {
+                *slot = Slot::Kept(Kept::default());
+            }
         }
     }
 }

@@ -140,9 +140,38 @@ impl Session {
     }
 }
 
-/// Which of the waiting sessions is next: by priority; then of the tenant that has fewest sessions running, so that
-/// nobody is shut out by another one's hundred requests; then by deadline or patience, and by arrival.
-pub(super) fn next_waiting(waiting: &[Session], running: impl Iterator<Item = TenantId>) -> Option<usize> {
+/// Tenants whose last turn is remembered: more than share a coordinator. Beyond them the longest ago is forgotten, which
+/// is as if it had never had a turn.
+const MAX_SERVED: usize = 1024;
+
+/// When each tenant got a slot last.
+#[derive(Debug, Default)]
+pub(super) struct Served(Vec<(TenantId, u64)>);
+
+impl Served {
+    /// The time of its last turn; 0 before the first.
+    pub(super) fn when(&self, tenant: TenantId) -> u64 {
+        self.0.iter().find(|(other, _)| *other == tenant).map_or(0, |(_, at)| *at)
+    }
+
+    /// Takes in that a tenant gets a slot. Times rise.
+    pub(super) fn note(&mut self, tenant: TenantId, at: u64) {
+        self.0.retain(|(other, _)| *other != tenant);
+        if self.0.len() == MAX_SERVED {
+            self.0.remove(0);
+        }
+        self.0.push((tenant, at));
+    }
+}
+
+/// Which of the waiting sessions is next: by priority; then of the tenant that has fewest sessions running, and of those
+/// the one that got a slot longest ago (`served` tells when), so that nobody is shut out by another one's hundred
+/// requests; then by deadline or patience, and by arrival.
+pub(super) fn next_waiting(
+    waiting: &[Session],
+    running: impl Iterator<Item = TenantId>,
+    served: impl Fn(TenantId) -> u64,
+) -> Option<usize> {
     if waiting.len() < 2 {
         return (!waiting.is_empty()).then_some(0);
     }
@@ -154,7 +183,9 @@ pub(super) fn next_waiting(waiting: &[Session], running: impl Iterator<Item = Te
         }
     }
     let n_running = |tenant| counts.iter().find(|(other, _)| *other == tenant).map_or(0, |(_, n)| *n);
-    let order = |session: &Session| (session.priority, n_running(session.tenant), session.due, session.arrived);
+    let order = |session: &Session| {
+        (session.priority, n_running(session.tenant), served(session.tenant), session.due, session.arrived)
+    };
     waiting.iter().enumerate().min_by_key(|(_, session)| order(session)).map(|(at, _)| at)
 }
 
@@ -178,17 +209,27 @@ mod tests {
         let now = noon();
         let later = now + Duration::from_secs(1);
         let order = |waiting: &[Session], running: &[u64]| {
-            next_waiting(waiting, running.iter().map(|&t| TenantId(t))).map(|at| waiting[at].arrived)
+            next_waiting(waiting, running.iter().map(|&t| TenantId(t)), |tenant| tenant.0).map(|at| waiting[at].arrived)
         };
         assert_eq!(order(&[], &[]), None);
         assert_eq!(order(&[session(1, 0, 0, None), session(2, 0, -1, None)], &[]), Some(2));
         assert_eq!(order(&[session(1, 7, 0, None), session(2, 8, 0, None)], &[7, 7, 8]), Some(2));
+        assert_eq!(order(&[session(1, 8, 0, None), session(2, 7, 0, None)], &[]), Some(2), "served longer ago");
         assert_eq!(order(&[session(1, 0, 0, None), session(2, 0, 0, Some(later))], &[]), Some(2));
         assert_eq!(order(&[session(1, 0, 0, Some(later)), session(2, 0, 0, Some(now))], &[]), Some(2));
         assert_eq!(order(&[session(2, 0, 0, None), session(1, 0, 0, None)], &[]), Some(1));
         let hasty = |arrived| session(arrived, 0, 0, Some(noon() + Duration::from_secs(arrived + 5)));
         assert_eq!(order(&[session(1, 0, 0, None), hasty(50)], &[]), Some(50));
         assert_eq!(order(&[session(1, 0, 0, None), hasty(60)], &[]), Some(1), "it has waited for a minute");
+    }
+
+    #[test]
+    fn turns_are_remembered_of_so_many_tenants() {
+        let mut served = Served::default();
+        (1..=MAX_SERVED as u64 + 1).for_each(|n| served.note(TenantId(n), n));
+        served.note(TenantId(5), 9999);
+        assert_eq!([1, 2, 5, 6].map(|n| served.when(TenantId(n))), [0, 2, 9999, 6]);
+        assert_eq!(served.0.len(), MAX_SERVED);
     }
 
     #[test]

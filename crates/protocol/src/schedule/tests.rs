@@ -329,6 +329,46 @@ fn without_a_cache_images_go_with_their_sessions() {
 }
 
 #[test]
+fn without_a_cache_nothing_is_saved_of_who_has_given_up() {
+    let limits = Limits { cache: PrefixCache::Off, image_tokens: 1000, ..limits(1) };
+    let mut world = World::new(limits, &[COST; 2], 1);
+    let patient = world.ask_as(1, text(1, 100), 9, 0, 1);
+    world.until_told(patient, 3);
+    world.send_all();
+    world.ask_as(2, text(2, 100), 2, 0, 0);
+    world.send_all();
+    while world.scheduler.n_waiting() < 2 {
+        assert!(world.receive(), "nobody was pushed out");
+    }
+    world.end(patient, Outcome::Cancelled);
+    world.drain();
+    assert!(!world.notices.iter().any(|notice| matches!(notice, Notice::Saved { .. })));
+}
+
+#[test]
+fn no_pass_has_more_steps_than_a_frame_holds() {
+    let limits = Limits { image_tokens: 256 * 70, context: 1100, chunk: 256, ..limits(256) };
+    let long_chunks = Cost { chunk_least_us: 1_000_000, ..COST };
+    let mut world = World::new(limits, &[long_chunks; 2], 1);
+    // Many short images; then as many long slots, for each of which one of them must go; and all are filled by copying.
+    for id in 0..256 {
+        world.ask(id + 1, text(id as Token, 66), 1);
+    }
+    world.drain();
+    for id in 256..512 {
+        world.ask(id + 1, text(id as Token, 1000), 1);
+    }
+    world.drain();
+    for id in 512..768 {
+        let shared = text(256, 900);
+        world.ask(id + 1, [shared, text(id as Token, 2)].concat(), 1);
+    }
+    world.drain();
+    let images = world.notices.iter().filter(|notice| matches!(notice, Notice::Saved { .. })).count();
+    assert!(images > 256, "{images} saved");
+}
+
+#[test]
 fn tenants_take_turns() {
     let mut world = world(1, 1);
     for (id, tenant) in [(1, 1), (2, 1), (3, 1), (4, 2)] {
@@ -346,7 +386,7 @@ fn tenants_take_turns() {
         });
         started.collect::<Vec<_>>()
     };
-    assert_eq!(started(&mut world), [1, 2, 3, 4], "nobody runs, so who came first");
+    assert_eq!(started(&mut world), [1, 4, 2, 3], "the other one has had no turn yet");
     assert_eq!(started(&mut two)[..2], [1, 4]);
 }
 

@@ -404,6 +404,7 @@ impl World {
 
     /// What must be true of every pass.
     fn check(&mut self, pass: &Pass) {
+        assert!(pass.steps.len() <= MAX_KV_STEPS as usize, "{} steps do not fit into a frame", pass.steps.len());
         assert!(!pass.steps.is_empty() || !pass.sets.is_empty());
         assert_eq!(pass.sets.len(), pass.rows.len());
         assert_eq!(pass.sets.iter().map(|set| set.n_rows as usize).sum::<usize>(), pass.tokens.len());
