@@ -12,9 +12,9 @@
 //! All of it comes from measured times: of the busiest stage and of all, for decode rows by their number, and for a row
 //! of a chunk.
 
-/// How much longer than without it a pass may take because of a chunk, decode rows included. A stream whose tokens came
-/// every `t` then waits about `SLOWDOWN * t`. With noise, and because a chunk takes longer the more tokens are before it
-/// while the mean is of earlier ones, that stays below four times, which people still see as a steady flow.
+/// How much longer than without it a pass may take because of a chunk, decode rows included. A stream whose tokens
+/// came every `t` then waits about `SLOWDOWN * t`. With noise, and because a chunk takes longer the more tokens are
+/// before it while the mean is of earlier ones, that stays below four times, which people still see as a steady flow.
 const SLOWDOWN: f32 = 3.1;
 
 /// What the first chunks may be of those that follow them. While passes come back every `t`, others that take `x` are

@@ -140,8 +140,8 @@ impl Session {
     }
 }
 
-/// Tenants whose last turn is remembered: more than share a coordinator. Beyond them the longest ago is forgotten, which
-/// is as if it had never had a turn.
+/// Tenants whose last turn is remembered: more than share a coordinator. Beyond them the longest ago is forgotten,
+/// which is as if it had never had a turn.
 const MAX_SERVED: usize = 1024;
 
 /// When each tenant got a slot last.
@@ -164,9 +164,9 @@ impl Served {
     }
 }
 
-/// Which of the waiting sessions is next: by priority; then of the tenant that has fewest sessions running, and of those
-/// the one that got a slot longest ago (`served` tells when), so that nobody is shut out by another one's hundred
-/// requests; then by deadline or patience, and by arrival.
+/// Which of the waiting sessions is next: by priority; then of the tenant that has fewest sessions running, and of
+/// those the one that got a slot longest ago (`served` tells when), so that nobody is shut out by another one's
+/// hundred requests; then by deadline or patience, and by arrival.
 pub(super) fn next_waiting(
     waiting: &[Session],
     running: impl Iterator<Item = TenantId>,
