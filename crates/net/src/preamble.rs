@@ -414,7 +414,12 @@ mod tests {
     #[test]
     fn the_highest_common_version_is_spoken() {
         let hello = |min_version, max_version| Hello { min_version, max_version, ..Hello::new(Purpose::Control, None) };
-        assert_eq!(hello(1, 1).common_version(), Ok(1));
+        assert_eq!(hello(PROTOCOL_VERSION, PROTOCOL_VERSION).common_version(), Ok(PROTOCOL_VERSION));
+        let older = MIN_PROTOCOL_VERSION - 1;
+        assert_eq!(
+            hello(older, older).common_version(),
+            Err(Refusal::VersionMismatch { ours: PROTOCOL_VERSION, theirs: older })
+        );
         assert_eq!(hello(0, 900).common_version(), Ok(PROTOCOL_VERSION));
         let newer = PROTOCOL_VERSION + 1;
         assert_eq!(
