@@ -154,7 +154,7 @@ fn ipv6() -> Check {
 
 fn open_files() -> Check {
     // The hard limit: `serve` and `join` raise theirs to it.
-    match files::open_files_max() {
+    match brigade_node::system::open_files_max() {
         Some(n) if n < FILES_WANTED => {
             let fix = "many clients at once may be turned away: raise the hard limit (ulimit -Hn 65536 as root)";
             warn("open files", format!("at most {n}"), fix)

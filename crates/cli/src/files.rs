@@ -6,8 +6,6 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-
 use crate::error::Failure;
 
 /// Reads a text of at most `max_bytes`; a device or pipe that has no end is no reason to read on.
@@ -55,20 +53,6 @@ pub fn check_writable(path: &Path) -> io::Result<()> {
     std::fs::remove_file(probe)
 }
 
-/// Most files and sockets that this process may have open once [`raise_open_files`] was called; `None` is no limit.
-pub fn open_files_max() -> Option<u64> {
-    getrlimit(Resource::Nofile).maximum
-}
-
-/// Lets this process open as many files and sockets as the system grants: the soft limit is often 1024, fewer than a
-/// busy endpoint has connections.
-pub fn raise_open_files() {
-    let maximum = open_files_max();
-    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
-        tracing::info!(%error, "the limit of open files stays as it is");
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -100,11 +84,5 @@ mod tests {
     fn a_file_is_no_state_directory() {
         let file = tempfile::NamedTempFile::new().unwrap();
         assert!(make_state_dir(file.path()).unwrap_err().to_string().contains("--state-dir"));
-    }
-
-    #[test]
-    fn the_limit_of_open_files_rises_to_its_most() {
-        raise_open_files();
-        assert_eq!(getrlimit(Resource::Nofile).current, open_files_max());
     }
 }

@@ -18,7 +18,7 @@ const MAX_TICKET_FILE_BYTES: u64 = 16 << 10;
 pub fn run(args: &JoinArgs) -> Result<(), Failure> {
     let state_dir = args.node.state.dir();
     files::make_state_dir(&state_dir)?;
-    files::raise_open_files();
+    brigade_node::system::raise_open_files();
     let options = WorkerOptions {
         state_dir: state_dir.clone(),
         name: args.node.name(),

@@ -24,7 +24,7 @@ const MAX_KEY_FILE_BYTES: u64 = 1 << 20;
 pub fn run(args: &ServeArgs) -> Result<(), Failure> {
     let state_dir = args.node.state.dir();
     files::make_state_dir(&state_dir)?;
-    files::raise_open_files();
+    brigade_node::system::raise_open_files();
     let keys = api_keys(args)?;
     if !args.bind.is_loopback() && keys.is_empty() {
         return Err(Failure::usage(format!(

@@ -159,8 +159,9 @@ impl Stage {
     /// Writes an image of `slot` to `out`, which is overwritten: [`Stage::kv_bytes_per_token`] for each token, and
     /// some kilobytes.
     ///
-    /// # Errors If there is no such slot, the model's slots cannot be saved, or queued copies cannot be made; `out`
-    /// is then empty.
+    /// # Errors
+    /// If there is no such slot, the model's slots cannot be saved, or queued copies cannot be made; `out` is then
+    /// empty.
     pub fn save(&mut self, slot: u32, out: &mut Vec<u8>) -> Result<(), KvError> {
         out.clear();
         let n_tokens = self.len_checked(slot)?;
@@ -181,8 +182,9 @@ impl Stage {
 
     /// Gives `slot`, whatever it held, the `n` tokens of an image. It has the same bits as the slot that was saved.
     ///
-    /// # Errors If there is no such slot, the model's slots cannot be saved, or queued copies cannot be made: nothing
-    /// has changed then. If it is no image of `n` tokens for this stage, the slot is empty.
+    /// # Errors
+    /// If there is no such slot, the model's slots cannot be saved, or queued copies cannot be made: nothing has
+    /// changed then. If it is no image of `n` tokens for this stage, the slot is empty.
     pub fn restore(&mut self, slot: u32, image: &[u8], n: u32) -> Result<(), KvError> {
         self.len_checked(slot)?;
         if !self.can_save() {

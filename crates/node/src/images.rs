@@ -89,6 +89,14 @@ impl Images {
         Ok(images)
     }
 
+    /// The store of a node, in its state directory; where that cannot be used it is off, and the log says so.
+    pub fn of_node(state_dir: &Path, limit: ByteSize) -> Self {
+        Self::open(&state_dir.join("kv"), limit).unwrap_or_else(|error| {
+            tracing::warn!(%error, "no idle sessions are kept on disk");
+            Self::off()
+        })
+    }
+
     /// A store that saves nothing.
     pub fn off() -> Self {
         Self { dir: PathBuf::new(), limit: ByteSize(0), used: 0, images: HashMap::new() }

@@ -18,7 +18,7 @@ use brigade_net::{Link, LinkStats};
 use brigade_protocol::frame::FrameHead;
 use brigade_protocol::kind;
 
-use crate::threads::spawn;
+use crate::threads::{micros, spawn};
 
 /// Most decoded frames that wait. A ring carries about as many passes as it has stages, so that in rings of some
 /// machines all may wait at one stage and be computed together. More would only hold memory: a frame may have 64 MiB. A
@@ -167,7 +167,7 @@ impl Reader {
                 return broken(format!("a broken frame: {error}"));
             }
             let decoded = Instant::now();
-            let read_us = u32::try_from((decoded - arrived).as_micros()).unwrap_or(u32::MAX);
+            let read_us = micros(decoded - arrived);
             if self.queue.send(InFrame { head, rows, arrived, decoded, read_us }).is_err() {
                 return IncomingEnd::Closed("nobody takes its frames".to_owned());
             }

@@ -20,7 +20,7 @@ use brigade_net::{Link, LinkError, LinkStats};
 use brigade_protocol::frame::row_bytes;
 use brigade_protocol::kind;
 
-use crate::threads::spawn;
+use crate::threads::{micros, spawn};
 
 /// Largest frame that is sent at once. A decode row of the widest model is as large; sixteen of these fit into the
 /// smallest buffers that a link's two ends usually have together.
@@ -46,7 +46,7 @@ impl Shared {
     fn send(&self, link: &dyn Link, parts: &[&[u8]]) -> Result<(), LinkError> {
         let begin = Instant::now();
         let sent = link.send(kind::FRAME, parts);
-        self.write_us.store(u32::try_from(begin.elapsed().as_micros()).unwrap_or(u32::MAX), Ordering::Relaxed);
+        self.write_us.store(micros(begin.elapsed()), Ordering::Relaxed);
         sent
     }
 }

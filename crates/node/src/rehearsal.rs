@@ -74,11 +74,11 @@ pub fn rehearse(
         kv_spill: ByteSize(0),
     };
     let n_vocab = model.architecture().n_vocab as usize;
-    let is_letter =
-        |&token: &usize| model.vocabulary().token_bytes(token as i32, false).iter().all(u8::is_ascii_alphabetic);
-    let letters: Vec<usize> = (0..n_vocab).filter(is_letter).take(64).collect();
-    let letters: Vec<usize> =
-        letters.into_iter().filter(|&t| !model.vocabulary().token_bytes(t as i32, false).is_empty()).collect();
+    let is_word = |&token: &usize| {
+        let bytes = model.vocabulary().token_bytes(token as i32, false);
+        !bytes.is_empty() && bytes.iter().all(u8::is_ascii_alphabetic)
+    };
+    let letters: Vec<usize> = (0..n_vocab).filter(is_word).take(64).collect();
     if letters.is_empty() {
         return Err(CoordinatorError::Setting("the model has no tokens that are letters".to_owned()));
     }

@@ -13,7 +13,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use brigade_engine::Canceller;
 use brigade_net::Link;
@@ -24,6 +24,7 @@ use crate::incoming::{InFrame, Incoming, IncomingEnd, MAX_QUEUE};
 use crate::loaded::LoadedStage;
 use crate::outgoing::Outgoing;
 use crate::stage_pass::PassRunner;
+use crate::threads::micros;
 
 /// Fewest single rows that are computed together. Below, processors go row by row: with 1.2 billion weights in Q4_0 on
 /// one thread, 1 row was seen to take 70 ms, 2 rows 142, 3 rows 152 and 4 rows 151. So two lone rows would save
@@ -228,10 +229,6 @@ impl<'a> StageLoop<'a> {
         }
         Ok(())
     }
-}
-
-fn micros(duration: Duration) -> u32 {
-    u32::try_from(duration.as_micros()).unwrap_or(u32::MAX)
 }
 
 /// How many of the waiting frames, from the first on, are computed as one batch of at most `max_rows` rows.

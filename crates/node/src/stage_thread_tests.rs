@@ -1,5 +1,6 @@
 use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
 
 use brigade_base::{DeploymentId, Epoch, ImageId, PassId};
 use brigade_protocol::frame::{FrameHead, KvStep, row_bytes};

@@ -1,6 +1,7 @@
 //! What the machine has and what this process takes of it.
 
 use brigade_base::ByteSize;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use sysinfo::{MemoryRefreshKind, ProcessRefreshKind, ProcessesToUpdate, RefreshKind, System};
 
 /// Memory that can be had without swapping, within the limits of a container.
@@ -42,9 +43,29 @@ pub fn host_name() -> String {
     name.chars().take(brigade_protocol::control::MAX_NAME).collect()
 }
 
+/// Most files and sockets that this process may have open once [`raise_open_files`] was called; `None` is no limit.
+pub fn open_files_max() -> Option<u64> {
+    getrlimit(Resource::Nofile).maximum
+}
+
+/// Lets this process open as many files and sockets as the system grants: the soft limit is often 1024, fewer than a
+/// busy endpoint has connections.
+pub fn raise_open_files() {
+    let maximum = open_files_max();
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
+        tracing::info!(%error, "the limit of open files stays as it is");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_limit_of_open_files_rises_to_its_most() {
+        raise_open_files();
+        assert_eq!(getrlimit(Resource::Nofile).current, open_files_max());
+    }
 
     #[test]
     fn a_process_has_memory_and_a_core() {

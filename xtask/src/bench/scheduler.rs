@@ -13,9 +13,9 @@ use std::time::{Duration, Instant};
 
 use brigade_api::{ApiOptions, Server};
 use brigade_node::serving::Serving;
+use brigade_node::system::raise_open_files;
 use brigade_node::{LocalModel, rehearse};
 use clap::Args;
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::thread::{CpuSet, sched_setaffinity};
 use serde::Serialize;
 
@@ -283,12 +283,6 @@ fn keep_off_core(core: usize) -> Outcome {
     let mut cores = CpuSet::new();
     (0..n_cores).filter(|k| *k != core).for_each(|k| cores.set(k));
     sched_setaffinity(None, &cores).map_err(|error| Failure::said(format!("cores cannot be chosen: {error}")))
-}
-
-fn raise_open_files() {
-    let maximum = getrlimit(Resource::Nofile).maximum;
-    // Without it fewer streams fit; the first that does not says so.
-    let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use brigade_base::{DeploymentId, Epoch, LayerRange, NodeId};
 use brigade_gguf::{StageView, StageViewError, TensorSource};
 use brigade_net::{Identity, Link, TcpLink};
+use brigade_plan::PlannedStage;
 use brigade_protocol::cluster::{Action, Cluster, Input};
 use brigade_protocol::control::{Deploy, HEARTBEAT_MS, ToCoordinator, ToWorker};
 use brigade_protocol::frame::Attach;
@@ -343,16 +344,13 @@ impl Owner {
         let cancel = Arc::new(AtomicBool::new(false));
         let (cancelled, events, threads) = (Arc::clone(&cancel), self.events.clone(), self.options.threads);
         let source = Arc::clone(self.model.file()) as Arc<dyn TensorSource>;
-        let (kv_dir, kv_spill) = (self.options.state_dir.join("kv"), self.options.kv_spill);
+        let (state_dir, kv_spill) = (self.options.state_dir.clone(), self.options.kv_spill);
         let load = move || {
             let mut progress = |share| {
                 let _ = events.send(Event::TailProgress(epoch, share));
                 !cancelled.load(Ordering::Relaxed)
             };
-            let images = Images::open(&kv_dir, kv_spill).unwrap_or_else(|error| {
-                tracing::warn!(%error, "no idle sessions are kept on disk");
-                Images::off()
-            });
+            let images = Images::of_node(&state_dir, kv_spill);
             let result = load_stage(key, &view, source, threads, images, &mut progress);
             let result = result.map(Box::new).map_err(|error| chain(&error));
             let _ = events.send(Event::TailLoaded(epoch, result));
@@ -431,20 +429,23 @@ impl Owner {
         Ok(())
     }
 
+    /// The stages of the present plan in ring order; none without one.
+    pub(super) fn stages(&self) -> &[PlannedStage] {
+        self.cluster.plan().map(|plan| plan.stages.as_slice()).unwrap_or_default()
+    }
+
     /// Names of the nodes in ring order.
     fn ring_names(&self) -> Vec<String> {
         let members = self.cluster.members();
         let name = |id: NodeId| members.iter().find(|m| m.id == id).map_or(&self.options.name, |m| &m.offer.name);
-        let stages = self.cluster.plan().map(|plan| plan.stages.as_slice()).unwrap_or_default();
-        stages.iter().map(|stage| name(stage.node).clone()).collect()
+        self.stages().iter().map(|stage| name(stage.node).clone()).collect()
     }
 
     /// Tokens whose KV cache fits on the disk of every node, as far as each allows.
     fn image_tokens(&self) -> u64 {
         let kv_bytes = self.model.profile().kv_bytes_per_token;
         let members = self.cluster.members();
-        let stages = self.cluster.plan().map(|plan| plan.stages.as_slice()).unwrap_or_default();
-        let tokens = stages.iter().map(|stage| {
+        let tokens = self.stages().iter().map(|stage| {
             let room = members.iter().find(|m| m.id == stage.node).map_or(self.options.kv_spill, |m| m.offer.kv_spill);
             let layers = stage.layers.start() as usize..stage.layers.end() as usize;
             room.0 / (kv_bytes[layers].iter().sum::<u64>() + IMAGE_TOKEN_BYTES)

@@ -24,7 +24,7 @@ impl Owner {
         }
         let load = self.meter.load_now();
         let (hop_us_p50, hop_us_p99) = self.meter.hop_us();
-        let n_workers = self.cluster.plan().map_or(0, |plan| plan.stages.len() - 1);
+        let n_workers = self.stages().len().saturating_sub(1);
         let mut nodes: Vec<NodeStatus> = self.cluster.members().iter().map(|m| self.worker_status(m)).collect();
         nodes.sort_by_key(|node| node.layers.map_or(u32::MAX, LayerRange::start));
         nodes.push(self.own_status(n_workers));
@@ -52,8 +52,7 @@ impl Owner {
     }
 
     fn worker_status(&self, member: &Member) -> NodeStatus {
-        let stages = self.cluster.plan().map(|plan| plan.stages.as_slice()).unwrap_or_default();
-        let place = stages.iter().position(|stage| stage.node == member.id);
+        let place = self.stages().iter().position(|stage| stage.node == member.id);
         let link = self.workers.get(&member.id);
         let (rtt_ms, memory_resident) = link.map_or((0.0, ByteSize(0)), |worker| {
             let pulse = lock(&worker.pulse);
@@ -89,7 +88,7 @@ impl Owner {
     }
 
     fn own_status(&self, n_workers: usize) -> NodeStatus {
-        let layers = self.cluster.plan().and_then(|plan| plan.stages.last()).map(|stage| stage.layers);
+        let layers = self.stages().last().map(|stage| stage.layers);
         let (state, loaded, memory) = match &self.tail {
             Tail::Empty => ("idle", 0.0, ByteSize(0)),
             Tail::Loading(_) => ("loading", self.tail_share, ByteSize(0)),

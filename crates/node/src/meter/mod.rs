@@ -27,12 +27,12 @@ use prometheus_client::encoding::text;
 use prometheus_client::metrics::histogram::Histogram;
 
 use self::metrics::{LinkMetrics, Metrics, StageMetrics};
+use self::pass::Costs;
 pub use self::pass::PassReport;
-use self::pass::{Costs, micros};
 use self::traces::{PassInfo, State, Traces, Track};
 use self::windows::{Busy, Hop, Hops, Speed, quantile};
 use crate::serving::{HopParts, Request};
-use crate::threads::lock;
+use crate::threads::{lock, micros};
 use crate::trace::RequestTrace;
 
 /// What [`Meter::encode`] writes, as HTTP names it.

@@ -12,6 +12,7 @@ use brigade_protocol::schedule::PassRows;
 
 use super::windows::Hop;
 use crate::serving::HopParts;
+use crate::threads::micros;
 
 /// A pass that went through all stages. Tell of it before the tokens that it gave.
 #[derive(Debug, Clone, Copy)]
@@ -132,11 +133,6 @@ fn hop(report: &PassReport<'_>, spans: &[Span]) -> Hop {
     // The write is that of the frame before, so the parts may come to more than the whole.
     parts.wire = (total - parts.read - parts.queue - parts.encode - parts.write).max(0.0);
     Hop { total, parts }
-}
-
-/// Whole microseconds; an hour fits.
-pub fn micros(span: Duration) -> u32 {
-    span.as_micros().try_into().unwrap_or(u32::MAX)
 }
 
 fn micros_long(us: u32) -> Duration {

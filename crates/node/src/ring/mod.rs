@@ -30,6 +30,7 @@ use crate::outgoing::Outgoing;
 use crate::serving::{Event, Failure, FinishReason, Request, Usage};
 use crate::stage_pass::PassError;
 use crate::text::Assembler;
+use crate::threads::micros;
 
 mod answer;
 mod inbox;
@@ -460,7 +461,7 @@ impl<T: Tail> Running<'_, T> {
     /// Chooses a token for every session whose logits are here.
     fn postprocess(&mut self, back: &Back, tail_begin: Instant, tail_end: Instant) -> Outcome {
         let pass = &back.sent.pass;
-        let tail_us = (tail_end - tail_begin).as_micros() as u32;
+        let tail_us = micros(tail_end - tail_begin);
         let stage_us: Vec<u32> = self.head.timings.iter().map(|timing| timing.share_us()).chain([tail_us]).collect();
         let failed: Vec<bool> = self.head.steps.iter().map(|(_, failed)| *failed).collect();
         let outputs = self

@@ -35,7 +35,7 @@ pub(super) struct Loader {
     pub(super) known: KnownCoordinator,
     pub(super) threads: u32,
     /// Where idle sessions are kept, and how many bytes of them.
-    pub(super) kv_dir: PathBuf,
+    pub(super) state_dir: PathBuf,
     pub(super) kv_spill: ByteSize,
     pub(super) cancel: Arc<AtomicBool>,
     pub(super) control: Option<Arc<dyn Link>>,
@@ -97,10 +97,7 @@ impl Loader {
         })?;
         let source: Arc<dyn TensorSource> = Arc::new(weights);
         let mut go_on = |_share: f32| !self.cancel.load(Ordering::Relaxed);
-        let images = Images::open(&self.kv_dir, self.kv_spill).unwrap_or_else(|error| {
-            tracing::warn!(%error, "no idle sessions are kept on disk");
-            Images::off()
-        });
+        let images = Images::of_node(&self.state_dir, self.kv_spill);
         let loaded = load_stage(self.key.clone(), &view, source, self.threads, images, &mut go_on);
         loaded.map_err(|error| other(chain(&error)))
     }

@@ -264,7 +264,7 @@ impl Owner {
             identity: Arc::clone(&self.identity),
             known: self.known.clone(),
             threads: self.threads,
-            kv_dir: self.state_dir.join("kv"),
+            state_dir: self.state_dir.clone(),
             kv_spill: self.kv_spill,
             cancel: Arc::clone(&cancel),
             control: self.control.clone(),

@@ -16,8 +16,7 @@ pub(super) const MIN_SHARED: u32 = 16;
 const MIN_IMAGE: u32 = 64;
 
 /// Whose cached tokens a session may use.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum PrefixCache {
     /// Nobody's.
     Off,

@@ -28,7 +28,7 @@ use std::time::Instant;
 use brigade_base::{ImageId, PassId, SessionId, Token};
 
 use self::budget::Budget;
-use self::kv::{Images, Kept, MIN_SHARED, usable};
+use self::kv::{Images, Kept, MIN_SHARED};
 use self::session::{Served, Session};
 use crate::frame::{KvStep, MAX_IMAGES, MAX_KV_STEPS, RowSet};
 
@@ -275,9 +275,7 @@ impl Scheduler {
         self.held().any(|(_, other)| {
             let is_ahead = other.started || other.arrived < session.arrived;
             other.id != session.id && other.has_prompt_left() && is_ahead && {
-                let prompt = &other.tokens[..other.n_prompt as usize];
-                let owner = other.id;
-                let n = usable(prompt, other.n_prompt, other.tenant, owner, session.wanted(), self.limits.cache);
+                let n = other.usable(other.n_prompt, other.n_prompt, session.wanted(), self.limits.cache);
                 n > other.n_sent && n >= session.n_sent + 2 * MIN_SHARED
             }
         })

@@ -2,7 +2,7 @@
 
 use brigade_base::SessionId;
 
-use super::kv::{Kept, MIN_SHARED, usable};
+use super::kv::{Kept, MIN_SHARED};
 use super::session::{Session, next_waiting};
 use super::{ImageStep, InFlight, Notice, Pass, PrefixCache, Scheduler, Slot};
 use crate::frame::{KvStep, MAX_KV_STEPS};
@@ -126,10 +126,7 @@ impl Scheduler {
         };
         let sources = self.slots.iter().enumerate().filter(|(at, _)| *at != slot).map(|(at, other)| match other {
             Slot::Kept(kept) => (at, kept.usable(wanted, cache), kept.n_chunked),
-            Slot::Held(s) => {
-                let there = &s.tokens[..n_there(at, s.n_sent) as usize];
-                (at, usable(there, s.n_chunked, s.tenant, s.id, wanted, cache), s.n_chunked)
-            }
+            Slot::Held(s) => (at, s.usable(n_there(at, s.n_sent), s.n_chunked, wanted, cache), s.n_chunked),
         });
         sources.max_by_key(|(_, n, _)| *n)
     }

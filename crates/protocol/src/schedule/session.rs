@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use brigade_base::{ImageId, SessionId, TenantId, Token};
 
-use super::kv::{Kept, Wanted};
+use super::kv::{Kept, PrefixCache, Wanted, usable};
 
 /// How long whoever gives no deadline is supposed to wait gladly. A session that has waited as long comes before all
 /// newer ones, whatever their deadlines, so that nobody waits for ever.
@@ -125,6 +125,12 @@ impl Session {
         self.n_sent = n_tokens;
         self.n_chunked = n_chunked.min(n_tokens);
         self.has_surplus = has_surplus;
+    }
+
+    /// How many of its first `n_there` tokens, of which `n_chunked` were computed in chunks, another session may take
+    /// over.
+    pub(super) fn usable(&self, n_there: u32, n_chunked: u32, wanted: Wanted<'_>, cache: PrefixCache) -> u32 {
+        usable(&self.tokens[..n_there as usize], n_chunked, self.tenant, self.id, wanted, cache)
     }
 
     /// What its slot holds, once nothing of it is in the ring.
