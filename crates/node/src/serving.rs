@@ -86,6 +86,8 @@ pub struct ModelCard {
 pub enum Readiness {
     /// A token has gone around the ring of the present placement.
     Ready,
+    /// A machine was lost and the model is placed anew: requests are taken, and wait. The text says what was lost.
+    Recovering(String),
     /// Not yet, or no more; the text says what is missing.
     NotReady(String),
 }
@@ -118,13 +120,31 @@ pub struct Request {
 /// What a session tells its caller, in order; `Done` or `Failed` is the last.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
-    /// More of the answer.
-    Delta {
+    /// One more token of the answer. Those that end it (the model's end token, the last of a stop string) are not told.
+    Token {
+        /// Its place in the answer, from 0.
+        position: u32,
+        /// The token.
+        token: Token,
         /// Text that no stop string can take back; may be empty.
         text: String,
-        /// The tokens behind it, where log probabilities were asked for.
-        logprobs: Vec<TokenLogprob>,
+        /// The token with its log probability, where that was asked for.
+        logprob: Option<TokenLogprob>,
     },
+    /// The end of the answer's text, which was held back.
+    Text {
+        /// Never empty.
+        text: String,
+        /// Of the token that ended the answer, where log probabilities were asked for.
+        logprob: Option<TokenLogprob>,
+    },
+    /// The answer waits, for a machine that was lost; it goes on where it was.
+    Paused {
+        /// Why, for people.
+        why: String,
+    },
+    /// It goes on.
+    Resumed,
     /// The answer is complete.
     Done {
         /// Why it ended.

@@ -155,35 +155,66 @@ impl Timing {
     }
 }
 
-/// Says which placement a data link belongs to; the dialer sends it first.
+/// Says which stage a data link leads to and what it carries; the dialer sends it first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Attach {
     /// The deployment.
     pub deployment: DeploymentId,
     /// Its epoch.
     pub epoch: Epoch,
+    /// The receiver's stage.
+    pub stage: u32,
+    /// What comes.
+    pub feed: Feed,
+}
+
+/// What a data link carries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Feed {
+    /// Passes to compute and send on.
+    Passes,
+    /// The same passes for a node that stands by: to compute only.
+    Shadow,
+    /// What the slots of a stage hold, from a node that leaves, see [`crate::handover`].
+    Handover,
 }
 
 impl Attach {
-    /// Both numbers as u64, little endian.
-    pub fn encode(self) -> [u8; 16] {
-        let mut bytes = [0; 16];
+    /// Bytes of the message.
+    pub const BYTES: usize = 21;
+
+    /// Deployment and epoch as u64, stage as u32, feed as u8; little endian.
+    pub fn encode(self) -> [u8; Self::BYTES] {
+        let mut bytes = [0; Self::BYTES];
         bytes[..8].copy_from_slice(&self.deployment.0.to_le_bytes());
-        bytes[8..].copy_from_slice(&self.epoch.0.to_le_bytes());
+        bytes[8..16].copy_from_slice(&self.epoch.0.to_le_bytes());
+        bytes[16..20].copy_from_slice(&self.stage.to_le_bytes());
+        bytes[20] = match self.feed {
+            Feed::Passes => 0,
+            Feed::Shadow => 1,
+            Feed::Handover => 2,
+        };
         bytes
     }
 
     /// Reads a message.
     ///
     /// # Errors
-    /// If it has another length.
+    /// If it has another length or names an unknown feed.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
-        if bytes.len() != 16 {
-            let why = format!("{} bytes instead of 16", bytes.len());
-            return Err(DecodeError::Malformed { what: "attach", why });
+        let malformed = |why: String| DecodeError::Malformed { what: "attach", why };
+        if bytes.len() != Self::BYTES {
+            return Err(malformed(format!("{} bytes instead of {}", bytes.len(), Self::BYTES)));
         }
+        let feed = match bytes[20] {
+            0 => Feed::Passes,
+            1 => Feed::Shadow,
+            2 => Feed::Handover,
+            other => return Err(malformed(format!("feed {other} is unknown"))),
+        };
         let mut fields = Fields(bytes);
-        Ok(Self { deployment: DeploymentId(fields.u64()), epoch: Epoch(fields.u64()) })
+        let (deployment, epoch) = (DeploymentId(fields.u64()), Epoch(fields.u64()));
+        Ok(Self { deployment, epoch, stage: fields.u32(), feed })
     }
 }
 
