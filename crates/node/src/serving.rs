@@ -120,7 +120,7 @@ pub struct Request {
 /// What a session tells its caller, in order; `Done` or `Failed` is the last.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
-    /// One more token of the answer. Those that end it (the model's end token, the last of a stop string) are not told.
+    /// One more token of the answer. Only the model's end token, where it ends the answer, is not told.
     Token {
         /// Its place in the answer, from 0.
         position: u32,
@@ -135,8 +135,6 @@ pub enum Event {
     Text {
         /// Never empty.
         text: String,
-        /// Of the token that ended the answer, where log probabilities were asked for.
-        logprob: Option<TokenLogprob>,
     },
     /// The answer waits, for a machine that was lost; it goes on where it was.
     Paused {
