@@ -125,13 +125,20 @@ macro_rules! number_id {
             }
         }
 
-        impl fmt::Display for $name {
+    };
+}
+
+macro_rules! plain_display {
+    ($($name:ident)*) => {
+        $(impl fmt::Display for $name {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 self.0.fmt(f)
             }
-        }
+        })*
     };
 }
+
+plain_display!(DeploymentId SessionId PassId ImageId TenantId);
 
 number_id!(
     /// A model placed on nodes. Unique within its coordinator.
@@ -140,21 +147,53 @@ number_id!(
 );
 number_id!(
     /// Counts the placements of a deployment; rises at each change, so that frames of an old one can be dropped.
+    ///
+    /// The upper 32 bits are the term of the coordinator that placed, the lower ones count its placements from 1. So
+    /// every placement of a later coordinator is newer than all of the one before, whatever that one still sends.
     Epoch,
     u64
 );
+
+impl Epoch {
+    /// Placement `number` of the coordinator of `term`. Both must be below 2^32; higher bits are cut off.
+    #[must_use]
+    pub const fn of(term: u64, number: u64) -> Self {
+        Self(term << 32 | number & 0xffff_ffff)
+    }
+
+    /// The term of the coordinator that placed; 0 for the first one.
+    pub const fn term(self) -> u64 {
+        self.0 >> 32
+    }
+
+    /// Which of that coordinator's placements, from 1; 0 is before the first.
+    pub const fn number(self) -> u64 {
+        self.0 & 0xffff_ffff
+    }
+}
+
+impl fmt::Display for Epoch {
+    /// The number alone in term 0, else `term.number`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.term() {
+            0 => self.number().fmt(f),
+            term => f.pad(&format!("{term}.{}", self.number())),
+        }
+    }
+}
+
 number_id!(
     /// One sequence of tokens with its KV cache. Never used twice in the life of a coordinator.
     SessionId,
     u64
 );
 number_id!(
-    /// One batch that travels through all stages. Never used twice in an epoch.
+    /// One batch that travels through all stages. Rises over all epochs of a deployment.
     PassId,
     u64
 );
 number_id!(
-    /// The KV cache of a session, saved outside of memory by every stage of a ring. Never used twice in an epoch.
+    /// The KV cache of a session, saved outside of memory by every stage of a ring. Never used twice in a deployment.
     ImageId,
     u64
 );
@@ -174,6 +213,14 @@ mod tests {
         let id = NodeId::from_bytes(std::array::from_fn(|i| i as u8 * 7));
         assert_eq!(id.to_string().parse(), Ok(id));
         assert_eq!(id.short(), "00070e15");
+    }
+
+    #[test]
+    fn epochs_of_a_later_term_are_newer() {
+        let (old, new) = (Epoch::of(1, 900), Epoch::of(2, 1));
+        assert!(old < new && old < old.next());
+        assert_eq!((new.term(), new.number(), new.next()), (2, 1, Epoch::of(2, 2)));
+        assert_eq!([Epoch::of(0, 7), Epoch(7), old].map(|e| e.to_string()), ["7", "7", "1.900"]);
     }
 
     #[test]

@@ -60,6 +60,13 @@ impl Kept {
         self.tokens.len() as u32
     }
 
+    /// Only the first `n_valid` tokens are known to be there still, and perhaps others behind them.
+    pub(super) fn lose_all_but(&mut self, n_valid: u32) {
+        self.tokens.truncate(n_valid as usize);
+        self.n_chunked = self.n_chunked.min(self.len());
+        self.has_surplus = true;
+    }
+
     /// Whether it begins with the same tokens, computed in the same way.
     fn covers(&self, other: &Self) -> bool {
         self.tenant == other.tenant
@@ -120,6 +127,12 @@ pub(super) struct Images {
 impl Images {
     pub(super) fn new(limit_tokens: u64, limit_images: usize) -> Self {
         Self { list: Vec::new(), limit_tokens, limit_images, next_id: ImageId(1) }
+    }
+
+    /// Forgets all images; from now on they may have `limit_tokens` tokens.
+    pub(super) fn clear(&mut self, limit_tokens: u64) {
+        self.limit_tokens = limit_tokens;
+        self.list.clear();
     }
 
     /// Tokens in all images.

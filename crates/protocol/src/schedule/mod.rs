@@ -18,6 +18,7 @@
 //!   or by computing its tokens again.
 //! - **The same bits.** Prompt rows are computed at least two at a time, all others one at a time, also when they are
 //!   computed again: libllama's kernels give a row of either kind the same bits in any company, but not both kinds.
+//! - **Rings come and go.** When one is lost, its sessions go on in the next: [`Scheduler::recover`] (`recover.rs`).
 //!
 //! A slot holds a whole context on every stage. So who has a slot can always finish, and nobody who runs is ever
 //! stopped for want of memory.
@@ -29,6 +30,7 @@ use brigade_base::{ImageId, PassId, SessionId, Token};
 
 use self::budget::Budget;
 use self::kv::{Images, Kept, MIN_SHARED};
+use self::recover::Touched;
 use self::session::{Served, Session};
 use crate::frame::{KvStep, MAX_IMAGES, MAX_KV_STEPS, RowSet};
 
@@ -36,6 +38,7 @@ mod budget;
 mod kv;
 mod pass;
 mod place;
+mod recover;
 mod session;
 #[cfg(test)]
 mod simulation;
@@ -87,6 +90,7 @@ pub struct Scheduler {
     /// Images that the stages are to drop with the next pass.
     to_drop: Vec<ImageId>,
     in_flight: VecDeque<InFlight>,
+    touched: Touched,
     budget: Budget,
     /// Prompt rows of the pass that came back last.
     chunk_back: u32,
@@ -114,6 +118,7 @@ impl Scheduler {
             images: Images::new(limits.image_tokens, MAX_IMAGES),
             to_drop: Vec::new(),
             in_flight: VecDeque::new(),
+            touched: Touched::default(),
             budget: Budget::default(),
             chunk_back: 0,
             notices: Vec::new(),
@@ -131,8 +136,8 @@ impl Scheduler {
     /// # Errors
     /// If it can never run.
     pub fn admit(&mut self, arrival: Arrival) -> Result<(), AdmitError> {
-        let tokens = arrival.prompt.len();
-        if tokens == 0 {
+        let tokens = arrival.prompt.len() + arrival.answer.len();
+        if arrival.prompt.is_empty() {
             return Err(AdmitError::Empty);
         }
         if tokens >= self.limits.context as usize {
@@ -169,6 +174,7 @@ impl Scheduler {
             return None;
         }
         self.next_pass = self.next_pass.next();
+        self.touched.note(&pass);
         self.in_flight.push_back(sent);
         Some(pass)
     }
@@ -396,6 +402,16 @@ impl Scheduler {
             Slot::Kept(kept) => kept.len(),
         };
         self.slots.iter().map(|slot| u64::from(tokens(slot))).sum()
+    }
+
+    /// Tokens for which there is room.
+    pub fn kv_capacity(&self) -> u64 {
+        u64::from(self.limits.n_slots) * u64::from(self.limits.context)
+    }
+
+    /// Tokens of one session.
+    pub fn context(&self) -> u32 {
+        self.limits.context
     }
 
     /// Images outside of memory, and the tokens in them.

@@ -17,6 +17,8 @@ pub struct Arrival {
     pub id: SessionId,
     /// At least one token.
     pub prompt: Vec<Token>,
+    /// Tokens that were chosen already, elsewhere: the answer goes on behind them.
+    pub answer: Vec<Token>,
     /// Whose it is.
     pub tenant: TenantId,
     /// Lower is earlier; it may take the slot of one with a higher number.
@@ -69,7 +71,7 @@ impl Session {
             due: arrival.deadline.map_or(arrival.at + PATIENCE, |deadline| deadline.min(arrival.at + PATIENCE)),
             arrived,
             n_prompt: arrival.prompt.len() as u32,
-            tokens: arrival.prompt,
+            tokens: [arrival.prompt, arrival.answer].concat(),
             n_sent: 0,
             n_chunked: 0,
             has_surplus: false,
@@ -125,6 +127,17 @@ impl Session {
         self.n_sent = n_tokens;
         self.n_chunked = n_chunked.min(n_tokens);
         self.has_surplus = has_surplus;
+    }
+
+    /// Its ring is lost with everything in it; its slot still holds the first `n_valid` of its tokens, if it has so many,
+    /// and perhaps others behind them.
+    pub(super) fn lose_all_but(&mut self, n_valid: u32) {
+        // One token at least is computed again, for the logits; and of a prompt two.
+        let n_valid =
+            if self.loading.take().is_some() { 0 } else { n_valid.min(self.n_sent).min(self.tokens.len() as u32 - 1) };
+        let n_valid = if n_valid + 1 == self.n_prompt { n_valid.saturating_sub(1) } else { n_valid };
+        self.take_over(n_valid, self.n_chunked, true);
+        (self.in_flight, self.started) = (0, false);
     }
 
     /// How many of its first `n_there` tokens, of which `n_chunked` were computed in chunks, another session may take
@@ -207,7 +220,7 @@ mod tests {
 
     fn session(arrived: u64, tenant: u64, priority: i32, deadline: Option<Instant>) -> Session {
         let (id, tenant, at) = (SessionId(arrived), TenantId(tenant), noon() + Duration::from_secs(arrived));
-        Session::new(Arrival { id, prompt: vec![1; 10], tenant, priority, at, deadline }, arrived)
+        Session::new(Arrival { id, prompt: vec![1; 10], answer: vec![], tenant, priority, at, deadline }, arrived)
     }
 
     #[test]

@@ -17,6 +17,8 @@ struct Load {
     /// Mean time between arrivals.
     pause_us: u64,
     longest_answer: u64,
+    /// How often the ring is lost while a session comes, in percent.
+    losses: u64,
 }
 
 /// A caller who hangs up.
@@ -51,7 +53,9 @@ fn random_world(seed: u64) -> (World, Load) {
         deadlines: [0, 30][random.below(2) as usize],
         pause_us: [2_000, 20_000, 200_000][random.below(3) as usize],
         longest_answer: 1 + random.below(60),
+        losses: [0, 10, 60][random.below(3) as usize],
     };
+    world.has_losses = load.losses > 0;
     (world, load)
 }
 
@@ -117,6 +121,12 @@ fn simulate(seed: u64) -> World {
                 world.end(id, Outcome::Cancelled);
             }
         }
+        if world.random.percent(load.losses) {
+            let us = world.now_us + world.random.below(next_us - world.now_us + 1);
+            world.run_until(us);
+            world.send_all();
+            world.lose();
+        }
         world.run_until(next_us);
         world.expire();
         check_patience(&world, &mut seen, &mut overtaken);
@@ -126,6 +136,7 @@ fn simulate(seed: u64) -> World {
         let arrival = Arrival {
             id: SessionId(id),
             prompt: prompt(&mut world, tenant),
+            answer: vec![],
             tenant,
             priority: world.random.below(load.n_priorities) as i32,
             at: world.at(world.now_us),
@@ -157,9 +168,11 @@ impl Drop for Seed {
 #[test]
 fn whatever_happens_answers_are_those_of_lone_runs() {
     let (mut n_preempted, mut n_saved, mut n_loaded, mut n_failed, mut n_cached) = (0, 0, 0, 0, 0);
+    let mut n_lost = 0;
     for seed in 1..=120 {
         let _seed = Seed(seed);
         let world = simulate(seed);
+        n_lost += world.n_lost;
         for notice in &world.notices {
             match notice {
                 Notice::Preempted { .. } => n_preempted += 1,
@@ -170,7 +183,7 @@ fn whatever_happens_answers_are_those_of_lone_runs() {
             }
         }
     }
-    let counts = [n_preempted, n_saved, n_loaded, n_failed, n_cached];
+    let counts = [n_preempted, n_saved, n_loaded, n_failed, n_cached, n_lost as u32];
     assert!(counts.iter().all(|n| *n > 100), "the load tries too little: {counts:?}");
 }
 
@@ -187,7 +200,8 @@ fn busy_world(n_slots: u32, n_stages: usize) -> World {
 fn ask(world: &mut World, id: u64, n_prompt: usize, n_answer: usize) -> SessionId {
     let prompt = (0..n_prompt).map(|at| (id as usize * 10_000 + at) as Token).collect();
     let at = world.at(world.now_us);
-    let arrival = Arrival { id: SessionId(id), prompt, tenant: TenantId(0), priority: 0, at, deadline: None };
+    let arrival =
+        Arrival { id: SessionId(id), prompt, answer: vec![], tenant: TenantId(0), priority: 0, at, deadline: None };
     world.admit(arrival, n_answer).unwrap();
     SessionId(id)
 }

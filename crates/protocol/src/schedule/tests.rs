@@ -5,6 +5,7 @@ use brigade_base::{SessionId, TenantId, Token};
 
 use super::world::{Cost, Outcome, World};
 use super::*;
+use crate::control::Held;
 
 /// Chunks of 32 tokens are what the budget gives with these costs, whoever decodes.
 const COST: Cost = Cost { decode_us: 10_000, decode_row_us: 100, chunk_least_us: 1_000, chunk_row_us: 100 };
@@ -34,7 +35,7 @@ impl World {
     fn ask_as(&mut self, id: u64, prompt: Vec<Token>, n_answer: usize, tenant: u64, priority: i32) -> SessionId {
         let tenant = TenantId(tenant);
         let at = self.at(self.now_us);
-        let arrival = Arrival { id: SessionId(id), prompt, tenant, priority, at, deadline: None };
+        let arrival = Arrival { id: SessionId(id), prompt, answer: vec![], tenant, priority, at, deadline: None };
         self.admit(arrival, n_answer).unwrap();
         SessionId(id)
     }
@@ -396,7 +397,12 @@ fn deadlines_are_told_for_waiting_and_running_sessions() {
     for id in 1..=3 {
         let deadline = (id != 3).then(|| world.at(1000 * id));
         let (prompt, at) = (text(id as Token, 10), world.at(0));
-        world.admit(Arrival { id: SessionId(id), prompt, tenant: TenantId(0), priority: 0, at, deadline }, 5).unwrap();
+        world
+            .admit(
+                Arrival { id: SessionId(id), prompt, answer: vec![], tenant: TenantId(0), priority: 0, at, deadline },
+                5,
+            )
+            .unwrap();
     }
     world.send();
     let expired = |us: u64| {
@@ -428,7 +434,7 @@ fn hopeless_prompts_are_refused() {
     let mut scheduler = Scheduler::new(limits(1));
     let mut admit = |prompt| {
         let (id, tenant, at) = (SessionId(1), TenantId(0), Instant::now());
-        scheduler.admit(Arrival { id, prompt, tenant, priority: 0, at, deadline: None })
+        scheduler.admit(Arrival { id, prompt, answer: vec![], tenant, priority: 0, at, deadline: None })
     };
     assert_eq!(admit(vec![]), Err(AdmitError::Empty));
     assert_eq!(admit(vec![1; 256]), Err(AdmitError::TooLong { tokens: 256, context: 256 }));
@@ -442,4 +448,58 @@ fn passes_that_are_not_due_change_nothing() {
     let pass = world.send().unwrap();
     assert_eq!(world.scheduler.complete(pass.id.next(), &[1], &[]), None);
     world.drain();
+}
+
+/// Nothing is on its way when the ring is replaced, and both stages hold all that was sent.
+#[test]
+fn a_ring_that_is_replaced_by_one_that_holds_the_same_computes_nothing_again() {
+    let mut world = world(2, 2);
+    let id = world.ask(1, text(1, 40), 30);
+    world.until_told(id, 10);
+    while world.receive() {}
+    let limits = world.scheduler.limits;
+    let applied = PassId(world.scheduler.next_pass.0 - 1);
+    world.scheduler.recover(limits, Some(&Held { applied, tokens: vec![256; 2] }));
+    world.forget_positions();
+    world.drain();
+    assert_eq!(world.n_rows, 40 + 29, "each but the last token once");
+}
+
+#[test]
+fn a_ring_that_holds_nothing_computes_all_again_in_the_same_way() {
+    let mut world = World::new(Limits { cache: PrefixCache::Exact, ..limits(2) }, &[COST; 2], 1);
+    let id = world.ask(1, text(1, 40), 30);
+    world.until_told(id, 10);
+    while world.receive() {}
+    let n_before = world.n_rows;
+    let limits = world.scheduler.limits;
+    world.scheduler.recover(limits, None);
+    world.forget_positions();
+    world.drain();
+    assert_eq!(world.n_rows, n_before + 40 + 29);
+}
+
+#[test]
+fn an_answer_that_began_elsewhere_goes_on_behind_its_tokens() {
+    let mut world = World::new(Limits { cache: PrefixCache::Exact, ..limits(2) }, &[COST; 2], 1);
+    let id = world.ask(1, text(1, 40), 30);
+    world.drain();
+    let whole = world.callers[&id].tokens.clone();
+    let (prompt, answer) = (whole[..40].to_vec(), whole[40..55].to_vec());
+    let (id, tenant, at) = (SessionId(2), TenantId(9), world.at(world.now_us));
+    world.admit(Arrival { id, prompt, answer, tenant, priority: 0, at, deadline: None }, 15).unwrap();
+    world.drain();
+    assert_eq!(world.callers[&id].tokens, whole);
+}
+
+#[test]
+fn an_answer_that_began_elsewhere_must_leave_room_too() {
+    let mut scheduler = Scheduler::new(limits(1));
+    let (at, tenant) = (Instant::now(), TenantId(0));
+    let mut admit = |n_answer| {
+        let (prompt, answer) = (vec![1; 10], vec![2; n_answer]);
+        scheduler.admit(Arrival { id: SessionId(1), prompt, answer, tenant, priority: 0, at, deadline: None })
+    };
+    assert_eq!(admit(246), Err(AdmitError::TooLong { tokens: 256, context: 256 }));
+    assert_eq!(admit(245), Ok(()));
 }

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use brigade_base::{ImageId, SessionId, TenantId, Token};
 
 use super::*;
+use crate::control::Held;
 
 /// The scatter of `splitmix64`: a good hash of one number.
 fn scatter(n: u64) -> u64 {
@@ -84,6 +85,8 @@ struct Stage {
     cost: Cost,
     /// When it was computing.
     busy: Vec<(u64, u64)>,
+    /// What its slots held behind the last passes, oldest first.
+    history: VecDeque<(PassId, Vec<Vec<Cell>>)>,
 }
 
 impl Stage {
@@ -161,6 +164,9 @@ pub(super) struct Caller {
     awaits: bool,
 }
 
+/// Passes whose outcome on each stage is remembered, where stages are lost.
+const HISTORY: usize = 12;
+
 #[derive(Debug)]
 struct Travelling {
     pass: Pass,
@@ -179,6 +185,9 @@ pub(super) struct World {
     pub(super) now_us: u64,
     /// Of each saving and loading on each stage, in percent.
     pub(super) failures: u64,
+    /// Stages remember their last passes, so that they can be lost.
+    pub(super) has_losses: bool,
+    pub(super) n_lost: u64,
     pub(super) random: Random,
     pub(super) n_passes: u64,
     /// Rows that were computed.
@@ -200,6 +209,8 @@ impl World {
             notices: Vec::new(),
             now_us: 0,
             failures: 0,
+            has_losses: false,
+            n_lost: 0,
             random: Random(seed),
             n_passes: 0,
             n_rows: 0,
@@ -221,7 +232,7 @@ impl World {
             priority: arrival.priority,
             has_deadline: arrival.deadline.is_some(),
             n_prompt: arrival.prompt.len(),
-            tokens: arrival.prompt,
+            tokens: [arrival.prompt, arrival.answer].concat(),
             n_answer,
             told_us: Vec::new(),
             outcome: None,
@@ -270,6 +281,10 @@ impl World {
                 let tenant = self.callers[&of.session].tenant;
                 stage.compute(*set, tenant, &pass.tokens[range.clone()], &mut rows[range], minds_way);
             }
+            if self.has_losses {
+                stage.history.push_back((pass.id, stage.slots.clone()));
+                stage.history.drain(..stage.history.len().saturating_sub(HISTORY));
+            }
             let us = stage.cost.us(count(false), count(true));
             let from = back_us.max(stage.busy.last().map_or(0, |busy| busy.1));
             back_us = from + us;
@@ -281,6 +296,59 @@ impl World {
         self.ring.push_back(Travelling { pass: pass.clone(), failed, rows, stage_us, back_us });
         self.check_book();
         Some(pass)
+    }
+
+    /// The ring is lost and another one begins. Each stage has applied as many of the passes on their way as the one
+    /// before it, or fewer; the tail none. One may be replaced: by one that holds nothing, or by one that stood by, lags
+    /// behind, and may have missed a slot.
+    pub(super) fn lose(&mut self) {
+        self.n_lost += 1;
+        let sent = self.scheduler.next_pass.0 - 1;
+        let back = self.ring.front().map_or(sent, |front| front.pass.id.0 - 1);
+        let n_stages = self.stages.len();
+        let replaced = self.random.below(2 * n_stages as u64) as usize;
+        let mut held = Held { applied: PassId(sent), tokens: vec![u32::MAX; self.stages[0].slots.len()] };
+        let (mut before, mut is_fresh) = (sent, false);
+        for (at, stage) in self.stages.iter_mut().enumerate() {
+            let own = match at {
+                _ if at == replaced => sent.saturating_sub(self.random.below(HISTORY as u64)),
+                _ if at + 1 == n_stages => back,
+                _ => back + self.random.below(before - back + 1),
+            };
+            before = if at == replaced { before } else { own };
+            let known = stage.history.iter().rev().find(|(pass, _)| pass.0 <= own).cloned();
+            match known {
+                Some((_, slots)) if at != replaced || self.random.percent(70) => stage.slots = slots,
+                _ => {
+                    is_fresh = true;
+                    stage.slots.iter_mut().for_each(Vec::clear);
+                }
+            }
+            if at == replaced && self.random.percent(30) {
+                let slot = self.random.below(stage.slots.len() as u64) as usize;
+                stage.slots[slot].clear();
+            }
+            stage.history.retain(|(pass, _)| pass.0 <= own);
+            stage.images.clear();
+            stage.unsaved.clear();
+            held.applied = held.applied.min(PassId(own));
+            for (least, slot) in held.tokens.iter_mut().zip(&stage.slots) {
+                *least = (*least).min(slot.len() as u32);
+            }
+        }
+        self.ring.clear();
+        self.forget_positions();
+        let limits = self.scheduler.limits;
+        self.scheduler.recover(limits, (!is_fresh).then_some(&held));
+        self.hear();
+        self.check_book();
+    }
+
+    /// Callers may see rows again that they have seen, since another ring begins.
+    pub(super) fn forget_positions(&mut self) {
+        for caller in self.callers.values_mut() {
+            (caller.awaits, caller.next_position) = (false, None);
+        }
     }
 
     pub(super) fn send_all(&mut self) -> Vec<Pass> {
@@ -444,7 +512,7 @@ impl World {
             };
             for stage in &self.stages {
                 let cells = &stage.slots[at];
-                assert!(cells.len() >= tokens.len(), "slot {at}");
+                assert!(cells.len() >= tokens.len(), "slot {at}: {} of {}", cells.len(), tokens.len());
                 assert!(tokens.is_empty() || has_surplus || cells.len() == tokens.len(), "slot {at}");
                 assert!(tokens.iter().zip(cells).all(|(token, cell)| (*token, tenant) == (cell.token, cell.tenant)));
             }
