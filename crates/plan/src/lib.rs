@@ -7,9 +7,11 @@
 
 mod memory;
 mod place;
+mod standby;
 
 pub use memory::{COMPUTE_FLOOR, HEADROOM_DIVISOR, StageMemory};
 pub use place::{check_split, place};
+pub use standby::{MAX_STAGES_OF_WORKER, Standby, Uncovered, Worker, explain_standbys, stand_in, standbys};
 
 use std::fmt;
 

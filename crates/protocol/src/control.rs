@@ -175,10 +175,12 @@ pub struct Held {
 /// From the coordinator to a worker.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToWorker {
-    /// The offer was taken; the address is where the coordinator sees this node.
+    /// The offer was taken.
     Accept {
         /// Address of the worker as the coordinator sees it.
         seen_as: String,
+        /// The deployment that it takes part in from now on.
+        deployment: DeploymentId,
     },
     /// What to hold.
     Assign(Box<Assign>),
@@ -287,6 +289,19 @@ pub struct Progress {
     pub sent: PassId,
 }
 
+impl Held {
+    /// What two stages both hold: the earlier pass, and of each slot the fewer tokens.
+    #[must_use]
+    pub fn and(mut self, other: Self) -> Self {
+        self.applied = self.applied.min(other.applied);
+        self.tokens.truncate(other.tokens.len());
+        for (own, others) in self.tokens.iter_mut().zip(other.tokens) {
+            *own = (*own).min(others);
+        }
+        self
+    }
+}
+
 impl Offer {
     fn check(&self) -> Result<(), DecodeError> {
         cap("name length", self.name.chars().count() as u64, MAX_NAME as u64)?;
@@ -342,12 +357,12 @@ fn check_addresses(addresses: &[String]) -> Result<(), DecodeError> {
     addresses.iter().try_for_each(|a| cap("address length", a.len() as u64, 260))
 }
 
-fn encode<T: Serialize>(message: &T) -> Vec<u8> {
+pub(crate) fn encode<T: Serialize>(message: &T) -> Vec<u8> {
     // Writing to memory fails for no value of these types: they hold no map or sequence of unknown length.
     postcard::to_stdvec(message).unwrap_or_default()
 }
 
-fn decode<'a, T: Deserialize<'a>>(what: &'static str, bytes: &'a [u8]) -> Result<T, DecodeError> {
+pub(crate) fn decode<'a, T: Deserialize<'a>>(what: &'static str, bytes: &'a [u8]) -> Result<T, DecodeError> {
     let malformed = |why: String| DecodeError::Malformed { what, why };
     let (message, rest) = postcard::take_from_bytes(bytes).map_err(|e| malformed(e.to_string()))?;
     if rest.is_empty() { Ok(message) } else { Err(malformed(format!("{} bytes too many", rest.len()))) }

@@ -8,6 +8,7 @@
 //! apart.
 
 use brigade_base::{ImageId, SessionId, TenantId, Token};
+use serde::{Deserialize, Serialize};
 
 /// Fewest tokens that are worth taking over from elsewhere: below that, copying costs as much as computing.
 pub(super) const MIN_SHARED: u32 = 16;
@@ -16,7 +17,7 @@ pub(super) const MIN_SHARED: u32 = 16;
 const MIN_IMAGE: u32 = 64;
 
 /// Whose cached tokens a session may use.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum PrefixCache {
     /// Nobody's.
     Off,

@@ -1,0 +1,732 @@
+use brigade_base::PassId;
+use proptest::prelude::*;
+
+use super::*;
+
+const DEPLOYMENT: DeploymentId = DeploymentId(5);
+const LEASE: Duration = Duration::from_millis(LEASE_MS);
+const MEMORY: ByteSize = ByteSize(100);
+
+fn node(n: u8) -> NodeId {
+    NodeId::from_bytes([n; 32])
+}
+
+fn peer(n: u8) -> Peer {
+    Peer { node: node(n), addresses: vec![format!("10.0.0.{n}:7")] }
+}
+
+fn held(applied: u64) -> Held {
+    Held { applied: PassId(applied), tokens: vec![3, 0] }
+}
+
+/// Layers of a stage: four each.
+fn layers(stage: u32) -> LayerRange {
+    LayerRange::new(4 * stage, 4 * stage + 4).unwrap()
+}
+
+fn order(stage: u32, role: StageRole) -> StageOrder {
+    let tensors = vec![(stage, Hash::from_bytes([stage as u8; 32]))];
+    StageOrder { stage, layers: layers(stage), tensors, role, keep_kv: true }
+}
+
+/// Serves a stage between nodes 1 and 2.
+fn serve(stage: u32) -> StageOrder {
+    order(stage, StageRole::Serve { upstream: node(1), downstream: peer(2), shadow: None, kv_from: None })
+}
+
+fn with_shadow(stage: u32, by: u8) -> StageOrder {
+    let mut order = serve(stage);
+    if let StageRole::Serve { shadow, .. } = &mut order.role {
+        *shadow = Some(peer(by));
+    }
+    order
+}
+
+fn taken_over(stage: u32, from: u8) -> StageOrder {
+    let mut order = serve(stage);
+    if let StageRole::Serve { kv_from, .. } = &mut order.role {
+        *kv_from = Some(node(from));
+    }
+    order
+}
+
+fn standby(stage: u32, upstream: Option<u8>) -> StageOrder {
+    order(stage, StageRole::Standby { upstream: upstream.map(node) })
+}
+
+fn hand_over(stage: u32, to: u8) -> StageOrder {
+    order(stage, StageRole::HandOver { to: peer(to) })
+}
+
+fn without_kv(order: StageOrder) -> StageOrder {
+    StageOrder { keep_kv: false, ..order }
+}
+
+fn assign(epoch: u64, revision: u32, stages: Vec<StageOrder>) -> Assign {
+    let model = ModelRef {
+        name: "m".into(),
+        header_hash: Hash::from_bytes([9; 32]),
+        header: Vec::new(),
+        context: 64,
+        sessions: 2,
+        max_rows: 16,
+    };
+    let model = Some(model).filter(|_| !stages.is_empty());
+    Assign { deployment: DEPLOYMENT, epoch: Epoch(epoch), revision, model, stages }
+}
+
+fn attach(epoch: u64, stage: u32, feed: Feed) -> Attach {
+    Attach { deployment: DEPLOYMENT, epoch: Epoch(epoch), stage, feed }
+}
+
+/// A worker whose loads and dials a test answers.
+struct Worker {
+    stages: Stages,
+    now: Instant,
+    links: u64,
+    /// All that was to be done, and not yet looked at.
+    actions: Vec<Action>,
+}
+
+impl Worker {
+    fn new() -> Self {
+        let mut worker = Self { stages: Stages::new(), now: Instant::now(), links: 1000, actions: Vec::new() };
+        worker.tell(Input::CoordinatorHere);
+        worker
+    }
+
+    fn tell(&mut self, input: Input) {
+        self.actions.extend(self.stages.handle(self.now, input));
+    }
+
+    fn assign(&mut self, epoch: u64, revision: u32, stages: Vec<StageOrder>) {
+        self.tell(Input::Assign(Box::new(assign(epoch, revision, stages))));
+    }
+
+    fn join(&mut self, epoch: u64) {
+        self.tell(Input::Join { deployment: DEPLOYMENT, epoch: Epoch(epoch) });
+    }
+
+    fn wait(&mut self, span: Duration) {
+        self.now += span;
+        self.tell(Input::Tick);
+    }
+
+    fn actions(&mut self) -> Vec<Action> {
+        mem::take(&mut self.actions)
+    }
+
+    /// Looks for an action of a kind among those not yet looked at.
+    fn find<T>(&mut self, pick: impl Fn(&Action) -> Option<T>) -> Option<T> {
+        let at = self.actions.iter().position(|action| pick(action).is_some())?;
+        pick(&self.actions.remove(at))
+    }
+
+    fn next_load(&mut self) -> Option<(HoldId, LayerRange)> {
+        self.find(|action| if let Action::Load(load) = action { Some((load.id, load.key.layers)) } else { None })
+    }
+
+    fn told(&mut self) -> Option<ToCoordinator> {
+        self.find(|action| if let Action::Tell(message) = action { Some(message.clone()) } else { None })
+    }
+
+    /// Loads all that is to be loaded; the last one's name.
+    fn load(&mut self) -> HoldId {
+        let mut last = None;
+        while let Some((id, _)) = self.next_load() {
+            self.tell(Input::Loaded(id, Ok(MEMORY)));
+            last = Some(id);
+        }
+        last.unwrap()
+    }
+
+    fn link(&mut self) -> LinkId {
+        self.links += 1;
+        LinkId(self.links)
+    }
+
+    /// Answers the next dial, which has to be this one.
+    fn answer(&mut self, to: u8, expected: Attach, reached: bool) -> LinkId {
+        let dial =
+            |action: &Action| if let Action::Dial(id, peer, at) = action { Some((*id, peer.node, *at)) } else { None };
+        let (id, who, at) = self.find(dial).unwrap_or_else(|| panic!("no dial among {:?}", self.actions));
+        assert_eq!((who, at), (node(to), expected));
+        let link = self.link();
+        self.tell(Input::Dialled(id, if reached { Ok(link) } else { Err("nobody is there".into()) }));
+        link
+    }
+
+    fn comes(&mut self, from: u8, attach: Attach) -> LinkId {
+        let link = self.link();
+        self.tell(Input::Inbound { link, peer: node(from), attach });
+        link
+    }
+
+    fn ends(&mut self, id: HoldId, end: End, held: Option<Held>) {
+        self.tell(Input::Ended { id, end, held });
+    }
+
+    /// Has a stage served in an epoch, from orders on.
+    fn serving(epoch: u64, stages: Vec<StageOrder>) -> (Self, HoldId) {
+        let stage = stages[0].stage;
+        let mut worker = Self::new();
+        worker.assign(epoch, 0, stages);
+        let (id, _) = worker.next_load().unwrap();
+        worker.tell(Input::Loaded(id, Ok(MEMORY)));
+        worker.join(epoch);
+        let outbound = worker.answer(2, attach(epoch, stage + 1, Feed::Passes), true);
+        let attach = attach(epoch, stage, Feed::Passes);
+        let inbound = worker.comes(1, attach);
+        assert!(worker.actions.contains(&Action::Serve { id, attach, inbound, outbound }), "{:?}", worker.actions);
+        worker.actions();
+        (worker, id)
+    }
+}
+
+fn loaded(epoch: u64, stage: u32, held: Option<Held>) -> Action {
+    Action::Tell(ToCoordinator::Loaded { epoch: Epoch(epoch), stage, memory: MEMORY, held })
+}
+
+#[test]
+fn a_stage_is_loaded_joined_and_served() {
+    let mut worker = Worker::new();
+    worker.assign(1, 0, vec![serve(3)]);
+    let (id, which) = worker.next_load().unwrap();
+    assert_eq!(which, layers(3));
+    worker.tell(Input::Progress(id, 5, 10));
+    assert_eq!(worker.told(), Some(ToCoordinator::Progress { epoch: Epoch(1), stage: 3, done: 5, total: 10 }));
+    worker.tell(Input::Loaded(id, Ok(MEMORY)));
+    assert_eq!(worker.actions(), [loaded(1, 3, None)]);
+    let inbound = worker.comes(1, attach(1, 3, Feed::Passes));
+    worker.join(7);
+    assert_eq!(worker.actions(), [], "of another epoch");
+    worker.join(1);
+    let outbound = worker.answer(2, attach(1, 4, Feed::Passes), true);
+    let serve = Action::Serve { id, attach: attach(1, 3, Feed::Passes), inbound, outbound };
+    assert_eq!(worker.actions(), [Action::Tell(ToCoordinator::Joined { epoch: Epoch(1), stage: 3 }), serve]);
+}
+
+#[test]
+fn what_the_ring_waits_for_is_loaded_first_and_one_after_the_other() {
+    let mut worker = Worker::new();
+    worker.assign(1, 0, vec![standby(0, None), serve(2), serve(1)]);
+    for stage in [1, 2, 0] {
+        let (id, which) = worker.next_load().unwrap();
+        assert_eq!((which, worker.next_load()), (layers(stage), None));
+        worker.tell(Input::Loaded(id, Ok(MEMORY)));
+        assert_eq!(worker.told().map(Action::Tell), Some(loaded(1, stage, None)));
+    }
+}
+
+#[test]
+fn a_stage_that_cannot_be_loaded_is_tried_again_when_it_is_ordered_again() {
+    let mut worker = Worker::new();
+    worker.assign(1, 0, vec![serve(0)]);
+    let (id, _) = worker.next_load().unwrap();
+    worker.tell(Input::Loaded(id, Err("no memory".into())));
+    let failed = ToCoordinator::StageFailed { epoch: Epoch(1), stage: 0, reason: "no memory".into() };
+    assert_eq!(worker.actions(), [Action::Tell(failed)]);
+    worker.assign(2, 0, vec![serve(0)]);
+    assert!(worker.next_load().is_some());
+}
+
+#[test]
+fn orders_of_the_past_are_ignored() {
+    let (mut worker, _) = Worker::serving(4, vec![serve(0)]);
+    for (epoch, revision) in [(4, 0), (3, 9)] {
+        worker.assign(epoch, revision, vec![serve(1)]);
+        assert_eq!(worker.actions(), []);
+    }
+    worker.tell(Input::CoordinatorGone);
+    worker.tell(Input::CoordinatorHere);
+    worker.actions();
+    worker.assign(4, 0, vec![serve(1)]);
+    assert_eq!(worker.actions(), [], "nor when they come over another link");
+}
+
+#[test]
+fn a_link_that_is_not_expected_is_closed() {
+    let mut worker = Worker::new();
+    worker.assign(2, 0, vec![serve(3), standby(5, Some(1))]);
+    worker.actions();
+    let refused = [
+        (1, attach(1, 3, Feed::Passes)),
+        (1, attach(3, 3, Feed::Passes)),
+        (2, attach(2, 3, Feed::Passes)),
+        (1, attach(2, 4, Feed::Passes)),
+        (1, attach(2, 3, Feed::Shadow)),
+        (1, attach(2, 3, Feed::Handover)),
+        (1, attach(2, 5, Feed::Passes)),
+        (1, Attach { deployment: DeploymentId(6), ..attach(2, 3, Feed::Passes) }),
+    ];
+    for (from, attach) in refused {
+        let link = worker.comes(from, attach);
+        assert_eq!(worker.actions(), [Action::Close(link)], "{attach:?}");
+    }
+    assert_eq!(worker.stages.peers().collect::<Vec<_>>(), [node(1), node(1)]);
+    let first = worker.comes(1, attach(2, 3, Feed::Passes));
+    worker.comes(1, attach(2, 3, Feed::Passes));
+    assert_eq!(worker.actions(), [Action::Close(first)], "who comes again has lost the link before");
+}
+
+#[test]
+fn a_kept_stage_keeps_its_slots_and_tells_what_they_hold() {
+    let (mut worker, id) = Worker::serving(1, vec![serve(0)]);
+    worker.assign(2, 0, vec![serve(0)]);
+    assert_eq!(worker.actions(), [Action::Stop(id)]);
+    worker.ends(id, End::Closed, Some(held(7)));
+    assert_eq!(worker.actions(), [loaded(2, 0, Some(held(7)))]);
+    worker.assign(3, 0, vec![without_kv(serve(0))]);
+    assert_eq!(worker.actions(), [Action::Empty(id), loaded(3, 0, None)]);
+}
+
+#[test]
+fn the_slots_of_another_deployment_are_emptied() {
+    let (mut worker, id) = Worker::serving(9, vec![serve(0)]);
+    let other = Assign { deployment: DeploymentId(6), ..assign(1, 0, vec![serve(0)]) };
+    worker.tell(Input::Assign(Box::new(other)));
+    worker.ends(id, End::Closed, Some(held(7)));
+    assert_eq!(worker.actions(), [Action::Stop(id), Action::Empty(id), loaded(1, 0, None)]);
+}
+
+#[test]
+fn what_is_not_wanted_is_freed_before_anything_is_loaded() {
+    let (mut worker, id) = Worker::serving(1, vec![serve(0)]);
+    worker.assign(2, 0, vec![serve(1)]);
+    assert_eq!(worker.actions(), [Action::Stop(id)]);
+    worker.ends(id, End::Closed, Some(held(7)));
+    assert_eq!(worker.actions.remove(0), Action::Free(id));
+    assert_eq!(worker.next_load().unwrap().1, layers(1));
+}
+
+#[test]
+fn a_standby_is_loaded_beside_a_stage_that_serves() {
+    let (mut worker, _) = Worker::serving(1, vec![serve(0)]);
+    worker.assign(1, 1, vec![serve(0), standby(1, None)]);
+    let (id, which) = worker.next_load().unwrap();
+    assert_eq!((which, worker.actions()), (layers(1), vec![]), "the other one is not touched");
+    worker.tell(Input::Loaded(id, Ok(MEMORY)));
+    assert_eq!(worker.actions(), [loaded(1, 1, None)]);
+    let view: Vec<_> = worker.stages.view().iter().map(|view| (view.stage, view.is_standby, view.is_running)).collect();
+    assert_eq!(view, [(0, false, true), (1, true, false)]);
+}
+
+#[test]
+fn a_load_that_is_given_up_is_freed_and_may_be_ordered_anew() {
+    let mut worker = Worker::new();
+    worker.assign(1, 0, vec![serve(0)]);
+    let (first, _) = worker.next_load().unwrap();
+    worker.assign(2, 0, vec![]);
+    assert_eq!(worker.actions(), [Action::Free(first)]);
+    worker.assign(3, 0, vec![serve(0)]);
+    assert_eq!(worker.actions(), [], "the loader has not ended yet");
+    worker.tell(Input::Loaded(first, Ok(MEMORY)));
+    assert_eq!(worker.actions.remove(0), Action::Free(first));
+    let (second, _) = worker.next_load().unwrap();
+    assert_ne!(first, second);
+}
+
+#[test]
+fn a_load_goes_on_for_the_next_epoch() {
+    let mut worker = Worker::new();
+    worker.assign(1, 0, vec![serve(0)]);
+    let (id, _) = worker.next_load().unwrap();
+    worker.assign(2, 0, vec![serve(0)]);
+    assert_eq!(worker.actions(), []);
+    worker.tell(Input::Loaded(id, Ok(MEMORY)));
+    assert_eq!(worker.actions(), [loaded(2, 0, None)]);
+}
+
+#[test]
+fn a_shadow_comes_and_goes_without_a_restart() {
+    let (mut worker, id) = Worker::serving(1, vec![serve(0)]);
+    worker.assign(1, 1, vec![with_shadow(0, 3)]);
+    let link = worker.answer(3, attach(1, 1, Feed::Shadow), true);
+    assert_eq!(worker.actions(), [Action::Shadow(id, Some(link))]);
+    worker.assign(1, 2, vec![with_shadow(0, 3)]);
+    assert_eq!(worker.actions(), [], "nothing has changed");
+    worker.assign(1, 3, vec![with_shadow(0, 4)]);
+    assert_eq!(worker.actions.remove(0), Action::Shadow(id, None));
+    let link = worker.answer(4, attach(1, 1, Feed::Shadow), true);
+    assert_eq!(worker.actions(), [Action::Shadow(id, Some(link))]);
+    worker.assign(1, 4, vec![serve(0)]);
+    assert_eq!(worker.actions(), [Action::Shadow(id, None)]);
+}
+
+#[test]
+fn a_shadow_that_was_lost_is_dialled_again_later() {
+    let (mut worker, id) = Worker::serving(1, vec![serve(0)]);
+    worker.assign(1, 1, vec![with_shadow(0, 3)]);
+    worker.answer(3, attach(1, 1, Feed::Shadow), false);
+    assert_eq!(worker.actions(), []);
+    worker.wait(REDIAL_STANDBY);
+    let link = worker.answer(3, attach(1, 1, Feed::Shadow), true);
+    assert_eq!(worker.actions(), [Action::Shadow(id, Some(link))]);
+    worker.tell(Input::ShadowGone(link));
+    assert_eq!(worker.actions(), []);
+    worker.wait(REDIAL_STANDBY);
+    worker.answer(3, attach(1, 1, Feed::Shadow), true);
+    assert_eq!(worker.actions().len(), 1);
+    worker.tell(Input::ShadowGone(link));
+    assert_eq!(worker.stages.next_tick(), None, "news of an earlier link mean nothing");
+}
+
+/// A stage that stands by, fed by node 1 since epoch 1.
+fn standing_by() -> (Worker, HoldId) {
+    let mut worker = Worker::new();
+    worker.assign(1, 0, vec![standby(0, Some(1))]);
+    let id = worker.load();
+    let attach = attach(1, 0, Feed::Shadow);
+    let inbound = worker.comes(1, attach);
+    assert_eq!(worker.actions(), [loaded(1, 0, None), Action::StandBy { id, attach, inbound }]);
+    (worker, id)
+}
+
+#[test]
+fn a_standby_goes_on_over_the_next_link() {
+    let (mut worker, id) = standing_by();
+    let attach = attach(1, 0, Feed::Shadow);
+    let inbound = worker.comes(1, attach);
+    worker.ends(id, End::Failed("a frame is missing".into()), Some(held(3)));
+    assert_eq!(worker.actions(), [Action::StandBy { id, attach, inbound }]);
+}
+
+#[test]
+fn a_standby_that_serves_first_finishes_what_has_arrived() {
+    let (mut worker, id) = standing_by();
+    worker.assign(2, 0, vec![serve(0)]);
+    assert_eq!((worker.actions(), worker.stages.next_tick()), (vec![], Some(worker.now + DRAIN)));
+    worker.ends(id, End::Closed, Some(held(3)));
+    assert_eq!(worker.actions(), [loaded(2, 0, Some(held(3)))]);
+
+    let (mut worker, id) = standing_by();
+    worker.assign(2, 0, vec![serve(0)]);
+    worker.wait(DRAIN);
+    assert_eq!(worker.actions(), [Action::Stop(id)], "its feeder hangs");
+    worker.ends(id, End::Closed, Some(held(2)));
+    assert_eq!(worker.actions(), [loaded(2, 0, Some(held(2)))]);
+}
+
+#[test]
+fn a_broken_ring_is_told_unless_only_a_link_closed() {
+    let broke =
+        |reason: &str| Action::Tell(ToCoordinator::RingBroke { epoch: Epoch(1), stage: 0, reason: reason.into() });
+    let (mut worker, id) = Worker::serving(1, vec![serve(0)]);
+    worker.ends(id, End::Closed, Some(held(3)));
+    assert_eq!(worker.actions(), []);
+    worker.comes(1, attach(1, 0, Feed::Passes));
+    assert_eq!(worker.actions(), [], "nothing goes on in this epoch");
+    worker.assign(2, 0, vec![serve(0)]);
+    assert_eq!(worker.find(|a| matches!(a, Action::Tell(_)).then(|| a.clone())), Some(loaded(2, 0, Some(held(3)))));
+
+    let (mut worker, id) = Worker::serving(1, vec![serve(0)]);
+    worker.ends(id, End::Failed("out of step".into()), None);
+    assert_eq!(worker.actions(), [broke("out of step")]);
+
+    let mut worker = Worker::new();
+    worker.assign(1, 0, vec![serve(0)]);
+    worker.load();
+    worker.join(1);
+    worker.actions.retain(|action| matches!(action, Action::Dial(..)));
+    worker.answer(2, attach(1, 1, Feed::Passes), false);
+    assert_eq!(worker.actions(), [broke("nobody is there")]);
+}
+
+#[test]
+fn an_answer_to_a_dial_of_the_past_is_closed() {
+    let mut worker = Worker::new();
+    worker.assign(1, 0, vec![serve(0)]);
+    worker.load();
+    worker.join(1);
+    let dial = worker.find(|action| if let Action::Dial(id, ..) = action { Some(*id) } else { None }).unwrap();
+    worker.assign(2, 0, vec![serve(0)]);
+    worker.actions();
+    worker.tell(Input::Dialled(dial, Ok(LinkId(1))));
+    assert_eq!(worker.actions(), [Action::Close(LinkId(1))]);
+    // A link that is up and not used yet.
+    worker.join(2);
+    let link = worker.answer(2, attach(2, 1, Feed::Passes), true);
+    worker.actions();
+    worker.assign(3, 0, vec![serve(0)]);
+    assert_eq!(worker.actions(), [Action::Close(link), loaded(3, 0, None)]);
+}
+
+#[test]
+fn a_node_that_leaves_hands_over_and_then_frees() {
+    let (mut worker, id) = Worker::serving(1, vec![serve(0)]);
+    worker.assign(2, 0, vec![hand_over(0, 3)]);
+    worker.ends(id, End::Closed, Some(held(9)));
+    assert_eq!(worker.actions.remove(0), Action::Stop(id));
+    worker.answer(3, attach(2, 0, Feed::Handover), false);
+    worker.wait(REDIAL_SUCCESSOR);
+    let link = worker.answer(3, attach(2, 0, Feed::Handover), true);
+    let within = HANDOVER - REDIAL_SUCCESSOR;
+    assert_eq!(worker.actions(), [Action::Send { id, link, within }], "nothing is told");
+    // The successor had not heard of it yet.
+    worker.ends(id, End::Failed("closed".into()), Some(held(9)));
+    worker.wait(REDIAL_SUCCESSOR);
+    worker.answer(3, attach(2, 0, Feed::Handover), true);
+    worker.actions();
+    worker.ends(id, End::Done, Some(held(9)));
+    assert_eq!((worker.actions(), worker.stages.next_tick()), (vec![Action::Free(id)], None));
+}
+
+#[test]
+fn a_hand_over_to_nobody_ends() {
+    let (mut worker, id) = Worker::serving(1, vec![serve(0)]);
+    worker.assign(2, 0, vec![hand_over(0, 3), hand_over(7, 3)]);
+    worker.ends(id, End::Closed, None);
+    worker.actions();
+    worker.wait(HANDOVER);
+    assert_eq!(worker.actions(), [Action::Free(id)]);
+}
+
+#[test]
+fn a_successor_takes_over_before_it_tells_what_it_holds() {
+    let mut worker = Worker::new();
+    worker.assign(2, 0, vec![taken_over(0, 4)]);
+    let link = worker.comes(4, attach(2, 0, Feed::Handover));
+    assert_eq!(worker.stages.peers().collect::<Vec<_>>(), [node(1), node(4)]);
+    let id = worker.load();
+    assert_eq!(worker.actions(), [Action::Receive { id, link, within: HANDOVER }]);
+    worker.ends(id, End::Done, Some(held(9)));
+    assert_eq!(worker.actions(), [loaded(2, 0, Some(held(9)))]);
+}
+
+#[test]
+fn a_successor_waits_no_longer_than_it_may() {
+    let mut worker = Worker::new();
+    worker.assign(2, 0, vec![taken_over(0, 4)]);
+    let id = worker.load();
+    assert_eq!((worker.actions(), worker.stages.next_tick()), (vec![], Some(worker.now + HANDOVER)));
+    worker.wait(HANDOVER / 2);
+    let link = worker.comes(4, attach(2, 0, Feed::Handover));
+    assert_eq!(worker.actions(), [Action::Receive { id, link, within: HANDOVER / 2 }]);
+    worker.ends(id, End::Failed("cut off".into()), None);
+    assert_eq!(worker.actions(), [loaded(2, 0, None)]);
+
+    let mut worker = Worker::new();
+    worker.assign(2, 0, vec![taken_over(0, 4)]);
+    worker.load();
+    worker.wait(HANDOVER);
+    assert_eq!((worker.actions(), worker.stages.next_tick()), (vec![loaded(2, 0, None)], None));
+}
+
+#[test]
+fn without_a_coordinator_all_stops_at_once_and_is_freed_after_the_lease() {
+    let (mut worker, id) = Worker::serving(1, vec![serve(0)]);
+    worker.tell(Input::CoordinatorGone);
+    assert_eq!(worker.actions(), [Action::Stop(id)]);
+    worker.ends(id, End::Closed, Some(held(3)));
+    worker.wait(LEASE - Duration::from_millis(1));
+    assert_eq!(worker.actions(), []);
+    worker.tell(Input::CoordinatorHere);
+    worker.wait(Duration::from_millis(1));
+    assert_eq!(worker.actions(), [Action::Free(id)], "its coordinator is back, but wants nothing");
+    assert_eq!(worker.stages.next_tick(), None);
+}
+
+#[test]
+fn orders_within_the_lease_reuse_what_is_loaded() {
+    let (mut worker, id) = Worker::serving(1, vec![serve(0)]);
+    worker.tell(Input::CoordinatorGone);
+    worker.ends(id, End::Closed, Some(held(3)));
+    worker.tell(Input::CoordinatorHere);
+    worker.actions();
+    worker.assign(1 << 32 | 1, 0, vec![serve(0)]);
+    assert_eq!((worker.actions(), worker.stages.next_tick()), (vec![loaded(1 << 32 | 1, 0, Some(held(3)))], None));
+}
+
+#[test]
+fn who_leaves_waits_to_be_released() {
+    let within = Duration::from_secs(5);
+    let leave = || Input::Leave { reason: "bye".into(), within };
+    let told = Action::Tell(ToCoordinator::Leave { reason: "bye".into() });
+    type Then = fn(&mut Worker);
+    let ways: [Then; 3] =
+        [|w| w.tell(Input::Released), |w| w.wait(Duration::from_secs(5)), |w| w.tell(Input::CoordinatorGone)];
+    for then in ways {
+        let (mut worker, _) = Worker::serving(1, vec![serve(0)]);
+        worker.tell(leave());
+        worker.tell(leave());
+        assert_eq!((worker.actions(), worker.stages.is_leaving()), (vec![told.clone()], true));
+        then(&mut worker);
+        assert!(worker.actions().contains(&Action::End));
+    }
+    let mut idle = Worker::new();
+    idle.tell(leave());
+    assert_eq!(idle.actions(), [Action::End], "it holds nothing");
+    let (mut lonely, _) = Worker::serving(1, vec![serve(0)]);
+    lonely.tell(Input::CoordinatorGone);
+    lonely.actions();
+    lonely.tell(leave());
+    assert_eq!(lonely.actions(), [Action::End], "nobody is there to take over");
+}
+
+#[test]
+fn a_node_may_be_its_own_neighbour() {
+    let mut worker = Worker::new();
+    let role = |upstream, downstream| StageRole::Serve {
+        upstream: node(upstream),
+        downstream: peer(downstream),
+        shadow: None,
+        kv_from: None,
+    };
+    worker.assign(1, 0, vec![order(0, role(1, 9)), order(1, role(9, 2))]);
+    worker.load();
+    worker.join(1);
+    worker.answer(9, attach(1, 1, Feed::Passes), true);
+    worker.answer(2, attach(1, 2, Feed::Passes), true);
+    worker.comes(9, attach(1, 1, Feed::Passes));
+    worker.comes(1, attach(1, 0, Feed::Passes));
+    assert_eq!(worker.actions().iter().filter(|action| matches!(action, Action::Serve { .. })).count(), 2);
+}
+
+/// What a test driver knows of the things that it owns.
+#[derive(Default)]
+struct World {
+    loading: Vec<HoldId>,
+    resting: Vec<HoldId>,
+    busy: Vec<HoldId>,
+    dials: Vec<DialId>,
+    /// Links that the machine has.
+    links: Vec<LinkId>,
+}
+
+impl World {
+    /// Does what is asked, and checks that it can be done.
+    fn act(&mut self, action: &Action) {
+        let mut take = |link: LinkId| {
+            let at =
+                self.links.iter().position(|known| *known == link).unwrap_or_else(|| panic!("{link:?} is not there"));
+            self.links.remove(at);
+        };
+        let mut used = None;
+        match action {
+            Action::Load(load) => {
+                assert!(self.loading.is_empty());
+                self.loading.push(load.id);
+            }
+            Action::Free(id) => {
+                assert!(self.loading.contains(id) || self.resting.contains(id));
+                self.resting.retain(|known| known != id);
+            }
+            Action::Empty(id) => assert!(self.resting.contains(id)),
+            Action::Dial(id, ..) => self.dials.push(*id),
+            Action::Close(link) => take(*link),
+            Action::Serve { id, inbound, outbound, .. } => {
+                take(*inbound);
+                take(*outbound);
+                used = Some(*id);
+            }
+            Action::StandBy { id, inbound: link, .. }
+            | Action::Send { id, link, .. }
+            | Action::Receive { id, link, .. } => {
+                take(*link);
+                used = Some(*id);
+            }
+            Action::Shadow(id, link) => {
+                assert!(self.busy.contains(id));
+                link.iter().for_each(|link| take(*link));
+            }
+            Action::Stop(id) => assert!(self.busy.contains(id)),
+            Action::Tell(_) | Action::End => {}
+        }
+        if let Some(id) = used {
+            assert!(self.resting.contains(&id), "{id:?} is not at rest");
+            self.resting.retain(|known| *known != id);
+            self.busy.push(id);
+        }
+    }
+}
+
+fn any_order(stage: u32, kind: u8) -> StageOrder {
+    match kind % 7 {
+        0 => standby(stage, None),
+        1 => standby(stage, Some(1)),
+        2 => hand_over(stage, 3),
+        3 => with_shadow(stage, 3),
+        4 => taken_over(stage, 4),
+        5 => without_kv(serve(stage)),
+        _ => serve(stage),
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+    #[test]
+    fn whatever_happens_nothing_is_used_twice_and_all_is_freed(steps in prop::collection::vec(any::<[u8; 4]>(), 0..80)) {
+        let (mut stages, mut world, mut now) = (Stages::new(), World::default(), Instant::now());
+        let (mut epoch, mut revision, mut link) = (1, 0, 0);
+        let mut feed = |world: &mut World, now, input| {
+            for action in stages.handle(now, input) {
+                world.act(&action);
+            }
+            assert!(stages.next_tick().is_none_or(|at| at > now), "{:?}", stages);
+            assert!(stages.inbound.len() <= 3 * 4);
+            stages.view().len()
+        };
+        feed(&mut world, now, Input::CoordinatorHere);
+        for [what, a, b, c] in steps {
+            link += 1;
+            let input = match what % 11 {
+                0 | 1 => {
+                    (epoch, revision) = if a % 2 == 0 { (epoch + 1, 0) } else { (epoch, revision + 1) };
+                    let stages = (0..u32::from(b % 3)).map(|stage| any_order(stage, c.wrapping_add(stage as u8 * b))).collect();
+                    Input::Assign(Box::new(assign(epoch, revision, stages)))
+                }
+                2 => Input::Join { deployment: DEPLOYMENT, epoch: Epoch(epoch) },
+                3 | 4 if !world.loading.is_empty() => {
+                    let id = world.loading.remove(0);
+                    if a % 4 > 0 {
+                        world.resting.push(id);
+                    }
+                    Input::Loaded(id, if a % 4 > 0 { Ok(MEMORY) } else { Err("no".into()) })
+                }
+                5 | 6 if !world.dials.is_empty() => {
+                    let dial = world.dials.remove(usize::from(a) % world.dials.len());
+                    if b % 4 > 0 {
+                        world.links.push(LinkId(link));
+                    }
+                    Input::Dialled(dial, if b % 4 > 0 { Ok(LinkId(link)) } else { Err("no".into()) })
+                }
+                7 if !world.busy.is_empty() => {
+                    let id = world.busy.remove(usize::from(a) % world.busy.len());
+                    world.resting.push(id);
+                    let end = [End::Done, End::Closed, End::Failed("no".into())][usize::from(b) % 3].clone();
+                    Input::Ended { id, end, held: (c % 2 == 0).then(|| held(1)) }
+                }
+                8 => {
+                    world.links.push(LinkId(link));
+                    let feed = [Feed::Passes, Feed::Shadow, Feed::Handover][usize::from(a) % 3];
+                    let attach = attach(epoch, u32::from(b % 3), feed);
+                    Input::Inbound { link: LinkId(link), peer: node([1, 4][usize::from(c) % 2]), attach }
+                }
+                9 => [Input::CoordinatorHere, Input::CoordinatorGone][usize::from(a) % 2].clone(),
+                _ => {
+                    now += Duration::from_millis(u64::from(a) * 20);
+                    Input::Tick
+                }
+            };
+            feed(&mut world, now, input);
+        }
+        // Its coordinator is gone for good: everything ends.
+        feed(&mut world, now, Input::CoordinatorGone);
+        now += Duration::from_millis(LEASE_MS);
+        feed(&mut world, now, Input::Tick);
+        for id in mem::take(&mut world.loading) {
+            world.resting.push(id);
+            feed(&mut world, now, Input::Loaded(id, Ok(MEMORY)));
+        }
+        for dial in mem::take(&mut world.dials) {
+            world.links.push(LinkId(u64::MAX));
+            feed(&mut world, now, Input::Dialled(dial, Ok(LinkId(u64::MAX))));
+        }
+        for id in mem::take(&mut world.busy) {
+            world.resting.push(id);
+            feed(&mut world, now, Input::Ended { id, end: End::Closed, held: None });
+        }
+        prop_assert_eq!((world.resting, world.links), (vec![], vec![]));
+        prop_assert_eq!(feed(&mut World::default(), now, Input::Tick), 0);
+    }
+}
