@@ -1,11 +1,11 @@
-//! A context of llama.cpp and what it points to: compute threads, the cancel flag, and the hook where a pass stops.
+//! A context of llama.cpp and what it points to: compute threads, the signals of a run, and the hook where a pass stops.
 //!
 //! The context owns all of it and calls back only while it decodes, for which its owner needs `&mut`.
 
 use std::ffi::{CStr, CString, c_void};
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use llama_cpp_sys_2 as sys;
 
@@ -21,28 +21,40 @@ const IDLE: u8 = 0;
 const RUNNING: u8 = 1;
 const CANCELLED: u8 = 2;
 
-/// `IDLE` or `RUNNING`, or `CANCELLED` until the run that was cancelled ends. Only a run leaves `IDLE` and enters it,
-/// so no cancel is lost and none outlives its run.
+/// What other threads see of runs and tell them.
 #[derive(Debug, Default)]
-pub(crate) struct CancelFlag(AtomicU8);
+pub(crate) struct Signals {
+    /// `IDLE` or `RUNNING`, or `CANCELLED` until the run that was cancelled ends. Only a run leaves `IDLE` and enters
+    /// it, so no cancel is lost and none outlives its run.
+    state: AtomicU8,
+    /// Graph nodes that were begun, in all runs.
+    steps: AtomicU64,
+}
 
-impl CancelFlag {
+impl Signals {
     pub(crate) fn begin(&self) {
-        self.0.store(RUNNING, Ordering::Release);
+        self.state.store(RUNNING, Ordering::Release);
     }
 
     /// Ends the run and returns whether it was cancelled.
     pub(crate) fn end(&self) -> bool {
-        self.0.swap(IDLE, Ordering::AcqRel) == CANCELLED
+        self.state.swap(IDLE, Ordering::AcqRel) == CANCELLED
     }
 
     /// Cancels the run in progress, if there is one.
     pub(crate) fn cancel(&self) -> bool {
-        self.0.compare_exchange(RUNNING, CANCELLED, Ordering::AcqRel, Ordering::Acquire).is_ok()
+        self.state.compare_exchange(RUNNING, CANCELLED, Ordering::AcqRel, Ordering::Acquire).is_ok()
     }
 
-    fn is_cancelled(&self) -> bool {
-        self.0.load(Ordering::Acquire) == CANCELLED
+    /// Graph nodes that were begun so far.
+    pub(crate) fn steps(&self) -> u64 {
+        self.steps.load(Ordering::Relaxed)
+    }
+
+    /// Counts a node, and returns whether the run was cancelled before it.
+    fn step(&self) -> bool {
+        self.steps.fetch_add(1, Ordering::Relaxed);
+        self.state.load(Ordering::Acquire) == CANCELLED
     }
 }
 
@@ -51,7 +63,7 @@ pub(crate) struct Context {
     raw: NonNull<sys::llama_context>,
     threads: Option<NonNull<sys::ggml_threadpool>>,
     hook: Option<NonNull<Hook>>,
-    pub(crate) cancel: Arc<CancelFlag>,
+    pub(crate) signals: Arc<Signals>,
     /// Copies of slots that the next decode makes before it computes.
     pub(crate) copies_queued: u32,
 }
@@ -78,8 +90,8 @@ pub(crate) struct Hook {
 }
 
 unsafe extern "C" fn on_abort(data: *mut c_void) -> bool {
-    // SAFETY: the context was given the flag that its `Context` keeps alive for longer.
-    unsafe { &*data.cast::<CancelFlag>() }.is_cancelled()
+    // SAFETY: the context was given the signals that its `Context` keeps alive for longer.
+    unsafe { &*data.cast::<Signals>() }.step()
 }
 
 /// Asked (`ask`) for each node whether its value is wanted, then called with it; `false` stops the graph there.
@@ -127,9 +139,9 @@ impl Context {
     pub(crate) fn new(model: &Model, options: &StageOptions, n_embd: u32) -> Result<(Self, Captured), LoadError> {
         let hook = Hook::new(options, n_embd as usize)?;
         let hook = hook.map(|hook| NonNull::from(Box::leak(Box::new(hook))));
-        let cancel = Arc::new(CancelFlag::default());
-        let params = context_params(model, options, hook, &cancel);
-        // SAFETY: the model is loaded and outlives the context (see `Stage`); hook and flag do as well.
+        let signals = Arc::new(Signals::default());
+        let params = context_params(model, options, hook, &signals);
+        // SAFETY: the model is loaded and outlives the context (see `Stage`); hook and signals do as well.
         let (raw, captured) = capture(|| unsafe { sys::llama_init_from_model(model.as_ptr(), params) });
         let Some(raw) = NonNull::new(raw) else {
             if let Some(hook) = hook {
@@ -139,7 +151,7 @@ impl Context {
             return Err(LoadError::Context(captured.message()));
         };
         captured.log();
-        let mut context = Self { raw, threads: None, hook, cancel, copies_queued: 0 };
+        let mut context = Self { raw, threads: None, hook, signals, copies_queued: 0 };
         // SAFETY: the context exists.
         if unsafe { sys::llama_get_memory(raw.as_ptr()) }.is_null() {
             return Err(LoadError::Kind("no KV cache"));
@@ -288,7 +300,7 @@ fn context_params(
     model: &Model,
     options: &StageOptions,
     hook: Option<NonNull<Hook>>,
-    cancel: &Arc<CancelFlag>,
+    signals: &Arc<Signals>,
 ) -> sys::llama_context_params {
     // SAFETY: the function only returns a struct of plain values.
     let mut params = unsafe { sys::llama_context_default_params() };
@@ -307,7 +319,7 @@ fn context_params(
     params.n_threads_batch = options.n_threads as i32;
     params.no_perf = true;
     params.abort_callback = Some(on_abort);
-    params.abort_callback_data = Arc::as_ptr(cancel).cast_mut().cast();
+    params.abort_callback_data = Arc::as_ptr(signals).cast_mut().cast();
     if let Some(hook) = hook {
         params.cb_eval = Some(on_node);
         params.cb_eval_user_data = hook.as_ptr().cast();

@@ -31,6 +31,6 @@ pub use run::{Input, Row, RunError};
 pub use sampler::{Sampler, log_probabilities};
 pub use sampling::{Sampling, SamplingError};
 pub use source::ReadSeek;
-pub use stage::{Canceller, Stage, StageMemory, StageOptions};
+pub use stage::{Activity, Canceller, Stage, StageMemory, StageOptions};
 pub use tensor::{TensorError, dequantize_rows, quantize_rows};
 pub use vocabulary::{TokenizeError, Vocabulary};

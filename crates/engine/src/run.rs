@@ -162,9 +162,9 @@ impl Stage {
             if self.is_final() { (self.n_vocab, self.scratch.n_outputs) } else { (self.n_embd, rows.len()) };
         out.resize(n_results * width as usize, 0.0);
 
-        self.context.cancel.begin();
+        self.context.signals.begin();
         let result = self.compute(rows, input, out);
-        let cancelled = self.context.cancel.end();
+        let cancelled = self.context.signals.end();
         let result = if cancelled { Err(RunError::Cancelled) } else { result };
         match result {
             Ok(()) => {

@@ -18,13 +18,13 @@
 //!   experts is F32 on all machines), and Q4_K with AVX2 has another one for blocks of four rows. `tests/batches.rs`
 //!   tells.
 //!
-//! The stage owns everything; a [`Canceller`] shares only a flag.
+//! The stage owns everything; a [`Canceller`] shares only a flag, an [`Activity`] only a counter.
 
 use std::path::Path;
 use std::sync::Arc;
 
 use crate::batch::Scratch;
-use crate::context::{CancelFlag, Context};
+use crate::context::{Context, Signals};
 use crate::model::{LoadError, Model};
 use crate::source::ReadSeek;
 
@@ -223,7 +223,12 @@ impl Stage {
 
     /// A handle with which other threads stop the run in progress.
     pub fn canceller(&self) -> Canceller {
-        Canceller(Arc::clone(&self.context.cancel))
+        Canceller(Arc::clone(&self.context.signals))
+    }
+
+    /// A handle with which other threads see that a run moves on.
+    pub fn activity(&self) -> Activity {
+        Activity(Arc::clone(&self.context.signals))
     }
 }
 
@@ -237,7 +242,7 @@ fn check_shape(name: &'static str, found: u32, expected: u32) -> Result<(), Load
 
 /// Stops the run in progress of one stage, from any thread.
 #[derive(Debug, Clone)]
-pub struct Canceller(Arc<CancelFlag>);
+pub struct Canceller(Arc<Signals>);
 
 impl Canceller {
     /// Stops the run in progress, and returns whether there was one: if so, that run ends with `RunError::Cancelled`
@@ -247,5 +252,17 @@ impl Canceller {
     /// The CPU stops before its next graph node, a device after the graph that it was given.
     pub fn cancel(&self) -> bool {
         self.0.cancel()
+    }
+}
+
+/// Tells how far the runs of one stage have come, from any thread; outlives the stage.
+#[derive(Debug, Clone)]
+pub struct Activity(Arc<Signals>);
+
+impl Activity {
+    /// Graph nodes that were begun so far. On the CPU it rises all through a run, by some dozen a layer; while a device
+    /// computes it stands still, which is a matter of milliseconds.
+    pub fn steps(&self) -> u64 {
+        self.0.steps()
     }
 }

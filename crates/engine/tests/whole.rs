@@ -146,10 +146,14 @@ fn a_truncated_session_goes_on_as_if_it_had_never_been_longer() {
 fn a_cancelled_run_leaves_no_trace() {
     let mut stage = whole(&abacus(), |o| (o.max_rows, o.n_ctx) = (512, 1024));
     let canceller = stage.canceller();
-    assert!(!canceller.cancel(), "nothing runs yet");
+    let activity = stage.activity();
+    assert!(!canceller.cancel() && activity.steps() == 0, "nothing runs yet");
     let (before, text) = (tokens(7, N_VOCAB, 6), tokens(512, N_VOCAB, 7));
     feed(&mut stage, 0, &before);
+    let one_run = activity.steps();
+    assert!(one_run > 10 * u64::from(stage.n_layers()), "{one_run} steps");
     let expected = feed(&mut stage, 0, &text);
+    assert!(activity.steps() > one_run, "each run counts");
     stage.truncate(0, 7).unwrap();
 
     let rows = rows(&stage, 0, text.len());

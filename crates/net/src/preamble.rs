@@ -9,7 +9,7 @@
 //! |---|---|
 //! | 0..4 | magic `BRGD` |
 //! | 4..6, 6..8 | lowest and highest protocol version of the dialer |
-//! | 8 | purpose: 1 control, 2 data, 3 weights |
+//! | 8 | purpose: 1 control, 2 data, 3 weights, 4 requests, 5 council |
 //! | 9 | admission: 0 none, 1 ticket |
 //! | 10..18, 18..34 | id and secret, with a ticket only |
 //!
@@ -35,10 +35,11 @@ use crate::ticket::{SECRET_BYTES, Secret, TICKET_ID_BYTES, TicketId, TicketSecre
 /// |---|---|---|
 /// | 1 | 0.1 | the first |
 /// | 2 | 0.1 | frames carry KV steps and five times of each stage; offers say how much disk there is for sessions |
-pub const PROTOCOL_VERSION: u16 = 2;
+/// | 3 | 0.1 | stages are assigned as a whole, with standbys and hand-over; links for requests and for the council |
+pub const PROTOCOL_VERSION: u16 = 3;
 
 /// The lowest protocol version that this build speaks.
-pub const MIN_PROTOCOL_VERSION: u16 = 2;
+pub const MIN_PROTOCOL_VERSION: u16 = 3;
 
 /// Longest wait for the other side's preamble: a round trip and a look into two small tables, on a machine that may be
 /// busy loading a model.
@@ -67,6 +68,10 @@ pub enum Purpose {
     Data,
     /// Weights from a node that has them to one that needs them.
     Weights,
+    /// Requests from a node that answers HTTP, and their answers.
+    Requests,
+    /// Who coordinates.
+    Council,
 }
 
 /// What a dialer says first.
@@ -210,16 +215,20 @@ pub fn refuse(link: &dyn Link, refusal: &Refusal) {
 }
 
 impl Purpose {
+    const ALL: [Self; 5] = [Self::Control, Self::Data, Self::Weights, Self::Requests, Self::Council];
+
     fn code(self) -> u8 {
         match self {
             Self::Control => 1,
             Self::Data => 2,
             Self::Weights => 3,
+            Self::Requests => 4,
+            Self::Council => 5,
         }
     }
 
     fn from_code(code: u8) -> Option<Self> {
-        [Self::Control, Self::Data, Self::Weights].into_iter().find(|purpose| purpose.code() == code)
+        Self::ALL.into_iter().find(|purpose| purpose.code() == code)
     }
 }
 
@@ -349,7 +358,7 @@ mod tests {
     fn any_hello() -> impl Strategy<Value = Hello> {
         let ticket = (any::<[u8; TICKET_ID_BYTES]>(), any::<[u8; SECRET_BYTES]>())
             .prop_map(|(id, secret)| TicketSecret { id: TicketId::from_bytes(id), secret: Secret::from_bytes(secret) });
-        let purpose = prop::sample::select(vec![Purpose::Control, Purpose::Data, Purpose::Weights]);
+        let purpose = prop::sample::select(Purpose::ALL.to_vec());
         (any::<u16>(), any::<u16>(), purpose, prop::option::of(ticket)).prop_map(
             |(min_version, max_version, purpose, admission)| Hello { min_version, max_version, purpose, admission },
         )

@@ -24,7 +24,9 @@ pub(crate) struct Shared {
     pub(crate) tickets: Mutex<TicketBook>,
     pub(crate) submissions: Submissions,
     pub(crate) link_addresses: Vec<String>,
-    readiness: Mutex<Readiness>,
+    readiness: Mutex<State>,
+    /// How long requests are taken while the model has no place.
+    wait_for_capacity: Duration,
     open: Arc<Open>,
     node: NodeId,
     card: ModelCard,
@@ -39,6 +41,7 @@ impl Shared {
         context: u32,
         tickets: TicketBook,
         link_addresses: &[SocketAddr],
+        submissions: Submissions,
     ) -> Self {
         let vocabulary = model.vocabulary();
         let text = |token: Option<Token>| token.and_then(|t| vocabulary.text_of(t)).unwrap_or_default();
@@ -72,14 +75,17 @@ impl Shared {
             kv_tokens: 0,
             kv_capacity: u64::from(context) * u64::from(options.parallel),
             uptime_s: 0,
+            recoveries: 0,
+            last_recovery: None,
             nodes: Vec::new(),
         };
         Self {
             status: Mutex::new(status),
             tickets: Mutex::new(tickets),
-            submissions: Submissions::new(),
+            submissions,
             link_addresses: link_addresses.iter().map(ToString::to_string).collect(),
-            readiness: Mutex::new(Readiness::NotReady(starting)),
+            readiness: Mutex::new(State::NotYet(starting)),
+            wait_for_capacity: options.wait_for_capacity,
             open: Arc::default(),
             node: identity.node_id(),
             card,
@@ -87,9 +93,39 @@ impl Shared {
         }
     }
 
-    pub(crate) fn set_readiness(&self, readiness: Readiness) {
-        *lock(&self.readiness) = readiness;
+    /// A first pass went around.
+    pub(crate) fn ready(&self) {
+        *lock(&self.readiness) = State::Ready;
     }
+
+    /// The model has no place at the moment.
+    pub(crate) fn not_ready(&self, why: String) {
+        let mut state = lock(&self.readiness);
+        *state = match *state {
+            State::NotYet(_) => State::NotYet(why),
+            State::Ready => State::Lost { since: Instant::now(), why },
+            State::Lost { since, .. } => State::Lost { since, why },
+            State::Stopping => State::Stopping,
+        };
+    }
+
+    /// Nothing is answered any more.
+    pub(crate) fn stopping(&self) {
+        *lock(&self.readiness) = State::Stopping;
+    }
+}
+
+/// Whether the model has a place.
+#[derive(Debug)]
+enum State {
+    NotYet(String),
+    Ready,
+    /// It had one.
+    Lost {
+        since: Instant,
+        why: String,
+    },
+    Stopping,
 }
 
 /// A coordinator as its callers see it.
@@ -115,6 +151,47 @@ impl Handle {
             .create(shared.node, addresses, ttl, seconds_since_1970())
             .map_err(|error| error.to_string())
     }
+
+    /// Starts a session of which the first tokens of the answer were chosen and told elsewhere; it tells those behind
+    /// them.
+    ///
+    /// # Errors
+    /// If the request can never be answered, or not now.
+    pub fn submit_resumed(
+        &self,
+        request: Request,
+        answer: Vec<Token>,
+    ) -> Result<mpsc::UnboundedReceiver<Event>, SubmitError> {
+        let card = &self.shared.card;
+        if let Readiness::NotReady(why) = self.readiness() {
+            return Err(SubmitError::NotReady(why));
+        }
+        if request.prompt.is_empty() {
+            return Err(SubmitError::PromptEmpty);
+        }
+        if request.prompt.len() >= card.context as usize {
+            return Err(SubmitError::PromptTooLong { tokens: request.prompt.len(), context: card.context });
+        }
+        if request.prompt.len() + answer.len() > card.context as usize {
+            let why = format!("prompt and answer have more than the {} tokens of a session", card.context);
+            return Err(SubmitError::Invalid(why));
+        }
+        let is_known = |&token: &Token| u32::try_from(token).is_ok_and(|t| t < card.n_vocab);
+        if let Some(&token) = request.prompt.iter().chain(&answer).find(|t| !is_known(t)) {
+            return Err(SubmitError::UnknownToken { token: token.into(), n_vocab: card.n_vocab });
+        }
+        request.sampling.validate(card.n_vocab).map_err(|error| SubmitError::Invalid(error.to_string()))?;
+        let most = MAX_WAITING + self.shared.parallel as usize;
+        let open = self.shared.open.take(request.tenant, most);
+        let open = open.ok_or(SubmitError::Busy { waiting: MAX_WAITING })?;
+        // Bounded by the context: a session tells at most that many tokens and one end.
+        let (events, receiver) = mpsc::unbounded_channel();
+        if self.shared.submissions.send(Submission { request, answer, at: Instant::now(), events, open }) {
+            Ok(receiver)
+        } else {
+            Err(SubmitError::Stopping)
+        }
+    }
 }
 
 impl Serving for Handle {
@@ -123,7 +200,15 @@ impl Serving for Handle {
     }
 
     fn readiness(&self) -> Readiness {
-        lock(&self.shared.readiness).clone()
+        match &*lock(&self.shared.readiness) {
+            State::NotYet(why) => Readiness::NotReady(why.clone()),
+            State::Ready => Readiness::Ready,
+            State::Lost { since, why } if since.elapsed() < self.shared.wait_for_capacity => {
+                Readiness::Recovering(why.clone())
+            }
+            State::Lost { why, .. } => Readiness::NotReady(why.clone()),
+            State::Stopping => Readiness::NotReady(SubmitError::Stopping.to_string()),
+        }
     }
 
     fn tokenize(&self, text: &str, add_special: bool, parse_special: bool) -> Result<Vec<Token>, SubmitError> {
@@ -140,31 +225,7 @@ impl Serving for Handle {
     }
 
     fn submit(&self, request: Request) -> Result<mpsc::UnboundedReceiver<Event>, SubmitError> {
-        let card = &self.shared.card;
-        if let Readiness::NotReady(why) = self.readiness() {
-            return Err(SubmitError::NotReady(why));
-        }
-        if request.prompt.is_empty() {
-            return Err(SubmitError::PromptEmpty);
-        }
-        if request.prompt.len() >= card.context as usize {
-            return Err(SubmitError::PromptTooLong { tokens: request.prompt.len(), context: card.context });
-        }
-        let is_known = |&token: &Token| u32::try_from(token).is_ok_and(|t| t < card.n_vocab);
-        if let Some(&token) = request.prompt.iter().find(|t| !is_known(t)) {
-            return Err(SubmitError::UnknownToken { token: token.into(), n_vocab: card.n_vocab });
-        }
-        request.sampling.validate(card.n_vocab).map_err(|error| SubmitError::Invalid(error.to_string()))?;
-        let most = MAX_WAITING + self.shared.parallel as usize;
-        let open = self.shared.open.take(request.tenant, most);
-        let open = open.ok_or(SubmitError::Busy { waiting: MAX_WAITING })?;
-        // Bounded by the context: a session tells at most that many tokens and one end.
-        let (events, receiver) = mpsc::unbounded_channel();
-        if self.shared.submissions.send(Submission { request, at: Instant::now(), events, open }) {
-            Ok(receiver)
-        } else {
-            Err(SubmitError::NotReady("the model is being placed anew".to_owned()))
-        }
+        self.submit_resumed(request, Vec::new())
     }
 
     fn status(&self) -> ClusterStatus {

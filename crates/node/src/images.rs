@@ -18,6 +18,8 @@ use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use brigade_base::{ByteSize, Hash, ImageId};
 use brigade_protocol::frame::MAX_IMAGES;
@@ -72,6 +74,8 @@ pub struct Images {
     limit: ByteSize,
     /// Bytes of all images.
     used: u64,
+    /// Bytes of all stores under the same limit; those of one node share it.
+    used_by_all: Arc<AtomicU64>,
     images: HashMap<ImageId, Image>,
 }
 
@@ -82,7 +86,8 @@ impl Images {
     /// # Errors
     /// If the directory cannot be made.
     pub fn open(dir: &Path, limit: ByteSize) -> Result<Self, ImageError> {
-        let images = Self { dir: dir.to_owned(), limit, used: 0, images: HashMap::new() };
+        let mut images = Self::off();
+        (images.dir, images.limit) = (dir.to_owned(), limit);
         if limit.0 > 0 {
             make_private(dir).map_err(|source| images.io(source))?;
         }
@@ -99,10 +104,19 @@ impl Images {
 
     /// A store that saves nothing.
     pub fn off() -> Self {
-        Self { dir: PathBuf::new(), limit: ByteSize(0), used: 0, images: HashMap::new() }
+        let (dir, limit, used_by_all) = (PathBuf::new(), ByteSize(0), Arc::default());
+        Self { dir, limit, used: 0, used_by_all, images: HashMap::new() }
+    }
+
+    /// Makes this empty store one of several that keep its limit together, of whose bytes `used` is the sum.
+    #[must_use]
+    pub fn sharing(mut self, used: Arc<AtomicU64>) -> Self {
+        self.used_by_all = used;
+        self
     }
 
     /// Bytes of all images.
+    #[cfg(test)]
     pub fn used(&self) -> ByteSize {
         ByteSize(self.used)
     }
@@ -123,6 +137,7 @@ impl Images {
         let file = self.write(bytes).map_err(|source| self.io(source))?;
         let hash = hash(bytes);
         self.used += bytes.len() as u64;
+        self.used_by_all.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         self.images.insert(id, Image { file, n_bytes: bytes.len() as u64, hash });
         Ok(())
     }
@@ -149,13 +164,14 @@ impl Images {
     pub fn remove(&mut self, id: ImageId) {
         if let Some(image) = self.images.remove(&id) {
             self.used -= image.n_bytes;
+            self.used_by_all.fetch_sub(image.n_bytes, Ordering::Relaxed);
         }
     }
 
     /// Forgets all images.
     pub fn clear(&mut self) {
         self.images.clear();
-        self.used = 0;
+        self.used_by_all.fetch_sub(std::mem::take(&mut self.used), Ordering::Relaxed);
     }
 
     /// Whether an image of `n_bytes` may be saved, so that nobody makes one in vain.
@@ -169,9 +185,10 @@ impl Images {
         if self.images.len() >= MAX_IMAGES {
             return Err(ImageError::TooMany);
         }
-        if self.used.saturating_add(n_bytes) > self.limit.0 {
-            let n_bytes = ByteSize(n_bytes);
-            return Err(ImageError::Full { n_bytes, used: self.used(), limit: self.limit });
+        // Two stages that ask at the same time may both be let in: one image too many, until the next is refused.
+        let used = ByteSize(self.used_by_all.load(Ordering::Relaxed));
+        if used.0.saturating_add(n_bytes) > self.limit.0 {
+            return Err(ImageError::Full { n_bytes: ByteSize(n_bytes), used, limit: self.limit });
         }
         Ok(())
     }
@@ -191,6 +208,12 @@ impl Images {
 
     fn io(&self, source: io::Error) -> ImageError {
         ImageError::Io { dir: self.dir.clone(), source }
+    }
+}
+
+impl Drop for Images {
+    fn drop(&mut self) {
+        self.clear();
     }
 }
 
@@ -272,6 +295,20 @@ mod tests {
         images.remove(ImageId(1));
         images.save(ImageId(2), &[0; 5]).unwrap();
         assert_eq!(images.used(), ByteSize(9));
+    }
+
+    #[test]
+    fn the_stores_of_a_node_keep_one_limit() {
+        let used = Arc::new(AtomicU64::new(0));
+        let ((_dir, one), (_other_dir, other)) = (store(10), store(10));
+        let (mut one, mut other) = (one.sharing(Arc::clone(&used)), other.sharing(Arc::clone(&used)));
+        one.save(ImageId(1), &[0; 6]).unwrap();
+        assert!(matches!(other.save(ImageId(1), &[0; 5]), Err(ImageError::Full { used: ByteSize(6), .. })));
+        other.save(ImageId(1), &[0; 4]).unwrap();
+        one.clear();
+        assert_eq!((used.load(Ordering::Relaxed), other.used()), (4, ByteSize(4)));
+        drop(other);
+        assert_eq!(used.load(Ordering::Relaxed), 0);
     }
 
     #[test]

@@ -3,25 +3,33 @@
 //! - [`Coordinator`] opens a [`LocalModel`], places it with the state machine of `brigade-protocol`, holds the tail
 //!   stage and serves [`serving::Request`]s through a [`Handle`].
 //! - [`Worker`] runs a stage for a coordinator elsewhere.
+//! - [`Gateway`] answers requests on any node, through whoever coordinates.
 //!
 //! Each has one thread that owns its state and hears of everything else through one channel; threads that block (links,
 //! loading, computing) own what they work on and hand it back.
 
+mod activity;
 mod cache;
 mod coordinator;
+mod council;
 mod doorway;
+mod gateway;
 mod handle;
+mod handover;
 mod images;
 mod incoming;
 mod known;
 mod loaded;
 mod meter;
 mod model;
+mod node;
 mod outgoing;
 mod reach;
 mod rehearsal;
 mod ring;
 pub mod serving;
+mod shadow;
+mod site;
 mod stage_pass;
 mod stage_thread;
 mod state_lock;
@@ -37,13 +45,14 @@ mod weights;
 mod worker;
 
 pub use brigade_protocol::schedule::PrefixCache;
-pub use coordinator::{
-    CHUNK, Coordinator, CoordinatorError, CoordinatorOptions, CoordinatorStopper, DEFAULT_CONTEXT_MAX, MAX_WAITING,
-};
+pub use coordinator::{CHUNK, CoordinatorError, CoordinatorOptions, DEFAULT_CONTEXT_MAX, MAX_WAITING};
+pub use gateway::Gateway;
 pub use handle::Handle;
 pub use known::probe_coordinator;
 pub use meter::CONTENT_TYPE as METRICS_TYPE;
 pub use model::{LocalModel, ModelError, model_profile};
+pub use node::{Node, NodeError, NodeStopper, Part};
 pub use reach::ReachError;
 pub use rehearsal::rehearse;
-pub use worker::{Worker, WorkerError, WorkerOptions, WorkerStatus, WorkerStopper};
+pub use site::SiteError;
+pub use worker::{WorkerError, WorkerOptions, WorkerStatus};

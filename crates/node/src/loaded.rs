@@ -2,29 +2,13 @@
 
 use std::sync::Arc;
 
-use brigade_base::{ByteSize, Hash, LayerRange};
+use brigade_base::ByteSize;
 use brigade_engine::{LoadError, Stage, StageOptions};
 use brigade_gguf::{StageView, TensorSource};
+pub use brigade_protocol::worker::StageKey;
 
 use crate::images::Images;
 use crate::stage_pass::PassRunner;
-
-/// What makes two stages the same.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct StageKey {
-    /// Hash of the model's header.
-    pub header_hash: Hash,
-    /// Hashes of the stage's tensors, in order.
-    pub tensors: Vec<Hash>,
-    /// Its layers.
-    pub layers: LayerRange,
-    /// Tokens of one session.
-    pub context: u32,
-    /// Sessions at once.
-    pub sessions: u32,
-    /// Most rows of one batch.
-    pub max_rows: u32,
-}
 
 /// A stage in memory.
 pub struct LoadedStage {

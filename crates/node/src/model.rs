@@ -6,11 +6,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::UNIX_EPOCH;
 
 use brigade_base::{Hash, ModelId, Token};
-use brigade_engine::Vocabulary;
+use brigade_engine::{TokenizeError, Vocabulary};
 use brigade_gguf::{
     Architecture, ArchitectureError, Catalog, Manifest, ModelFile, OpenError, model_id, vocabulary_header,
 };
 use brigade_plan::ModelProfile;
+
+use crate::serving::SubmitError;
 
 /// A model file could not be used.
 #[derive(Debug, thiserror::Error)]
@@ -69,10 +71,7 @@ impl LocalModel {
         let header_hash = catalog.header_hash();
         let read_error = |source| ModelError::Read { path: path.to_owned(), source };
         let manifest = manifest(&file, &header_hash, state_dir, progress).map_err(read_error)?;
-        let header = vocabulary_header(catalog);
-        let n_bytes = header.len() as u64;
-        let vocabulary = Vocabulary::load(Box::new(std::io::Cursor::new(header)), n_bytes)
-            .map_err(|error| ModelError::Vocabulary(error.to_string()))?;
+        let vocabulary = load_vocabulary(vocabulary_header(catalog))?;
         let tensor = catalog.tensor_idx("token_embd.weight").ok_or(ModelError::NoTensor("token_embd.weight"))?;
         let info = &catalog.tensors()[tensor];
         let n_embd = architecture.n_embd as usize;
@@ -143,6 +142,35 @@ impl LocalModel {
             .map_err(|error| ModelError::Vocabulary(error.to_string()))?;
         Ok(())
     }
+}
+
+/// Loads the vocabulary of a GGUF without tensors, as [`vocabulary_header`] makes it; the bytes may come from a peer.
+///
+/// # Errors
+/// If they are no sound header, or libllama cannot read the vocabulary.
+pub(crate) fn load_vocabulary(header: Vec<u8>) -> Result<Vocabulary, ModelError> {
+    // libllama reads only what was found sound before.
+    Catalog::parse_header(&header).map_err(|error| ModelError::Vocabulary(error.to_string()))?;
+    let n_bytes = header.len() as u64;
+    Vocabulary::load(Box::new(std::io::Cursor::new(header)), n_bytes)
+        .map_err(|error| ModelError::Vocabulary(error.to_string()))
+}
+
+/// The tokens of `text` for a session of `context` tokens.
+///
+/// # Errors
+/// If the text is too long to be any prompt.
+pub(crate) fn tokenize(
+    vocabulary: &Vocabulary,
+    context: u32,
+    text: &str,
+    add_special: bool,
+    parse_special: bool,
+) -> Result<Vec<Token>, SubmitError> {
+    vocabulary.tokenize_at_most(text, add_special, parse_special, context as usize).map_err(|error| match error {
+        TokenizeError::TooManyTokens { at_least: tokens, .. } => SubmitError::PromptTooLong { tokens, context },
+        other => SubmitError::Invalid(other.to_string()),
+    })
 }
 
 /// What a model costs, by its header alone.

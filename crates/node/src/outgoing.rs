@@ -20,6 +20,7 @@ use brigade_net::{Link, LinkError, LinkStats};
 use brigade_protocol::frame::row_bytes;
 use brigade_protocol::kind;
 
+pub use crate::shadow::Shadow;
 use crate::threads::{micros, spawn};
 
 /// Largest frame that is sent at once. A decode row of the widest model is as large; sixteen of these fit into the

@@ -7,18 +7,18 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::channel;
+use std::time::Duration;
 
-use brigade_base::{ByteSize, DeploymentId, Epoch};
+use brigade_base::{ByteSize, DeploymentId, Epoch, PassId};
 use brigade_net::{Identity, TicketBook};
-use brigade_protocol::frame::{Attach, KvStep, RowSet};
+use brigade_protocol::frame::{KvStep, RowSet};
 use brigade_protocol::schedule::{Limits, PrefixCache};
 
 use crate::coordinator::{CHUNK, CoordinatorError, CoordinatorOptions};
 use crate::handle::{Handle, Shared};
 use crate::meter::Meter;
 use crate::model::LocalModel;
-use crate::ring::{Ring, Tail};
-use crate::serving::Readiness;
+use crate::ring::{Connection, News, Ring, RingOptions, Submissions, Tail};
 use crate::stage_pass::PassError;
 use crate::threads::spawn;
 
@@ -34,7 +34,7 @@ impl Tail for Stand {
         Ok(())
     }
 
-    fn run(&mut self, sets: &[RowSet], _hidden: &mut [f32], logits: &mut Vec<f32>) -> Result<(), PassError> {
+    fn run(&mut self, _pass: PassId, sets: &[RowSet], _hidden: &mut [f32], logits: &mut Vec<f32>) -> Result<(), PassError> {
         logits.clear();
         for set in sets.iter().filter(|set| set.n_outputs > 0) {
             let start = logits.len();
@@ -57,7 +57,7 @@ pub fn rehearse(
     context: u32,
 ) -> Result<Arc<Handle>, CoordinatorError> {
     let state = |error: &dyn std::fmt::Display| CoordinatorError::State(error.to_string());
-    let identity = Identity::load_or_create(state_dir)?;
+    let identity = Identity::load_or_create(state_dir).map_err(|error| state(&error))?;
     let tickets = TicketBook::open(state_dir).map_err(|error| state(&error))?;
     let options = CoordinatorOptions {
         state_dir: state_dir.to_owned(),
@@ -72,6 +72,10 @@ pub fn rehearse(
         split: None,
         prefix_cache: PrefixCache::Full,
         kv_spill: ByteSize(0),
+        redundancy: 1,
+        shadow: false,
+        wait_for_capacity: Duration::ZERO,
+        drain_timeout: Duration::ZERO,
     };
     let n_vocab = model.architecture().n_vocab as usize;
     let is_word = |&token: &usize| {
@@ -84,29 +88,47 @@ pub fn rehearse(
     }
     let model = Arc::new(model);
     let meter = Arc::new(Meter::new(0));
-    let shared = Arc::new(Shared::new(&model, &identity, &options, context, tickets, &[]));
     let (happen, inbox) = channel();
-    let mut ring = Ring {
-        attach: Attach { deployment: DeploymentId(1), epoch: Epoch(1) },
-        model: Arc::clone(&model),
+    let submissions = Submissions::new(happen);
+    let shared = Arc::new(Shared::new(&model, &identity, &options, context, tickets, &[], submissions));
+    let limits = Limits {
+        n_slots: parallel,
+        context,
+        chunk: CHUNK,
+        n_stages: 1,
+        cache: options.prefix_cache,
+        image_tokens: 0,
+    };
+    let (connections, connected) = channel();
+    let connection = Connection {
+        deployment: DeploymentId(1),
+        epoch: Epoch(1),
         tail: Stand { n_vocab, letters },
         links: None,
-        inbox,
-        limits: Limits {
-            n_slots: parallel,
-            context,
-            chunk: CHUNK,
-            n_stages: 1,
-            cache: options.prefix_cache,
-            image_tokens: 0,
-        },
+        limits,
+        held: None,
         stop: Arc::new(AtomicBool::new(false)),
-        meter: Arc::clone(&meter),
     };
+    let (went, is_up) = channel();
+    let ready = Arc::clone(&shared);
+    let ring = Ring::new(RingOptions {
+        model: Arc::clone(&model),
+        meter: Arc::clone(&meter),
+        inbox,
+        connections: connected,
+        tell: Box::new(move |news| {
+            if matches!(news, News::WentAround(_)) {
+                ready.ready();
+                let _ = went.send(());
+            }
+        }),
+        watch: Arc::default(),
+        limits,
+        wait_for_capacity: options.wait_for_capacity,
+    });
     meter.placed(Epoch(1), vec![options.name.clone()]);
-    shared.submissions.open(happen);
-    shared.set_readiness(Readiness::Ready);
-    let closer = Arc::clone(&shared);
-    spawn("ring", move || drop(ring.run(&|failure| closer.submissions.end(failure))))?;
+    drop(connections.send(connection));
+    spawn("ring", move || ring.run())?;
+    let _ = is_up.recv();
     Ok(Arc::new(Handle::new(shared, model, meter)))
 }

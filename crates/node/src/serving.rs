@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use brigade_base::{ByteSize, LayerRange, ModelId, NodeId, TenantId, Token};
 pub use brigade_engine::Sampling;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
 pub use crate::trace::{PassTrace, RequestTrace, StageTrace};
@@ -79,6 +79,26 @@ pub struct ModelCard {
     pub bos_text: String,
     /// Text of the end token, for templates.
     pub eos_text: String,
+}
+
+impl ModelCard {
+    /// Whether the model can answer `request` at all.
+    ///
+    /// # Errors
+    /// If its prompt has no tokens, unknown ones or too many, or its sampling is out of range.
+    pub fn check(&self, request: &Request) -> Result<(), SubmitError> {
+        if request.prompt.is_empty() {
+            return Err(SubmitError::PromptEmpty);
+        }
+        if request.prompt.len() >= self.context as usize {
+            return Err(SubmitError::PromptTooLong { tokens: request.prompt.len(), context: self.context });
+        }
+        let is_known = |&token: &Token| u32::try_from(token).is_ok_and(|t| t < self.n_vocab);
+        if let Some(&token) = request.prompt.iter().find(|t| !is_known(t)) {
+            return Err(SubmitError::UnknownToken { token: token.into(), n_vocab: self.n_vocab });
+        }
+        request.sampling.validate(self.n_vocab).map_err(|error| SubmitError::Invalid(error.to_string()))
+    }
 }
 
 /// Whether requests are answered.
@@ -208,6 +228,9 @@ pub enum Failure {
     /// The engine refused to go on.
     #[error("the engine failed: {0}")]
     Engine(String),
+    /// The coordinator, which this node had to ask first, does not take the request.
+    #[error(transparent)]
+    Refused(#[from] SubmitError),
 }
 
 /// Why a request was not taken.
@@ -264,7 +287,7 @@ pub struct TicketInfo {
 }
 
 /// The cluster as it stands; what `brigade status` prints.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ClusterStatus {
     /// The coordinator.
     pub coordinator: NodeId,
@@ -302,12 +325,25 @@ pub struct ClusterStatus {
     pub kv_capacity: u64,
     /// Seconds since the start.
     pub uptime_s: u64,
+    /// How often a ring was lost and the answers went on in another one.
+    pub recoveries: u64,
+    /// The last time.
+    pub last_recovery: Option<Recovery>,
     /// All nodes, those without a stage too, in ring order with the coordinator last.
     pub nodes: Vec<NodeStatus>,
 }
 
+/// A time when a ring was lost.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Recovery {
+    /// What was lost.
+    pub reason: String,
+    /// From then until a pass went around again, in milliseconds; 0 while it lasts.
+    pub pause_ms: f32,
+}
+
 /// Medians of what a hop of a lone stream costs, in microseconds.
-#[derive(Debug, Clone, Copy, Default, Serialize)]
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
 pub struct HopParts {
     /// Reading a frame from its link, decryption included, and decoding it.
     pub read: f32,
@@ -322,7 +358,7 @@ pub struct HopParts {
 }
 
 /// One node as it stands.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct NodeStatus {
     /// Its key.
     pub id: NodeId,
@@ -336,7 +372,9 @@ pub struct NodeStatus {
     pub address: String,
     /// Its layers, if it has a stage.
     pub layers: Option<LayerRange>,
-    /// `idle`, `loading`, `ready` or `gone`.
+    /// Layers of the stages that it stands by for.
+    pub standby: Vec<LayerRange>,
+    /// `idle`, `loading`, `ready`, `leaving` or `failed: ` and why.
     pub state: String,
     /// Share of the stage's weights that it holds, 0 to 1.
     pub loaded: f32,

@@ -4,11 +4,17 @@
 //! that a stage cannot carry out for want of disk is marked as failed and the pass goes on; a step or a row that counts
 //! on tokens which are not here means that the stages no longer agree, and ends the ring.
 //!
+//! A pass counts as applied once it is noted so ([`note_applied`](PassRunner::note_applied)). What a pass left behind that never was, because the
+//! ring ended, is forgotten when the stage comes to [`rest`](PassRunner::rest); what is left then is that of all passes
+//! up to the one applied last, so the next placement can go on from there.
+//!
 //! [`PassRunner`] owns the stage, its saved sessions ([`Images`]), and the buffers of both.
 
-use brigade_base::ImageId;
+use brigade_base::{Epoch, ImageId, PassId};
 use brigade_engine::{Input, KvError, Row, RunError, Stage};
+use brigade_protocol::control::Held;
 use brigade_protocol::frame::{KvStep, RowSet};
+use brigade_protocol::handover::Room;
 
 use crate::images::{ImageError, Images};
 
@@ -61,6 +67,14 @@ pub struct PassRunner {
     input_scale: f32,
     n_slots: u32,
     images: Images,
+    /// Whose names the images have.
+    epoch: Epoch,
+    /// The last pass that was applied, all of it; 0 before the first.
+    applied: PassId,
+    /// Tokens of each slot that are those of the passes up to `applied`.
+    valid: Vec<u32>,
+    /// A slot that a pass does not fit is lost, and the pass goes on without it.
+    is_lenient: bool,
     /// Said once that nothing can be saved.
     said_off: bool,
     /// Said that the disk refuses, and since then it has.
@@ -77,6 +91,10 @@ impl PassRunner {
             input_scale,
             n_slots,
             images,
+            epoch: Epoch(0),
+            applied: PassId(0),
+            valid: vec![0; n_slots as usize],
+            is_lenient: false,
             said_off: false,
             said_lost: false,
             rows: Vec::new(),
@@ -89,11 +107,117 @@ impl PassRunner {
         &self.stage
     }
 
-    /// Forgets every session, saved ones too: their names are those of one epoch.
+    /// Forgets every session, saved ones too, and all passes.
     pub fn clear(&mut self) {
-        self.stage.clear_all();
+        self.clear_slots();
+        self.applied = PassId(0);
         self.images.clear();
         self.image = Vec::new();
+    }
+
+    fn clear_slots(&mut self) {
+        self.stage.clear_all();
+        self.valid.fill(0);
+    }
+
+    /// The last pass that was applied.
+    pub fn applied(&self) -> PassId {
+        self.applied
+    }
+
+    /// Says that a pass is applied, its steps and its rows, and all before it.
+    pub fn note_applied(&mut self, pass: PassId) {
+        self.applied = pass;
+        for (slot, valid) in (0..).zip(&mut self.valid) {
+            *valid = self.stage.len(slot);
+        }
+    }
+
+    /// What the slots hold of the passes that were applied.
+    pub fn held(&self) -> Held {
+        Held { applied: self.applied, tokens: self.valid.clone() }
+    }
+
+    /// Forgets what a pass has left that was not applied as a whole, and says what the slots hold; `None` if nothing
+    /// was applied since they were empty.
+    pub fn rest(&mut self) -> Option<Held> {
+        for slot in 0..self.n_slots {
+            let valid = self.valid[slot as usize];
+            if self.stage.len(slot) > valid && self.stage.truncate(slot, valid).is_err() {
+                self.lose(slot);
+            }
+        }
+        (self.applied > PassId(0)).then(|| self.held())
+    }
+
+    /// Comes to rest between two placements. Saved sessions are forgotten, since their names are those of one epoch,
+    /// and slots too unless they are to be kept.
+    pub fn next_epoch(&mut self, keep_kv: bool) {
+        self.images.clear();
+        if keep_kv {
+            self.rest();
+        } else {
+            self.clear();
+        }
+    }
+
+    /// Takes part in an epoch from now on, if it does not already.
+    pub fn enter(&mut self, epoch: Epoch) {
+        if std::mem::replace(&mut self.epoch, epoch) != epoch {
+            self.next_epoch(true);
+        }
+    }
+
+    /// Begins to stand by for a stage whose next pass is `first`: from now on a slot that a pass does not fit is lost
+    /// until a pass begins it anew, which ends nothing. If passes were missed, all slots are.
+    pub fn stand_by(&mut self, first: PassId) {
+        self.is_lenient = true;
+        if self.applied.next() != first {
+            self.clear_slots();
+        }
+    }
+
+    /// Begins to serve: a pass that does not fit is an error.
+    pub fn serve(&mut self) {
+        self.is_lenient = false;
+    }
+
+    /// What can be handed over to this stage.
+    pub fn room(&self) -> Room {
+        let context = self.stage.options().n_ctx;
+        Room { n_slots: self.n_slots, context, slot_bytes: self.stage.memory().kv / u64::from(self.n_slots.max(1)) }
+    }
+
+    /// Writes an image of a slot's tokens to `out`, which is overwritten.
+    ///
+    /// # Errors
+    /// If the engine cannot.
+    pub fn save_slot(&mut self, slot: u32, out: &mut Vec<u8>) -> Result<(), KvError> {
+        self.stage.save(slot, out)
+    }
+
+    /// Fills a slot from an image of `n_tokens` tokens. It counts with the next pass that is noted as applied.
+    ///
+    /// # Errors
+    /// If it is none of this stage.
+    pub fn restore_slot(&mut self, slot: u32, image: &[u8], n_tokens: u32) -> Result<(), KvError> {
+        self.doubt(slot, 0);
+        self.stage.restore(slot, image, n_tokens)
+    }
+
+    /// No more than `n_tokens` tokens of a slot, which may not exist, are left of the passes that were applied.
+    fn doubt(&mut self, slot: u32, n_tokens: u32) {
+        if let Some(valid) = self.valid.get_mut(slot as usize) {
+            *valid = n_tokens.min(*valid);
+        }
+    }
+
+    /// Empties a slot that has not what it should have.
+    fn lose(&mut self, slot: u32) {
+        self.doubt(slot, 0);
+        if let Err(error) = self.stage.clear(slot) {
+            tracing::warn!(slot, %error, "a slot could not be emptied");
+        }
     }
 
     /// Changes KV caches as a pass wants it before its rows. A step that is not possible here, or was not on a stage
@@ -103,40 +227,59 @@ impl PassRunner {
     /// If a step counts on tokens or a slot that are not here; those before it are done.
     pub fn apply(&mut self, steps: &mut [(KvStep, bool)]) -> Result<(), PassError> {
         for (step, failed) in steps {
-            let done = match *step {
-                KvStep::Copy { slot, from, n_tokens } => {
-                    self.check_slot(slot)?;
-                    self.check_holds(from, n_tokens)?;
-                    self.stage.copy(from, slot, n_tokens)?;
-                    continue;
+            match self.step(*step, *failed) {
+                Ok(None) => {}
+                Ok(Some(error)) => {
+                    *failed = true;
+                    self.tell(&error);
                 }
-                KvStep::Drop { image } => {
-                    self.images.remove(image);
-                    continue;
-                }
-                KvStep::Save { slot, n_tokens, image } => {
-                    self.check_holds(slot, n_tokens)?;
-                    // What a stage before could not save is never asked for.
-                    if *failed { Ok(()) } else { self.save(slot, n_tokens, image) }
-                }
-                KvStep::Load { slot, n_tokens, image } => {
-                    self.check_slot(slot)?;
-                    let loaded = if *failed { Ok(()) } else { self.load(slot, n_tokens, image) };
-                    if *failed || loaded.is_err() {
-                        self.stage.clear(slot)?;
+                Err(error) if self.is_lenient && !matches!(error, PassError::NoSlot { .. }) => {
+                    *failed = true;
+                    match *step {
+                        KvStep::Copy { slot, .. } | KvStep::Save { slot, .. } | KvStep::Load { slot, .. } => {
+                            self.lose(slot)
+                        }
+                        KvStep::Drop { .. } => {}
                     }
-                    loaded
                 }
-            };
-            if let Err(error) = done {
-                *failed = true;
-                self.tell(&error);
+                Err(error) => return Err(error),
             }
             if self.image.capacity() > KEPT_IMAGE_BYTES {
                 self.image = Vec::new();
             }
         }
         Ok(())
+    }
+
+    /// Carries out one step that has failed elsewhere or not; why it fails here, if it may.
+    fn step(&mut self, step: KvStep, failed: bool) -> Result<Option<SpillError>, PassError> {
+        match step {
+            KvStep::Copy { slot, from, n_tokens } => {
+                self.check_slot(slot)?;
+                self.check_holds(from, n_tokens)?;
+                self.doubt(slot, 0);
+                self.stage.copy(from, slot, n_tokens)?;
+            }
+            KvStep::Drop { image } => self.images.remove(image),
+            KvStep::Save { slot, n_tokens, image } => {
+                self.check_holds(slot, n_tokens)?;
+                self.doubt(slot, n_tokens);
+                // What a stage before could not save is never asked for.
+                if !failed {
+                    return Ok(self.save(slot, n_tokens, image).err());
+                }
+            }
+            KvStep::Load { slot, n_tokens, image } => {
+                self.check_slot(slot)?;
+                self.doubt(slot, 0);
+                let error = if failed { None } else { self.load(slot, n_tokens, image).err() };
+                if failed || error.is_some() {
+                    self.stage.clear(slot)?;
+                }
+                return Ok(error);
+            }
+        }
+        Ok(None)
     }
 
     fn save(&mut self, slot: u32, n_tokens: u32, image: ImageId) -> Result<(), SpillError> {
@@ -200,7 +343,9 @@ impl PassRunner {
         out.clear();
         self.rows.clear();
         for set in sets {
-            if self.check_holds(set.slot, set.keep)? > set.keep {
+            let held = self.check_holds(set.slot, set.keep)?;
+            self.doubt(set.slot, set.keep);
+            if held > set.keep {
                 self.stage.truncate(set.slot, set.keep)?;
             }
             let first_output = set.n_rows - set.n_outputs.min(set.n_rows);
@@ -217,6 +362,37 @@ impl PassRunner {
             hidden.iter_mut().for_each(|value| *value *= self.input_scale);
         }
         Ok(self.stage.run(&self.rows, Input::Hidden(hidden), out)?)
+    }
+
+    /// Runs a pass of a stage that stands by: as [`run`](Self::run), but without the sets that do not fit.
+    ///
+    /// # Errors
+    /// If a set names a slot that is not here, or the engine fails.
+    pub fn run_fitting(
+        &mut self,
+        sets: &mut Vec<RowSet>,
+        hidden: &mut Vec<f32>,
+        out: &mut Vec<f32>,
+    ) -> Result<(), PassError> {
+        let n_embd = self.stage.n_embd() as usize;
+        let (mut n_sets, mut at) = (0, 0);
+        while let Some(&set) = sets.get(n_sets) {
+            let n_values = set.n_rows as usize * n_embd;
+            match self.check_holds(set.slot, set.keep) {
+                Ok(_) => {
+                    n_sets += 1;
+                    at += n_values;
+                }
+                Err(error @ PassError::NoSlot { .. }) => return Err(error),
+                Err(error) => {
+                    tracing::debug!(%error, "a slot of a standby is lost");
+                    self.lose(set.slot);
+                    sets.remove(n_sets);
+                    hidden.drain(at..(at + n_values).min(hidden.len()));
+                }
+            }
+        }
+        self.run(sets, hidden, out)
     }
 }
 
@@ -312,6 +488,89 @@ mod tests {
         assert!(!apply(runner, KvStep::Save { slot: 0, n_tokens: 5, image: IMAGE }));
         runner.clear();
         assert!(apply(runner, KvStep::Load { slot: 0, n_tokens: 5, image: IMAGE }));
+    }
+
+    fn held(runner: &mut PassRunner) -> (u64, Vec<u32>) {
+        let Held { applied, tokens } = runner.rest().unwrap();
+        (applied.0, tokens[..4].to_vec())
+    }
+
+    #[test]
+    fn images_are_those_of_one_epoch() {
+        let (_dir, mut stage) = stage(1 << 20);
+        let runner = &mut stage.runner;
+        runner.enter(Epoch(1));
+        compute(runner, &[set(0, 0, 5)]);
+        assert!(!apply(runner, KvStep::Save { slot: 0, n_tokens: 5, image: IMAGE }));
+        runner.note_applied(PassId(1));
+        runner.enter(Epoch(1));
+        assert_eq!(runner.images.len(), 1);
+        runner.enter(Epoch(2));
+        assert_eq!((runner.images.len(), held(runner)), (0, (1, vec![5, 0, 0, 0])));
+        runner.next_epoch(false);
+        assert_eq!(runner.rest(), None);
+    }
+
+    #[test]
+    fn at_rest_a_stage_holds_what_whole_passes_left() {
+        let (_dir, mut stage) = stage(1 << 20);
+        let runner = &mut stage.runner;
+        assert_eq!(runner.rest(), None);
+        compute(runner, &[set(0, 0, 5), set(1, 0, 3)]);
+        runner.note_applied(PassId(4));
+        assert_eq!(held(runner), (4, vec![5, 3, 0, 0]));
+        // A pass that is cut off behind its steps, and one behind its rows.
+        runner.apply(&mut [(KvStep::Copy { slot: 1, from: 0, n_tokens: 4 }, false)]).unwrap();
+        compute(runner, &[set(0, 4, 3), set(2, 0, 2)]);
+        assert_eq!(runner.stage().len(0), 7);
+        assert_eq!(held(runner), (4, vec![4, 0, 0, 0]));
+        assert_eq!(runner.stage().len(0), 4);
+        compute(runner, &[set(0, 4, 1)]);
+        runner.note_applied(PassId(9));
+        assert_eq!(held(runner), (9, vec![5, 0, 0, 0]));
+        runner.clear();
+        assert_eq!((runner.rest(), runner.applied()), (None, PassId(0)));
+    }
+
+    /// Computes sets that may not fit.
+    fn follow(runner: &mut PassRunner, pass: u64, sets: &[RowSet]) {
+        let (mut sets, mut out) = (sets.to_vec(), Vec::new());
+        let mut hidden = crate::test_stage::rows(&sets, runner.stage().n_embd());
+        runner.run_fitting(&mut sets, &mut hidden, &mut out).unwrap();
+        runner.note_applied(PassId(pass));
+    }
+
+    #[test]
+    fn a_standby_loses_slots_that_do_not_fit_until_they_are_begun_anew() {
+        let (_dir, mut stage) = stage(0);
+        let (_other, mut serving) = self::stage(0);
+        let runner = &mut stage.runner;
+        runner.stand_by(PassId(1));
+        follow(runner, 1, &[set(0, 0, 5), set(1, 0, 3)]);
+        follow(runner, 2, &[set(0, 7, 1), set(1, 3, 1), set(2, 9, 2), set(3, 0, 2)]);
+        assert_eq!(held(runner), (2, vec![0, 4, 0, 2]));
+        let copy = |slot, from, n_tokens| (KvStep::Copy { slot, from, n_tokens }, false);
+        let save = (KvStep::Save { slot: 2, n_tokens: 3, image: IMAGE }, false);
+        runner.apply(&mut [copy(1, 0, 5), copy(2, 3, 2), save]).unwrap();
+        follow(runner, 3, &[set(0, 0, 4)]);
+        assert_eq!(held(runner), (3, vec![4, 0, 0, 2]), "a slot that cannot be saved is not what it should be");
+        // What is left has the bits of one that never lost anything.
+        compute(&mut serving.runner, &[set(0, 0, 4), set(3, 0, 2)]);
+        runner.serve();
+        let next = [set(0, 4, 1), set(3, 2, 1)];
+        assert_eq!(compute(runner, &next), compute(&mut serving.runner, &next));
+    }
+
+    #[test]
+    fn a_standby_that_missed_a_pass_begins_anew() {
+        let (_dir, mut stage) = stage(0);
+        let runner = &mut stage.runner;
+        runner.stand_by(PassId(1));
+        follow(runner, 1, &[set(0, 0, 5)]);
+        runner.stand_by(PassId(2));
+        assert_eq!(held(runner), (1, vec![5, 0, 0, 0]));
+        runner.stand_by(PassId(3));
+        assert_eq!(held(runner), (1, vec![0, 0, 0, 0]));
     }
 
     #[test]

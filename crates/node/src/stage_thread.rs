@@ -4,6 +4,9 @@
 //!   computes on. Buffers are used again.
 //! - What waits is computed together where that saves work, see [`n_together`]; each frame still leaves as its own, in
 //!   the order of coming.
+//! - A stage that serves sends its frames to who stands by for the stage behind, too ([`ShadowSlot`]). One that stands
+//!   by itself computes the same passes and sends nothing; see [`PassRunner`] for what becomes of slots that it lacks.
+//!   When its link ends it first finishes what has arrived.
 //!
 //! A row that is alone in its slot has the same bits whatever else is in the batch, and rows of a prompt's chunk have
 //! those of their chunk. So computing frames together changes no answer.
@@ -15,15 +18,18 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
+use brigade_base::PassId;
 use brigade_engine::Canceller;
 use brigade_net::Link;
-use brigade_protocol::control::MAX_SESSIONS;
+use brigade_protocol::control::{Held, MAX_SESSIONS};
 use brigade_protocol::frame::{Attach, RowSet, Timing};
 
+use crate::activity::Activity;
 use crate::incoming::{InFrame, Incoming, IncomingEnd, MAX_QUEUE};
 use crate::loaded::LoadedStage;
 use crate::outgoing::Outgoing;
-use crate::stage_pass::PassRunner;
+use crate::shadow::ShadowSlot;
+use crate::stage_pass::{PassError, PassRunner};
 use crate::threads::micros;
 
 /// Fewest single rows that are computed together. Below, processors go row by row: with 1.2 billion weights in Q4_0 on
@@ -40,16 +46,28 @@ pub enum StageEnd {
     Failed(String),
 }
 
+/// Where a stage's frames go.
+pub enum Route {
+    /// To the next stage, and to who stands by for that one.
+    On {
+        /// The link to the next stage.
+        outbound: Arc<dyn Link>,
+        /// Where the link to the one that stands by is put, if there is one.
+        shadow: Arc<ShadowSlot>,
+    },
+    /// Nowhere: the stage stands by.
+    Nowhere,
+}
+
 /// A running stage.
 pub struct RunningStage {
     stop: Arc<AtomicBool>,
     canceller: Canceller,
-    inbound: Arc<dyn Link>,
-    outbound: Arc<dyn Link>,
+    links: Vec<Arc<dyn Link>>,
 }
 
 impl RunningStage {
-    /// Starts the thread. `ended` gets the stage back.
+    /// Starts the thread. `ended` gets the stage back, at rest, and what its slots hold.
     ///
     /// # Errors
     /// If the system gives no thread; the stage is then lost.
@@ -57,23 +75,32 @@ impl RunningStage {
         attach: Attach,
         stage: LoadedStage,
         inbound: Arc<dyn Link>,
-        outbound: Arc<dyn Link>,
-        ended: impl FnOnce(LoadedStage, StageEnd) + Send + 'static,
+        route: Route,
+        activity: Arc<Activity>,
+        ended: impl FnOnce(LoadedStage, StageEnd, Option<Held>) + Send + 'static,
     ) -> io::Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let canceller = stage.runner.stage().canceller();
         let incoming = Incoming::start(Arc::clone(&inbound))?;
-        let outgoing = Outgoing::new(Arc::clone(&outbound))?;
-        let running =
-            Self { stop: Arc::clone(&stop), canceller, inbound: Arc::clone(&inbound), outbound: Arc::clone(&outbound) };
+        let mut links = vec![inbound];
+        let (outgoing, shadow) = match route {
+            Route::On { outbound, shadow } => {
+                links.push(Arc::clone(&outbound));
+                (Some(Outgoing::new(outbound)?), shadow)
+            }
+            Route::Nowhere => (None, Arc::default()),
+        };
+        let running = Self { stop: Arc::clone(&stop), canceller, links: links.clone() };
         let run = move || {
             let mut stage = stage;
-            let end = StageLoop::new(attach, &mut stage.runner, incoming, outgoing).run(&stop);
+            let shadows = Arc::clone(&shadow);
+            stage.runner.enter(attach.epoch);
+            let end = StageLoop::new(attach, &mut stage.runner, incoming, outgoing, shadow, activity).run(&stop);
             // Whoever is next in the ring learns from its closed link that this stage has ended.
-            inbound.close();
-            outbound.close();
-            let stopped = stop.load(Ordering::Relaxed);
-            ended(stage, if stopped { StageEnd::LinkClosed } else { end });
+            links.iter().for_each(|link| link.close());
+            shadows.clear();
+            let held = stage.runner.rest();
+            ended(stage, if stop.load(Ordering::Relaxed) { StageEnd::LinkClosed } else { end }, held);
         };
         let _detached: JoinHandle<()> = std::thread::Builder::new().name("stage".into()).spawn(run)?;
         Ok(running)
@@ -82,8 +109,7 @@ impl RunningStage {
     /// Ends the thread, in the middle of a pass if need be.
     pub fn stop(&self) {
         self.stop.store(true, Ordering::Relaxed);
-        self.inbound.close();
-        self.outbound.close();
+        self.links.iter().for_each(|link| link.close());
         self.canceller.cancel();
     }
 }
@@ -93,7 +119,12 @@ struct StageLoop<'a> {
     attach: Attach,
     runner: &'a mut PassRunner,
     incoming: Incoming,
-    outgoing: Outgoing,
+    /// The way to the next stage; a stage that stands by has none.
+    outgoing: Option<Outgoing>,
+    shadow: Arc<ShadowSlot>,
+    activity: Arc<Activity>,
+    /// The last pass that was taken; none before the first.
+    taken: Option<PassId>,
     /// Frames that were taken and not yet computed.
     waiting: VecDeque<InFrame>,
     /// Row sets and rows of several frames, one after the other.
@@ -113,25 +144,36 @@ struct Computed {
 }
 
 impl<'a> StageLoop<'a> {
-    fn new(attach: Attach, runner: &'a mut PassRunner, incoming: Incoming, outgoing: Outgoing) -> Self {
+    fn new(
+        attach: Attach,
+        runner: &'a mut PassRunner,
+        incoming: Incoming,
+        outgoing: Option<Outgoing>,
+        shadow: Arc<ShadowSlot>,
+        activity: Arc<Activity>,
+    ) -> Self {
         let (waiting, header) = (VecDeque::with_capacity(MAX_QUEUE), Vec::new());
         let (sets, hidden, out) = (Vec::new(), Vec::new(), Vec::new());
-        Self { attach, runner, incoming, outgoing, waiting, sets, hidden, out, header }
+        let taken = None;
+        Self { attach, runner, incoming, outgoing, shadow, activity, taken, waiting, sets, hidden, out, header }
     }
 
     fn run(mut self, stop: &AtomicBool) -> StageEnd {
         loop {
-            if let Err(end) = self.turn() {
+            if let Err(end) = self.take_frames() {
                 return end;
             }
             if stop.load(Ordering::Relaxed) {
                 return StageEnd::LinkClosed;
             }
+            if let Err(end) = self.turn() {
+                return end;
+            }
         }
     }
 
+    /// Computes what waits, or the first part of it, and sends it on.
     fn turn(&mut self) -> Result<(), StageEnd> {
-        self.take_frames()?;
         let n_frames = n_together(&self.waiting, self.runner.stage().options().max_rows);
         let computed = self.compute(n_frames)?;
         self.send(computed)
@@ -165,70 +207,99 @@ impl<'a> StageLoop<'a> {
         if head.n_embd != n_embd {
             return Err(StageEnd::Failed(format!("a frame has rows of {} values instead of {n_embd}", head.n_embd)));
         }
+        self.check_order(head.pass)?;
+        self.activity.received(head.pass, self.outgoing.is_some());
         self.waiting.push_back(frame);
         Ok(())
     }
 
+    /// Passes have rising numbers, over all placements.
+    fn check_order(&mut self, pass: PassId) -> Result<(), StageEnd> {
+        let last = self.taken.replace(pass).unwrap_or_else(|| {
+            match self.outgoing {
+                Some(_) => self.runner.serve(),
+                None => self.runner.stand_by(pass),
+            }
+            self.runner.applied()
+        });
+        if pass > last { Ok(()) } else { Err(StageEnd::Failed(format!("pass {pass} came behind pass {last}"))) }
+    }
+
     /// Computes the first frames that wait as one batch.
     fn compute(&mut self, n_frames: usize) -> Result<Computed, StageEnd> {
-        let Self { runner, waiting, sets, hidden, out, .. } = self;
         let begin = Instant::now();
-        let mut n_rows = 0;
-        let mut run = || {
-            // Only the first frame may have steps.
-            if let Some(first) = waiting.front_mut() {
-                runner.apply(&mut first.head.steps)?;
-            }
-            if let (1, Some(only)) = (n_frames, waiting.front_mut()) {
-                n_rows = only.head.n_rows();
-                return runner.run(&only.head.sets, &mut only.rows, out);
-            }
-            sets.clear();
-            hidden.clear();
-            for frame in waiting.iter().take(n_frames) {
-                n_rows += frame.head.n_rows();
-                sets.extend_from_slice(&frame.head.sets);
-                hidden.extend_from_slice(&frame.rows);
-            }
-            runner.run(sets, hidden, out)
-        };
-        run().map_err(|error| StageEnd::Failed(error.to_string()))?;
-        let (found, expected) = (out.len(), n_rows as usize * runner.stage().n_embd() as usize);
-        if found != expected {
+        self.compute_rows(n_frames).map_err(|error| StageEnd::Failed(error.to_string()))?;
+        let frames = || self.waiting.iter().take(n_frames);
+        let expected: usize = frames().map(|frame| frame.rows.len()).sum();
+        if self.outgoing.is_some() && self.out.len() != expected {
+            let found = self.out.len();
             return Err(StageEnd::Failed(format!("the stage gave {found} values instead of {expected}")));
+        }
+        if let Some(last) = frames().next_back() {
+            self.runner.note_applied(last.head.pass);
         }
         Ok(Computed { n_frames, begin, end: Instant::now() })
     }
 
+    fn compute_rows(&mut self, n_frames: usize) -> Result<(), PassError> {
+        let Self { runner, waiting, sets, hidden, out, .. } = self;
+        // Only the first frame may have steps.
+        let Some(first) = waiting.front_mut() else { return Ok(()) };
+        runner.apply(&mut first.head.steps)?;
+        let is_standby = self.outgoing.is_none();
+        if n_frames == 1 {
+            let (sets, rows) = (&mut first.head.sets, &mut first.rows);
+            return if is_standby { runner.run_fitting(sets, rows, out) } else { runner.run(sets, rows, out) };
+        }
+        sets.clear();
+        hidden.clear();
+        for frame in waiting.iter().take(n_frames) {
+            sets.extend_from_slice(&frame.head.sets);
+            hidden.extend_from_slice(&frame.rows);
+        }
+        if is_standby { runner.run_fitting(sets, hidden, out) } else { runner.run(sets, hidden, out) }
+    }
+
     /// Sends the frames of a batch on, each with its rows.
     fn send(&mut self, computed: Computed) -> Result<(), StageEnd> {
-        let mut rest = &self.out[..];
-        for mut frame in self.waiting.drain(..computed.n_frames) {
-            let (rows, others) = rest.split_at(frame.rows.len());
-            rest = others;
-            let mut timing = Timing {
-                read_us: frame.read_us,
-                queue_us: micros(computed.begin - frame.decoded),
-                compute_us: micros(computed.end - computed.begin),
-                encode_us: 0,
-                write_us: self.outgoing.write_us(),
-                n_frames: computed.n_frames as u32,
-            };
-            // Encoded twice, since the frame itself says how long that took; it is a matter of microseconds.
-            frame.head.timings.push(timing);
-            frame.head.encode(&mut self.header);
-            timing.encode_us = micros(computed.end.elapsed());
-            frame.head.timings.pop();
-            frame.head.timings.push(timing);
-            frame.head.encode(&mut self.header);
-            if let Err(error) = self.outgoing.send(&self.header, rows) {
-                tracing::debug!(%error, "the outgoing link ended");
-                return Err(StageEnd::LinkClosed);
+        let Self { waiting, incoming, outgoing, shadow, activity, out, header, .. } = self;
+        let mut rest = &out[..];
+        for mut frame in waiting.drain(..computed.n_frames) {
+            if let Some(outgoing) = outgoing {
+                let (rows, others) = rest.split_at(frame.rows.len());
+                rest = others;
+                stamp(&mut frame, &computed, outgoing.write_us(), header);
+                if let Err(error) = outgoing.send(header, rows) {
+                    tracing::debug!(%error, "the outgoing link ended");
+                    return Err(StageEnd::LinkClosed);
+                }
+                activity.sent(frame.head.pass);
+                // Behind the ring's own frame, which is waited for.
+                shadow.send(header, rows);
             }
-            self.incoming.recycle(frame);
+            incoming.recycle(frame);
         }
         Ok(())
     }
+}
+
+/// Adds what the stage has spent on a frame, and encodes its head.
+fn stamp(frame: &mut InFrame, computed: &Computed, write_us: u32, header: &mut Vec<u8>) {
+    let mut timing = Timing {
+        read_us: frame.read_us,
+        queue_us: micros(computed.begin - frame.decoded),
+        compute_us: micros(computed.end - computed.begin),
+        encode_us: 0,
+        write_us,
+        n_frames: computed.n_frames as u32,
+    };
+    // Encoded twice, since the frame itself says how long that took; it is a matter of microseconds.
+    frame.head.timings.push(timing);
+    frame.head.encode(header);
+    timing.encode_us = micros(computed.end.elapsed());
+    frame.head.timings.pop();
+    frame.head.timings.push(timing);
+    frame.head.encode(header);
 }
 
 /// How many of the waiting frames, from the first on, are computed as one batch of at most `max_rows` rows.

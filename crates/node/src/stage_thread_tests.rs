@@ -3,7 +3,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
 use brigade_base::{DeploymentId, Epoch, ImageId, PassId};
-use brigade_protocol::frame::{FrameHead, KvStep, row_bytes};
+use brigade_protocol::frame::{Feed, FrameHead, KvStep, row_bytes};
 use brigade_protocol::kind;
 
 use super::*;
@@ -11,11 +11,11 @@ use crate::images::Images;
 use crate::test_link::TestLink;
 use crate::test_stage::{MAX_ROWS, N_SLOTS, compute, loaded, rows, set};
 
-const ATTACH: Attach = Attach { deployment: DeploymentId(1), epoch: Epoch(2) };
+const ATTACH: Attach = Attach { deployment: DeploymentId(1), epoch: Epoch(2), stage: 0, feed: Feed::Passes };
 const PATIENCE: Duration = Duration::from_secs(30);
 
 fn head(pass: u64, sets: &[RowSet], n_embd: u32) -> FrameHead {
-    let Attach { deployment, epoch } = ATTACH;
+    let Attach { deployment, epoch, .. } = ATTACH;
     FrameHead { deployment, epoch, pass: PassId(pass), sets: sets.to_vec(), n_embd, ..FrameHead::default() }
 }
 
@@ -50,10 +50,13 @@ fn closed() -> (Arc<dyn Link>, Sent) {
     link(channel().1)
 }
 
+/// The number of the first decode pass.
+const FIRST_DECODE: u64 = 50;
+
 /// Three tokens in every slot, then one token of each slot, two slots a frame.
 fn prompts_and_decodes(n_embd: u32) -> (Vec<RowSet>, Vec<FrameHead>) {
     let prompts = (0..N_SLOTS).map(|slot| set(slot, 0, 3)).collect();
-    let pair = |i: u32| head(u64::from(i), &[set(2 * i, 3, 1), set(2 * i + 1, 3, 1)], n_embd);
+    let pair = |i: u32| head(FIRST_DECODE + u64::from(i), &[set(2 * i, 3, 1), set(2 * i + 1, 3, 1)], n_embd);
     (prompts, (0..N_SLOTS / 2).map(pair).collect())
 }
 
@@ -66,7 +69,8 @@ fn frames_that_are_computed_together_have_the_bits_and_the_order_of_each_alone()
 
     let (outbound, sent) = closed();
     let incoming = Incoming::start(closed().0).unwrap();
-    let mut stage = StageLoop::new(ATTACH, &mut together.runner, incoming, Outgoing::new(outbound).unwrap());
+    let outgoing = Some(Outgoing::new(outbound).unwrap());
+    let mut stage = StageLoop::new(ATTACH, &mut together.runner, incoming, outgoing, Arc::default(), Arc::default());
     for head in &heads {
         stage.take(in_frame(head.clone())).unwrap();
     }
@@ -126,21 +130,29 @@ fn a_frame_with_steps_begins_a_batch_and_never_joins_one() {
 /// A running stage between two links.
 struct Running {
     stage: RunningStage,
+    shadow: Arc<ShadowSlot>,
+    activity: Arc<Activity>,
     frames: Sender<(u8, Vec<u8>)>,
     sent: Sent,
-    ended: Receiver<StageEnd>,
+    ended: Receiver<(LoadedStage, StageEnd, Option<Held>)>,
     n_embd: u32,
 }
 
 fn running() -> Running {
-    let stage = loaded(Images::off());
+    start(loaded(Images::off()), true)
+}
+
+/// Starts a stage that serves or stands by.
+fn start(stage: LoadedStage, serves: bool) -> Running {
     let n_embd = stage.runner.stage().n_embd();
     let (frames, source) = channel();
     let (outbound, sent) = closed();
+    let (shadow, activity) = (Arc::default(), Arc::default());
     let (end, ended) = channel();
-    let tell = move |_, why| end.send(why).unwrap();
-    let stage = RunningStage::start(ATTACH, stage, link(source).0, outbound, tell).unwrap();
-    Running { stage, frames, sent, ended, n_embd }
+    let tell = move |stage, why, held| end.send((stage, why, held)).unwrap();
+    let route = if serves { Route::On { outbound, shadow: Arc::clone(&shadow) } } else { Route::Nowhere };
+    let stage = RunningStage::start(ATTACH, stage, link(source).0, route, Arc::clone(&activity), tell).unwrap();
+    Running { stage, shadow, activity, frames, sent, ended, n_embd }
 }
 
 impl Running {
@@ -149,10 +161,18 @@ impl Running {
     }
 
     fn failure(&self) -> String {
-        match self.ended.recv_timeout(PATIENCE).unwrap() {
+        match self.ended.recv_timeout(PATIENCE).unwrap().1 {
             StageEnd::Failed(why) => why,
             StageEnd::LinkClosed => "the link closed".to_owned(),
         }
+    }
+
+    /// Closes the link, and waits until what has arrived is computed.
+    fn finish(self) -> (LoadedStage, Option<Held>) {
+        drop(self.frames);
+        let (stage, end, held) = self.ended.recv_timeout(PATIENCE).unwrap();
+        assert!(matches!(end, StageEnd::LinkClosed), "{end:?}");
+        (stage, held)
     }
 }
 
@@ -161,7 +181,7 @@ fn a_running_stage_gives_the_bits_of_one_frame_after_the_other() {
     let running = running();
     let mut alone = loaded(Images::off());
     let (prompts, decodes) = prompts_and_decodes(running.n_embd);
-    let prompts = prompts.chunks(2).map(|sets| head(50, sets, running.n_embd));
+    let prompts = (1..).zip(prompts.chunks(2)).map(|(pass, sets)| head(pass, sets, running.n_embd));
     let heads: Vec<_> = prompts.chain(decodes).collect();
     for head in &heads {
         running.feed(head);
@@ -172,8 +192,11 @@ fn a_running_stage_gives_the_bits_of_one_frame_after_the_other() {
         assert!(came.timings[0].n_frames > 0 && came.timings[0].compute_us > 0, "{:?}", came.timings);
         assert_eq!(rows, compute(&mut alone.runner, &head.sets));
     }
-    drop(running.frames);
-    assert!(matches!(running.ended.recv_timeout(PATIENCE), Ok(StageEnd::LinkClosed)));
+    let last = FIRST_DECODE + u64::from(N_SLOTS / 2) - 1;
+    let progress = running.activity.progress();
+    assert_eq!((progress.received, progress.sent), (PassId(last), PassId(last)));
+    let (_, held) = running.finish();
+    assert_eq!(held, Some(Held { applied: PassId(last), tokens: vec![4; N_SLOTS as usize] }));
 }
 
 #[test]
@@ -198,8 +221,7 @@ fn frames_of_an_old_placement_are_dropped() {
     running.feed(&head(2, &[set(0, 0, 2)], running.n_embd));
     assert_eq!(running.sent.recv_timeout(PATIENCE).unwrap().0.pass, PassId(2));
     running.stage.stop();
-    drop(running.frames);
-    assert!(matches!(running.ended.recv_timeout(PATIENCE), Ok(StageEnd::LinkClosed)));
+    running.finish();
 }
 
 #[test]
@@ -215,4 +237,71 @@ fn a_frame_that_makes_no_sense_ends_the_stage_with_a_message() {
     check(&|running| running.feed(&head(1, &[set(0, 0, 2)], running.n_embd + 1)), "instead of");
     check(&|running| running.feed(&head(1, &[set(0, 5, 2)], running.n_embd)), "holds 0");
     check(&|running| running.feed(&head(1, &[set(N_SLOTS, 0, 2)], running.n_embd)), "slot 8");
+    check(
+        &|running| (0..2).for_each(|_| running.feed(&head(3, &[set(0, 0, 2)], running.n_embd))),
+        "pass 3 came behind",
+    );
+}
+
+#[test]
+fn a_stage_goes_on_in_the_next_placement_with_what_it_holds() {
+    let first = running();
+    let n_embd = first.n_embd;
+    first.feed(&head(1, &[set(0, 0, 3)], n_embd));
+    let (stage, held) = first.finish();
+    assert_eq!(held.map(|held| (held.applied, held.tokens[0])), Some((PassId(1), 3)));
+    let next = start(stage, true);
+    // Passes between were lost with the ring.
+    next.feed(&head(5, &[set(0, 3, 1)], n_embd));
+    let (_, rows) = next.sent.recv_timeout(PATIENCE).unwrap();
+    let mut alone = loaded(Images::off());
+    compute(&mut alone.runner, &[set(0, 0, 3)]);
+    assert_eq!(rows, compute(&mut alone.runner, &[set(0, 3, 1)]));
+    let (stage, _) = next.finish();
+    let again = start(stage, true);
+    again.feed(&head(5, &[set(0, 4, 1)], n_embd));
+    assert!(again.failure().contains("pass 5 came behind pass 5"));
+}
+
+#[test]
+fn a_standby_holds_what_the_stage_holds_that_it_stands_by_for() {
+    let upstream = running();
+    let n_embd = upstream.n_embd;
+    let (to_standby, shadowed) = closed();
+    upstream.shadow.set(to_standby, || panic!("it keeps up")).unwrap();
+    let (serving, standby) = (start(loaded(Images::off()), true), start(loaded(Images::off()), false));
+    for pass in 1..=4 {
+        upstream.feed(&head(pass, &[set(0, 4 * (pass as u32 - 1), 4), set(pass as u32, 0, 2)], n_embd));
+        let forward = |sent: &Sent, to: &Running| {
+            let (head, rows) = sent.recv_timeout(PATIENCE).unwrap();
+            let mut bytes = Vec::new();
+            head.encode(&mut bytes);
+            bytes.extend_from_slice(row_bytes(&rows));
+            to.frames.send((kind::FRAME, bytes)).unwrap();
+        };
+        forward(&upstream.sent, &serving);
+        forward(&shadowed, &standby);
+    }
+    assert_eq!(serving.sent.recv_timeout(PATIENCE).unwrap().0.timings.len(), 2);
+    let ((mut stage, held), (mut shadow, of_shadow)) = (serving.finish(), standby.finish());
+    assert_eq!(held, of_shadow);
+    assert_eq!(held.map(|held| (held.applied, held.tokens[0])), Some((PassId(4), 16)));
+    let next = [set(0, 16, 1), set(2, 2, 1)];
+    assert_eq!(compute(&mut stage.runner, &next), compute(&mut shadow.runner, &next));
+}
+
+#[test]
+fn a_standby_that_joins_late_has_what_began_since_then() {
+    let standby = start(loaded(Images::off()), false);
+    let n_embd = standby.n_embd;
+    standby.feed(&head(7, &[set(0, 9, 1), set(1, 0, 3)], n_embd));
+    standby.feed(&head(8, &[set(0, 10, 1), set(1, 3, 1)], n_embd));
+    let (stage, held) = standby.finish();
+    let held = held.unwrap();
+    assert_eq!((held.applied, &held.tokens[..2]), (PassId(8), &[0, 4][..]));
+    // Its next link lacks a pass.
+    let standby = start(stage, false);
+    standby.feed(&head(10, &[set(1, 4, 1), set(2, 0, 2)], n_embd));
+    let held = standby.finish().1.unwrap();
+    assert_eq!((held.applied, &held.tokens[..3]), (PassId(10), &[0, 0, 2][..]));
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use brigade_base::NodeId;
 use brigade_net::{Link, LinkError, LinkStats};
 
-type OnSend = dyn Fn(&[&[u8]]) + Send + Sync;
+type OnSend = dyn Fn(u8, &[&[u8]]) + Send + Sync;
 type OnRecv = dyn FnMut() -> Option<(u8, Vec<u8>)> + Send;
 
 /// A link whose two ends are functions.
@@ -21,13 +21,21 @@ impl TestLink {
         on_send: impl Fn(&[&[u8]]) + Send + Sync + 'static,
         on_recv: impl FnMut() -> Option<(u8, Vec<u8>)> + Send + 'static,
     ) -> Arc<dyn Link> {
+        Self::with_kinds(move |_, parts| on_send(parts), on_recv)
+    }
+
+    /// The same, and `on_send` gets the kind of each frame too.
+    pub fn with_kinds(
+        on_send: impl Fn(u8, &[&[u8]]) + Send + Sync + 'static,
+        on_recv: impl FnMut() -> Option<(u8, Vec<u8>)> + Send + 'static,
+    ) -> Arc<dyn Link> {
         Arc::new(Self { on_send: Box::new(on_send), on_recv: Mutex::new(Box::new(on_recv)) })
     }
 }
 
 impl Link for TestLink {
-    fn send(&self, _kind: u8, parts: &[&[u8]]) -> Result<(), LinkError> {
-        (self.on_send)(parts);
+    fn send(&self, kind: u8, parts: &[&[u8]]) -> Result<(), LinkError> {
+        (self.on_send)(kind, parts);
         Ok(())
     }
 

@@ -9,10 +9,13 @@
 //! follow each other, some of the wire's time is called writing, or the other way about.
 
 use brigade_base::TenantId;
-use serde::Serialize;
+use serde::{Deserialize, Deserializer, Serialize};
+
+/// One of the words of a trace.
+pub type Word = &'static str;
 
 /// A request and its passes. Times are in milliseconds since it was received.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RequestTrace {
     /// Its id, the one that the answer carries.
     pub id: String,
@@ -20,10 +23,11 @@ pub struct RequestTrace {
     #[serde(skip)]
     pub tenant: TenantId,
     /// `waiting`, `running`, `preempted` or `done`.
-    pub state: &'static str,
+    #[serde(deserialize_with = "word")]
+    pub state: Word,
     /// Why it ended: `stop`, `length`, `abort`, `timeout` or `error`; missing until it has.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub finish: Option<&'static str>,
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "some_word")]
+    pub finish: Option<Word>,
     /// Lower is earlier.
     pub priority: i32,
     /// Tokens of the prompt.
@@ -53,12 +57,13 @@ pub struct RequestTrace {
 }
 
 /// A pass, as one of its requests saw it.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PassTrace {
     /// The pass; it has the same number in the traces of all requests that travelled in it.
     pub pass: u64,
     /// `prefill` if it read the prompt, `decode` if it made the next token.
-    pub kind: &'static str,
+    #[serde(deserialize_with = "word")]
+    pub kind: Word,
     /// Rows of this request.
     pub rows: u32,
     /// Rows of all requests together.
@@ -76,7 +81,7 @@ pub struct PassTrace {
 }
 
 /// What a stage spent on a pass, in microseconds.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StageTrace {
     /// Its place in the ring, counted from 0.
     pub stage: u32,
@@ -96,4 +101,73 @@ pub struct StageTrace {
     pub encode_us: u32,
     /// Writing it; measured at the stage's frame before.
     pub write_us: u32,
+}
+
+/// All words in a trace, so that one that came from another node needs no memory of its own.
+const WORDS: [Word; 11] =
+    ["waiting", "running", "preempted", "done", "stop", "length", "abort", "timeout", "error", "prefill", "decode"];
+
+fn word<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Word, D::Error> {
+    let found = String::deserialize(deserializer)?;
+    let known = WORDS.into_iter().find(|word| *word == found);
+    known.ok_or_else(|| serde::de::Error::unknown_variant(&found, &WORDS))
+}
+
+fn some_word<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Word>, D::Error> {
+    word(deserializer).map(Some)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_trace_comes_out_as_it_went_in() {
+        let stage = StageTrace {
+            stage: 1,
+            node: "w1".into(),
+            wire_us: 1,
+            read_us: 2,
+            queue_us: 3,
+            compute_us: 4,
+            frames: 5,
+            encode_us: 6,
+            write_us: 7,
+        };
+        let pass = PassTrace {
+            pass: 3,
+            kind: "prefill",
+            rows: 4,
+            pass_rows: 5,
+            at_ms: 0.5,
+            total_ms: 1.5,
+            embed_us: 8,
+            write_us: 9,
+            stages: vec![stage],
+        };
+        let mut before = RequestTrace {
+            id: "cmpl-1".into(),
+            tenant: TenantId(0),
+            state: "done",
+            finish: Some("stop"),
+            priority: 1,
+            prompt_tokens: 2,
+            cached_tokens: 3,
+            completion_tokens: 4,
+            preemptions: 5,
+            preempted_ms: 0.25,
+            received_unix_ms: 6,
+            queued_ms: Some(1.0),
+            first_token_ms: None,
+            total_ms: 7.0,
+            passes: vec![pass],
+            passes_left_out: 8,
+        };
+        let through = |trace: &RequestTrace| serde_json::from_str(&serde_json::to_string(trace).unwrap());
+        assert_eq!(through(&before).ok(), Some(before.clone()));
+        before.finish = None;
+        assert_eq!(through(&before).ok(), Some(before.clone()));
+        before.state = "asleep";
+        assert!(through(&before).is_err());
+    }
 }

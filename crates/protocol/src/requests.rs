@@ -43,6 +43,9 @@ pub const MAX_STOPS: u64 = 64;
 /// Longest stop string in bytes, four times what HTTP takes.
 pub const MAX_STOP_BYTES: u64 = 4096;
 
+/// Longest time within which an answer must be complete: a week, seven times what HTTP takes. It is added to a clock.
+pub const MAX_TIMEOUT_MS: u64 = 7 * 24 * 3600 * 1000;
+
 /// Most entries of a logit bias: what the sampler takes.
 pub const MAX_LOGIT_BIASES: u64 = 4096;
 
@@ -343,6 +346,7 @@ impl FromGateway {
 impl Submit {
     fn check(&self) -> Result<(), DecodeError> {
         check_id(&self.id)?;
+        cap("timeout in milliseconds", self.timeout_ms.unwrap_or(0), MAX_TIMEOUT_MS)?;
         cap("number of tokens", self.prompt.len() as u64 + self.answer.len() as u64, MAX_REQUEST_TOKENS)?;
         cap("number of stop strings", self.stop.len() as u64, MAX_STOPS)?;
         cap("number of logit biases", self.sampling.logit_bias.len() as u64, MAX_LOGIT_BIASES)?;
@@ -468,6 +472,7 @@ mod tests {
         let too_many = |found: Result<FromGateway, _>| assert!(matches!(found, Err(DecodeError::TooMany { .. })));
         assert!(altered(|s| s.id = "x".repeat(512)).is_ok());
         too_many(altered(|s| s.id = "x".repeat(513)));
+        too_many(altered(|s| s.timeout_ms = Some(u64::MAX)));
         too_many(altered(|s| s.stop = vec!["x".into(); 65]));
         too_many(altered(|s| s.stop = vec!["x".repeat(4097)]));
         too_many(altered(|s| s.sampling.logit_bias = vec![(1, 1.0); 4097]));

@@ -1,13 +1,14 @@
-//! The thread of a ring: it connects both ends, sends a first token around, and serves until it ends.
+//! Connects both ends of a ring, on a thread of its own, and hands it to the ring's thread.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use brigade_base::NodeId;
+use brigade_base::{DeploymentId, Epoch};
 use brigade_net::{Identity, Link, Purpose};
-use brigade_protocol::frame::Attach;
+use brigade_protocol::control::{Held, Peer};
+use brigade_protocol::frame::{Attach, Feed};
 use brigade_protocol::kind;
 use brigade_protocol::schedule::Limits;
 
@@ -15,11 +16,9 @@ use super::owner::Event;
 use crate::handle::Shared;
 use crate::incoming::Incoming;
 use crate::loaded::LoadedStage;
-use crate::meter::Meter;
-use crate::model::LocalModel;
-use crate::outgoing::Outgoing;
+use crate::outgoing::{Outgoing, Shadow};
 use crate::reach::reach;
-use crate::ring::{Happening, Ring, RingEnd, RingLinks};
+use crate::ring::{Connection, Happening, News, RingEnd, RingLinks};
 use crate::threads::lock;
 
 /// How long the last worker's link may take after all stages have loaded.
@@ -42,84 +41,97 @@ impl RingStopper {
     }
 }
 
-/// Closes the ring's links, then runs it.
-pub(super) struct RingThread {
-    pub(super) attach: Attach,
-    pub(super) first: Option<(NodeId, Vec<String>)>,
-    pub(super) last_link: Receiver<Arc<dyn Link>>,
+/// What a ring is made of.
+pub(super) struct Connector {
+    pub(super) deployment: DeploymentId,
+    pub(super) epoch: Epoch,
     pub(super) limits: Limits,
+    /// What all stages hold still.
+    pub(super) held: Option<Held>,
+    /// The first worker; missing without workers.
+    pub(super) first: Option<Peer>,
+    /// Who stands by for the first worker's stage.
+    pub(super) shadow: Option<Peer>,
+    /// Where the link of the last worker comes in.
+    pub(super) last_link: Receiver<Arc<dyn Link>>,
     pub(super) stopper: RingStopper,
-    pub(super) model: Arc<LocalModel>,
     pub(super) identity: Arc<Identity>,
-    pub(super) meter: Arc<Meter>,
     pub(super) shared: Arc<Shared>,
+    pub(super) connections: Sender<Connection<LoadedStage>>,
     pub(super) events: Sender<Event>,
 }
 
-impl RingThread {
+impl Connector {
     pub(super) fn run(self, tail: LoadedStage) {
-        let (happen, inbox) = channel();
-        let links = match self.connect(&happen) {
+        let ended = |tail, end| drop(self.events.send(Event::Ring(News::Ended(self.epoch, Box::new(tail), end))));
+        let links = match self.connect() {
             Ok(links) => links,
-            Err(end) => {
-                let _ = self.events.send(Event::RingEnded(self.attach.epoch, Box::new(tail), end));
-                return;
-            }
+            Err(_) if self.stopper.stop.load(Ordering::Relaxed) => return ended(tail, RingEnd::Stopped),
+            Err(why) => return ended(tail, RingEnd::Broke(why)),
         };
-        let mut ring = Ring {
-            attach: self.attach,
-            model: Arc::clone(&self.model),
+        let connection = Connection {
+            deployment: self.deployment,
+            epoch: self.epoch,
             tail,
             links,
-            inbox,
             limits: self.limits,
+            held: self.held.clone(),
             stop: Arc::clone(&self.stopper.stop),
-            meter: Arc::clone(&self.meter),
         };
-        let end = match ring.probe() {
-            Ok(()) => {
-                self.shared.submissions.open(happen);
-                let _ = self.events.send(Event::WentAround(self.attach.epoch));
-                ring.run(&|failure| self.shared.submissions.end(failure))
-            }
-            Err(end) => end,
-        };
-        lock(&self.stopper.links).iter().for_each(|link| link.close());
-        let stopped = self.stopper.stop.load(Ordering::Relaxed);
-        let end = if stopped { RingEnd::Stopped } else { end };
-        let _ = self.events.send(Event::RingEnded(self.attach.epoch, Box::new(ring.tail), end));
+        match self.connections.send(connection) {
+            Ok(()) => _ = self.shared.submissions.tell(Happening::Wake),
+            Err(back) => ended(back.0.tail, RingEnd::Stopped),
+        }
     }
 
     /// Dials the first worker and waits for the last one.
-    fn connect(&self, happen: &Sender<Happening>) -> Result<Option<RingLinks>, RingEnd> {
-        let Some((first, addresses)) = &self.first else { return Ok(None) };
-        let broke = |why: String| RingEnd::Broke(why);
-        let first = reach(&self.identity, *first, addresses, Purpose::Data, None)
-            .map_err(|error| broke(format!("the first stage cannot be reached: {error}")))?;
-        first.send(kind::ATTACH, &[&self.attach.encode()]).map_err(|error| broke(error.to_string()))?;
-        lock(&self.stopper.links).push(Arc::clone(&first) as Arc<dyn Link>);
+    fn connect(&self) -> Result<Option<RingLinks>, String> {
+        let Some(first) = &self.first else { return Ok(None) };
+        let first = self.dial(first, Feed::Passes).map_err(|why| format!("the first stage cannot be reached: {why}"))?;
+        let shadow = self.shadow.as_ref().and_then(|shadow| match self.dial(shadow, Feed::Shadow) {
+            Ok(link) => Shadow::new(link).ok(),
+            Err(why) => {
+                tracing::warn!(why, "who stands by for the first stage gets no frames");
+                None
+            }
+        });
         let until = Instant::now() + RING_TIMEOUT;
         loop {
             match self.last_link.recv_timeout(Duration::from_millis(50)) {
                 Ok(last) => {
-                    lock(&self.stopper.links).push(Arc::clone(&last));
-                    // Whoever stops the ring sets the flag before it closes the links that it finds.
-                    if self.stopper.stop.load(Ordering::Relaxed) {
-                        return Err(RingEnd::Stopped);
-                    }
-                    let no_thread = |error: std::io::Error| broke(format!("no thread for a link: {error}"));
+                    self.own(Arc::clone(&last))?;
+                    let no_thread = |error: std::io::Error| format!("no thread for a link: {error}");
                     let first = Outgoing::new(first).map_err(no_thread)?;
-                    let happen = happen.clone();
-                    let tell = move || drop(happen.send(Happening::Frame));
-                    let last = Incoming::start_with(last, tell).map_err(no_thread)?;
-                    return Ok(Some(RingLinks { first, last }));
+                    let submissions = self.shared.submissions.clone();
+                    let tell = move || _ = submissions.tell(Happening::Frame);
+                    let last = Incoming::start_with(last, tell);
+                    return Ok(Some(RingLinks { first, shadow, last: last.map_err(no_thread)? }));
                 }
-                Err(RecvTimeoutError::Timeout) if self.stopper.stop.load(Ordering::Relaxed) => {
-                    return Err(RingEnd::Stopped);
-                }
-                Err(RecvTimeoutError::Timeout) if Instant::now() < until => {}
-                Err(_) => return Err(broke("the last stage did not reach this node".to_owned())),
+                Err(RecvTimeoutError::Timeout) if Instant::now() < until => self.check_stop()?,
+                Err(_) => return Err("the last stage did not reach this node".to_owned()),
             }
+        }
+    }
+
+    fn dial(&self, peer: &Peer, feed: Feed) -> Result<Arc<dyn Link>, String> {
+        let link = reach(&self.identity, peer.node, &peer.addresses, Purpose::Data, None).map_err(|e| e.to_string())?;
+        let attach = Attach { deployment: self.deployment, epoch: self.epoch, stage: 0, feed };
+        link.send(kind::ATTACH, &[&attach.encode()]).map_err(|error| error.to_string())?;
+        let link = link as Arc<dyn Link>;
+        self.own(Arc::clone(&link))?;
+        Ok(link)
+    }
+
+    /// Whoever stops the ring sets the flag before it closes the links that it finds.
+    fn own(&self, link: Arc<dyn Link>) -> Result<(), String> {
+        lock(&self.stopper.links).push(link);
+        self.check_stop()
+    }
+
+    fn check_stop(&self) -> Result<(), String> {
+        match self.stopper.stop.load(Ordering::Relaxed) {
+            true => Err("it was stopped".to_owned()),
+            false => Ok(()),
         }
     }
 }

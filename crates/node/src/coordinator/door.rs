@@ -1,7 +1,7 @@
-//! Who may come in at a coordinator's link address.
+//! Who may come in while this node coordinates.
 
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use brigade_base::NodeId;
 use brigade_net::{Hello, Link, Members, Purpose, Refusal, TcpLink};
@@ -9,17 +9,22 @@ use brigade_protocol::control::MAX_CONTROL_BYTES;
 
 use super::owner::Event;
 use crate::doorway::{Doorkeeper, receive_attach};
+use crate::gateway::{Coordinating, serve_requests};
 use crate::handle::Shared;
 use crate::model::LocalModel;
 use crate::threads::{lock, seconds_since_1970};
 use crate::weights::serve_weights;
 
-/// Lets in workers that are members or bring a ticket, the data link of the last worker, and members' weights links.
+/// Lets in workers that are members or bring a ticket, the data link of the last worker, and members that want weights
+/// or have requests.
 pub(super) struct Door {
     pub(super) members: Mutex<Members>,
     pub(super) shared: Arc<Shared>,
     pub(super) model: Arc<LocalModel>,
     pub(super) events: Sender<Event>,
+    pub(super) handle: Arc<dyn Coordinating>,
+    /// The model's header with its vocabulary, for gateways.
+    pub(super) vocabulary: OnceLock<Vec<u8>>,
 }
 
 impl Doorkeeper for Door {
@@ -34,8 +39,8 @@ impl Doorkeeper for Door {
                 let admitted = members.admit(peer, &peer.short(), now);
                 admitted.map(drop).map_err(|error| Refusal::NotExpected(error.to_string()))
             }
-            Purpose::Data | Purpose::Weights if members.contains(&peer) => Ok(()),
-            Purpose::Data | Purpose::Weights => Err(Refusal::NotAMember),
+            _ if members.contains(&peer) => Ok(()),
+            _ => Err(Refusal::NotAMember),
         }
     }
 
@@ -53,6 +58,13 @@ impl Doorkeeper for Door {
                 }
             }
             Purpose::Weights => serve_weights(&*link, self.model.file()),
+            Purpose::Requests => {
+                let header = || brigade_gguf::vocabulary_header(self.model.file().catalog());
+                let link = link as Arc<dyn Link>;
+                serve_requests(&link, &self.handle, self.vocabulary.get_or_init(header));
+            }
+            // The council has a door of its own.
+            Purpose::Council => link.close(),
         }
     }
 }

@@ -3,8 +3,11 @@
 //! - The *owner loop* (one thread) holds the [`Cluster`] state machine, turns what happens into its inputs and carries
 //!   out its actions. It never blocks on a peer.
 //! - Each worker has a *reader* and a *writer* thread on its control link; the writer also sends the heartbeats.
-//! - A *loader thread* loads the tail; the *ring thread* then owns it, see [`crate::ring`].
-//! - Links come in through the [`Doorway`]; a weights link is served on the thread that it came with.
+//! - A *loader thread* loads the tail; a *connector* reaches the neighbours; the *ring thread* then owns both, and all
+//!   sessions over all placements, see [`crate::ring`].
+//! - Links come in through the node's [`Site`]; those for weights and requests are served on the threads that they came
+//!   with.
+//! - `muster.rs`: who votes, and who is waited for after a takeover.
 //!
 //! Callers talk to a [`Handle`], which shares with the loop only what may change under a lock for a moment.
 
@@ -12,30 +15,36 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use brigade_base::{ByteSize, DeploymentId};
+use brigade_base::ByteSize;
 use brigade_gguf::StageViewError;
-use brigade_net::{Identity, Listener, Members, TicketBook, advertised_addrs};
+use brigade_net::{Members, TicketBook};
 use brigade_plan::{Demand, NodeProfile, check_split};
 use brigade_protocol::cluster::{Cluster, Settings};
+use brigade_protocol::council::Charter;
 use brigade_protocol::frame::{FrameHead, RowSet};
 use brigade_protocol::schedule::PrefixCache;
 
 use self::door::Door;
+use self::muster::{Muster, Voters};
 use self::owner::{Event, Owner, Tail};
-use crate::doorway::{Doorkeeper, Doorway};
+pub(crate) use self::settings::DeploymentSettings;
+use crate::gateway::Coordinating;
 use crate::handle::{Handle, Shared};
 use crate::meter::Meter;
 use crate::model::{LocalModel, ModelError};
-use crate::state_lock::StateLock;
-use crate::threads::unique_number;
+use crate::ring::{Ring, RingOptions, Submissions, Watch};
+use crate::site::Site;
+use crate::threads::seconds_since_1970;
 
+mod connector;
 mod door;
+mod muster;
 mod owner;
-mod ring_thread;
+mod settings;
 mod status;
 mod worker_link;
 
@@ -73,6 +82,14 @@ pub struct CoordinatorOptions {
     pub prefix_cache: PrefixCache,
     /// Room on disk for the KV caches of idle sessions; 0 saves none.
     pub kv_spill: ByteSize,
+    /// Holders of each worker's stage: 2 has another worker stand by with the weights loaded.
+    pub redundancy: u32,
+    /// Those that stand by compute what their stage does, so that nothing is computed again when they take over.
+    pub shadow: bool,
+    /// How long answers and requests wait for the model to have a place again.
+    pub wait_for_capacity: Duration,
+    /// How long it waits to be relieved of its stages, where it works for another coordinator when it is to stop.
+    pub drain_timeout: Duration,
 }
 
 /// Most tokens of a session unless more are asked for: KV cache is reserved for all of them.
@@ -81,12 +98,6 @@ pub const DEFAULT_CONTEXT_MAX: u32 = 4096;
 /// A coordinator cannot start or go on.
 #[derive(Debug, thiserror::Error)]
 pub enum CoordinatorError {
-    /// Its key cannot be used.
-    #[error(transparent)]
-    Identity(#[from] brigade_net::IdentityError),
-    /// Its link address cannot be bound.
-    #[error(transparent)]
-    Bind(#[from] brigade_net::BindError),
     /// Tickets or members cannot be read.
     #[error("the state directory cannot be used: {0}")]
     State(String),
@@ -112,7 +123,6 @@ pub struct Coordinator {
     handle: Arc<Handle>,
     events: Sender<Event>,
     thread: JoinHandle<Result<(), CoordinatorError>>,
-    link_addresses: Vec<SocketAddr>,
 }
 
 /// Asks a coordinator to stop.
@@ -148,29 +158,33 @@ fn context_of(model: &LocalModel, asked: Option<u32>) -> Result<u32, Coordinator
 }
 
 impl Coordinator {
-    /// Starts a coordinator of an opened model.
+    /// Begins to coordinate with the votes for `term`, at a node's place.
     ///
     /// # Errors
-    /// If its key, address, state or settings cannot be used.
-    pub fn start(model: LocalModel, options: CoordinatorOptions) -> Result<Self, CoordinatorError> {
+    /// If its state or settings cannot be used.
+    pub(crate) fn start(
+        model: Arc<LocalModel>,
+        options: CoordinatorOptions,
+        site: &Site,
+        term: u64,
+        charter: &Charter,
+    ) -> Result<Self, CoordinatorError> {
         brigade_engine::init();
-        let identity = Arc::new(Identity::load_or_create(&options.state_dir)?);
-        let lock = StateLock::take(&options.state_dir).map_err(|error| CoordinatorError::State(error.to_string()))?;
         let state = |error: String| CoordinatorError::State(error);
-        let tickets = TicketBook::open(&options.state_dir).map_err(|e| state(e.to_string()))?;
-        let members = Members::open(&options.state_dir).map_err(|e| state(e.to_string()))?;
-        let model = Arc::new(model);
+        let tickets = TicketBook::open(&site.state_dir).map_err(|e| state(e.to_string()))?;
+        let mut members = Members::open(&site.state_dir).map_err(|e| state(e.to_string()))?;
+        let me = site.identity.node_id();
+        // Those who vote were admitted by the coordinator before.
+        for voter in charter.electorate().filter(|voter| voter.node != me) {
+            members.admit(voter.node, &voter.name, seconds_since_1970()).map_err(|e| state(e.to_string()))?;
+        }
         let context = context_of(&model, options.context)?;
         let profile = model.profile();
         if let Some(split) = &options.split {
             check_split(&profile, split).map_err(|error| CoordinatorError::Setting(error.to_string()))?;
         }
-        let listener = Listener::bind(&identity, &[options.listen])?;
-        let link_addresses: Vec<SocketAddr> =
-            listener.local_addrs().iter().flat_map(|a| advertised_addrs(*a)).collect();
         let (events, inbox) = channel();
         let meter = Arc::new(Meter::new(row_bytes(model.architecture().n_embd)));
-        let coordinator = NodeProfile { id: identity.node_id(), name: options.name.clone(), memory: options.memory };
         let demand = Demand {
             context,
             parallel: options.parallel,
@@ -179,26 +193,41 @@ impl Coordinator {
             split: options.split.clone(),
         };
         let settings = Settings {
-            deployment: DeploymentId(unique_number()),
-            coordinator,
+            deployment: charter.deployment,
+            coordinator: NodeProfile { id: me, name: options.name.clone(), memory: options.memory },
             model: profile,
             demand,
             nodes_wanted: options.nodes_wanted.max(1),
+            term,
+            redundancy: options.redundancy,
+            shadow: options.shadow,
         };
-        let shared = Arc::new(Shared::new(&model, &identity, &options, context, tickets, &link_addresses));
-        let keeper = Door {
+        let (happen, happenings) = channel();
+        let submissions = Submissions::new(happen);
+        let addresses = &site.link_addresses;
+        let shared = Shared::new(&model, &site.identity, &options, context, tickets, addresses, submissions);
+        let shared = Arc::new(shared);
+        let handle = Arc::new(Handle::new(Arc::clone(&shared), Arc::clone(&model), Arc::clone(&meter)));
+        let keeper = site.keep(Arc::new(Door {
             members: Mutex::new(members),
             shared: Arc::clone(&shared),
             model: Arc::clone(&model),
             events: events.clone(),
-        };
-        let keeper = Arc::new(keeper);
-        let doorway = Doorway::open(listener, Arc::clone(&keeper) as Arc<dyn Doorkeeper>);
-        let owner = Owner {
-            cluster: Cluster::new(settings),
+            handle: Arc::clone(&handle) as Arc<dyn Coordinating>,
+            vocabulary: OnceLock::new(),
+        }));
+        let (connections, connected) = channel();
+        let watch = Arc::new(Watch::default());
+        let mut owner = Owner {
+            muster: Muster::new(&settings, charter),
+            cluster: Cluster::new(settings.clone()),
+            settings,
+            voters: Voters::new(me, &options, addresses, charter, model.header_hash()),
+            council: Arc::clone(&site.council),
+            had_quorum: true,
             header: model.file().catalog().header_bytes(true),
             model: Arc::clone(&model),
-            identity,
+            identity: Arc::clone(&site.identity),
             options,
             context,
             shared: Arc::clone(&shared),
@@ -208,26 +237,36 @@ impl Coordinator {
             next_generation: 1,
             tail: Tail::Empty,
             tail_wanted: None,
+            tail_loading: None,
             tail_share: 0.0,
             ring_waits: None,
             ring_stop: None,
+            connections,
+            ring_thread: None,
+            watch: Arc::clone(&watch),
+            said_slow: None,
             started: Instant::now(),
-            _doorway: doorway,
-            _lock: lock,
+            _keeper: keeper,
         };
+        let tell = events.clone();
+        let ring = Ring::new(RingOptions {
+            model,
+            meter,
+            inbox: happenings,
+            connections: connected,
+            tell: Box::new(move |news| drop(tell.send(Event::Ring(news)))),
+            watch,
+            limits: owner.limits(),
+            wait_for_capacity: owner.options.wait_for_capacity,
+        });
+        owner.ring_thread = Some(std::thread::Builder::new().name("ring".into()).spawn(move || ring.run())?);
         let thread = std::thread::Builder::new().name("coordinator".into()).spawn(move || owner.run(&inbox))?;
-        let handle = Arc::new(Handle::new(shared, model, meter));
-        Ok(Self { handle, events, thread, link_addresses })
+        Ok(Self { handle, events, thread })
     }
 
     /// What callers talk to.
     pub fn handle(&self) -> Arc<Handle> {
         Arc::clone(&self.handle)
-    }
-
-    /// Where its links listen.
-    pub fn link_addresses(&self) -> &[SocketAddr] {
-        &self.link_addresses
     }
 
     /// A handle that stops it from elsewhere.

@@ -4,33 +4,44 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use brigade_base::{DeploymentId, Epoch, LayerRange, NodeId};
 use brigade_gguf::{StageView, StageViewError, TensorSource};
 use brigade_net::{Identity, Link, TcpLink};
 use brigade_plan::PlannedStage;
-use brigade_protocol::cluster::{Action, Cluster, Input};
-use brigade_protocol::control::{Deploy, HEARTBEAT_MS, ToCoordinator, ToWorker};
-use brigade_protocol::frame::Attach;
+use brigade_protocol::cluster::{Action, Cluster, Input, Order, Role, Settings};
+use brigade_protocol::control::{
+    Assign, HEARTBEAT_MS, Held, ModelRef, Peer, StageOrder, StageRole, ToCoordinator, ToWorker,
+};
+use brigade_protocol::frame::{Attach, Feed};
 use brigade_protocol::schedule::Limits;
 
-use super::ring_thread::{RingStopper, RingThread};
+use super::connector::{Connector, RingStopper};
 use super::worker_link::{Pulse, WorkerLink, read_worker, with_seen_address, write_worker};
 use super::{CHUNK, CoordinatorError, CoordinatorOptions};
-use crate::doorway::Doorway;
+use super::muster::{Muster, Voters};
+use crate::council::CouncilHost;
 use crate::handle::Shared;
 use crate::images::Images;
 use crate::loaded::{LoadedStage, StageKey, chain, load_stage};
 use crate::meter::Meter;
 use crate::model::LocalModel;
-use crate::ring::RingEnd;
-use crate::serving::{Failure, Readiness};
-use crate::state_lock::StateLock;
-use crate::threads::spawn;
+use crate::ring::{Connection, Happening, News, RingEnd, Watch};
+use crate::serving::Failure;
+use crate::site::Keeping;
+use crate::threads::{lock, spawn};
 
 /// How often the status is brought up to date while nothing happens.
 const PUBLISH_EVERY: Duration = Duration::from_millis(HEARTBEAT_MS);
+
+/// How often it is looked whether a pass is stuck, while one is awaited.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+
+/// Stages that have not moved for so long, while a pass is late, do not compute it: four heartbeats, which tell whether
+/// they move.
+const STILL: Duration = Duration::from_millis(4 * HEARTBEAT_MS);
 
 /// What an image has for each token beside its KV: position and session, twice as much as libllama writes.
 const IMAGE_TOKEN_BYTES: u64 = 32;
@@ -43,8 +54,7 @@ pub(super) enum Event {
     DataLink(Arc<dyn Link>, Attach),
     TailProgress(Epoch, f32),
     TailLoaded(Epoch, Result<Box<LoadedStage>, String>),
-    WentAround(Epoch),
-    RingEnded(Epoch, Box<LoadedStage>, RingEnd),
+    Ring(News<LoadedStage>),
     Stop,
 }
 
@@ -56,16 +66,38 @@ pub(super) enum Tail {
     InRing,
 }
 
-/// A ring thread waits for the link of the last worker.
+/// The tail that a placement wants.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct TailWanted {
+    epoch: Epoch,
+    stage: u32,
+    layers: LayerRange,
+    keep_kv: bool,
+}
+
+/// A ring waits for the link of the last worker.
 pub(super) struct RingWait {
     attach: Attach,
     last: NodeId,
     sender: Sender<Arc<dyn Link>>,
 }
 
+/// The nodes around the coordinator in a ring.
+struct RingEnds {
+    first: Option<NodeId>,
+    last: Option<NodeId>,
+    shadow: Option<NodeId>,
+    n_stages: u32,
+}
+
 /// All state of a coordinator.
 pub(super) struct Owner {
     pub(super) cluster: Cluster,
+    pub(super) settings: Settings,
+    pub(super) muster: Muster,
+    pub(super) voters: Voters,
+    pub(super) council: Arc<CouncilHost>,
+    pub(super) had_quorum: bool,
     pub(super) model: Arc<LocalModel>,
     /// The model's header without its vocabulary, as workers get it.
     pub(super) header: Vec<u8>,
@@ -78,20 +110,49 @@ pub(super) struct Owner {
     pub(super) workers: HashMap<NodeId, WorkerLink>,
     pub(super) next_generation: u64,
     pub(super) tail: Tail,
-    /// The tail that the present placement wants, until it is loaded.
-    pub(super) tail_wanted: Option<(Epoch, LayerRange)>,
+    /// The tail that the present placement wants, until its loading begins.
+    pub(super) tail_wanted: Option<TailWanted>,
+    /// The one that is being loaded.
+    pub(super) tail_loading: Option<TailWanted>,
     pub(super) tail_share: f32,
-    /// Where the ring thread waits for the link of the last worker.
+    /// Where a ring waits for the link of the last worker.
     pub(super) ring_waits: Option<RingWait>,
     pub(super) ring_stop: Option<RingStopper>,
+    /// To the ring's thread.
+    pub(super) connections: Sender<Connection<LoadedStage>>,
+    pub(super) ring_thread: Option<JoinHandle<()>>,
+    /// What that thread waits for.
+    pub(super) watch: Arc<Watch>,
+    /// The epoch of which it was said that it is slow.
+    pub(super) said_slow: Option<Epoch>,
     pub(super) started: Instant,
-    pub(super) _doorway: Doorway,
-    pub(super) _lock: StateLock,
+    pub(super) _keeper: Keeping,
 }
 
 impl Owner {
     pub(super) fn run(mut self, inbox: &Receiver<Event>) -> Result<(), CoordinatorError> {
-        let mut given_up = self.feed(Input::Tick);
+        let mut given_up = None;
+        let mut offers = Vec::new();
+        while self.muster.waits(offers.len()) {
+            match inbox.recv_timeout(LOOK_EVERY) {
+                Ok(Event::Stop) => return Ok(()),
+                Ok(Event::Message(id, generation, ToCoordinator::Offer(offer))) => {
+                    offers.retain(|(other, _, _)| *other != id);
+                    offers.push((id, generation, offer));
+                }
+                Ok(event) => given_up = self.apply(event),
+                Err(_) => {}
+            }
+        }
+        if !offers.is_empty() {
+            // Whoever came in time takes part in the first placement.
+            let nodes_wanted = self.settings.nodes_wanted.max(offers.len() + 1);
+            self.cluster = Cluster::new(Settings { nodes_wanted, ..self.settings.clone() });
+        }
+        given_up = given_up.or(self.feed(Input::Tick));
+        for (id, generation, offer) in offers {
+            given_up = given_up.or(self.apply(Event::Message(id, generation, ToCoordinator::Offer(offer))));
+        }
         let result = loop {
             if let Some(reason) = given_up.take() {
                 break Err(CoordinatorError::Tail(reason));
@@ -99,19 +160,45 @@ impl Owner {
             self.load_tail_if_due();
             self.publish();
             let tick = self.cluster.next_tick().map(|at| at.saturating_duration_since(Instant::now()));
-            match inbox.recv_timeout(tick.unwrap_or(PUBLISH_EVERY).min(PUBLISH_EVERY)) {
+            let look = if self.watch.awaited().is_some() { LOOK_EVERY } else { PUBLISH_EVERY };
+            match inbox.recv_timeout(tick.unwrap_or(look).min(look)) {
                 Ok(Event::Stop) | Err(RecvTimeoutError::Disconnected) => break Ok(()),
                 Ok(event) => given_up = self.apply(event),
                 Err(RecvTimeoutError::Timeout) => given_up = self.feed(Input::Tick),
             }
+            if let Some(stuck) = self.stuck() {
+                given_up = given_up.or(self.feed(stuck));
+            }
+            given_up = given_up.or(self.ask_council());
         };
-        self.stop_ring(Failure::Stopping);
+        self.shared.stopping();
+        self.stop_ring();
+        // Callers hear the end before this process ends.
+        self.shared.submissions.tell(Happening::Stop(Failure::Stopping));
+        if let Some(thread) = self.ring_thread.take() {
+            let _ = thread.join();
+        }
         for worker in self.workers.values() {
             let _ = worker.outbox.send(ToWorker::Goodbye { reason: "the coordinator was stopped".to_owned() });
         }
         // The writers send what is left and then close their links.
         self.workers.clear();
         result
+    }
+
+    /// Tells the council who is here, and asks it whether that is enough to place the model on others.
+    fn ask_council(&mut self) -> Option<String> {
+        if let Some(proposal) = self.voters.proposal() {
+            self.council.propose(proposal);
+        }
+        let has_quorum = self.council.has_quorum();
+        if std::mem::replace(&mut self.had_quorum, has_quorum) == has_quorum {
+            return None;
+        }
+        if !has_quorum {
+            tracing::warn!("a majority of the cluster's nodes is out of reach");
+        }
+        self.feed(Input::Quorum(has_quorum))
     }
 
     /// Returns why the coordinator must give up, if it must.
@@ -125,6 +212,7 @@ impl Owner {
             Event::WorkerGone(id, generation, reason) if self.is_current(id, generation) => {
                 tracing::warn!(node = %id.short(), reason, "a worker is gone");
                 self.workers.remove(&id);
+                self.voters.went(id, false);
                 if let Some(member) = self.cluster.members().iter().find(|m| m.id == id) {
                     self.meter.gone(&member.offer.name);
                 }
@@ -147,10 +235,9 @@ impl Owner {
                 None
             }
             Event::TailLoaded(epoch, result) => self.tail_loaded(epoch, result),
-            Event::WentAround(epoch) => self.feed(Input::WentAround(epoch)),
-            Event::RingEnded(epoch, tail, end) => {
-                let mut tail = tail;
-                tail.runner.clear();
+            Event::Ring(News::WentAround(epoch)) => self.feed(Input::WentAround(epoch)),
+            Event::Ring(News::Drained(epoch)) => self.feed(Input::Drained(epoch)),
+            Event::Ring(News::Ended(epoch, tail, end)) => {
                 self.tail = Tail::Loaded(tail);
                 self.ring_stop = None;
                 self.ring_waits = None;
@@ -178,9 +265,10 @@ impl Owner {
         let pulse = Arc::new(Mutex::new(Pulse::default()));
         let (reader_link, writer_link) = (Arc::clone(link), Arc::clone(link));
         let (reader_pulse, writer_pulse) = (Arc::clone(&pulse), Arc::clone(&pulse));
-        let events = self.events.clone();
+        let (events, council) = (self.events.clone(), Arc::clone(&self.council));
         let read = move || {
-            let reason = read_worker(&*reader_link, &reader_pulse, |message| {
+            let heard = || council.heard(id);
+            let reason = read_worker(&*reader_link, &reader_pulse, &heard, |message| {
                 let _ = events.send(Event::Message(id, generation, message));
             });
             reader_link.close();
@@ -202,27 +290,35 @@ impl Owner {
                 tracing::info!(node = offer.name, id = %id.short(), memory = %offer.memory, "a worker joined");
                 let seen_as = self.workers.get(&id).map(|w| w.link.peer_addr()).unwrap_or_default();
                 let offer = with_seen_address(offer, &seen_as);
-                self.send(id, ToWorker::Accept { seen_as });
+                self.voters.came(id, &offer);
+                self.send(id, ToWorker::Accept { seen_as, deployment: self.deployment() });
                 self.feed(Input::Offer(id, offer))
             }
-            ToCoordinator::Progress { epoch, done, total } => {
+            ToCoordinator::Progress { epoch, stage, done, total } => {
                 let share = if total == 0 { 1.0 } else { done as f32 / total as f32 };
-                self.feed(Input::Progress(id, epoch, share))
+                self.feed(Input::Progress(id, epoch, stage, share))
             }
-            ToCoordinator::Loaded { epoch, memory } => self.feed(Input::Loaded(id, epoch, memory)),
-            ToCoordinator::Joined { epoch } => self.feed(Input::Joined(id, epoch)),
-            ToCoordinator::StageFailed { epoch, reason } => {
-                tracing::warn!(node = %id.short(), %epoch, reason, "a worker's stage failed");
-                self.feed(Input::StageFailed(id, epoch, reason))
+            ToCoordinator::Loaded { epoch, stage, memory, held } => {
+                self.feed(Input::Loaded(id, epoch, stage, memory, held))
             }
-            ToCoordinator::RingBroke { epoch, reason } => {
-                tracing::warn!(node = %id.short(), %epoch, reason, "a worker says that the ring broke");
+            ToCoordinator::Joined { epoch, stage } => self.feed(Input::Joined(id, epoch, stage)),
+            ToCoordinator::StageFailed { epoch, stage, reason } => {
+                tracing::warn!(node = %id.short(), %epoch, stage, reason, "a worker's stage failed");
+                self.feed(Input::StageFailed(id, epoch, stage, reason))
+            }
+            ToCoordinator::RingBroke { epoch, stage, reason } => {
+                tracing::warn!(node = %id.short(), %epoch, stage, reason, "a worker says that the ring broke");
                 self.feed(Input::RingBroke(Some(id), epoch, reason))
+            }
+            ToCoordinator::Leave { reason } => {
+                tracing::info!(node = %id.short(), reason, "a worker wants to end");
+                self.feed(Input::Leave(id, reason))
             }
             ToCoordinator::Goodbye { reason } => {
                 if let Some(worker) = self.workers.remove(&id) {
                     worker.link.close();
                 }
+                self.voters.went(id, true);
                 self.feed(Input::Gone(id, reason))
             }
             // The reader has taken what it tells.
@@ -241,36 +337,36 @@ impl Owner {
         let mut given_up = None;
         for action in actions {
             match action {
-                Action::Deploy { node, epoch, layers, upstream, downstream } => {
-                    match self.deploy(epoch, layers, upstream, downstream) {
-                        Ok(deploy) => self.send(node, ToWorker::Deploy(Box::new(deploy))),
-                        Err(error) => given_up = Some(error.to_string()),
-                    }
-                }
-                Action::LoadTail { epoch, layers } => {
-                    self.stop_ring(Failure::PlacementLost("the model is placed anew".to_owned()));
+                Action::Assign { node, epoch, revision, orders } => match self.assign(epoch, revision, &orders) {
+                    Ok(assign) => self.send(node, ToWorker::Assign(Box::new(assign))),
+                    Err(error) => given_up = Some(error.to_string()),
+                },
+                Action::LoadTail { epoch, stage, layers, keep_kv } => {
+                    self.stop_ring();
                     self.tail_share = 0.0;
-                    self.tail_wanted = Some((epoch, layers));
+                    self.tail_wanted = Some(TailWanted { epoch, stage, layers, keep_kv });
                 }
                 Action::Join { node, epoch } => {
                     self.send(node, ToWorker::Join { deployment: self.deployment(), epoch });
                 }
-                Action::StartRing { epoch, first, last, n_stages } => {
-                    if let Err(error) = self.start_ring(epoch, first.zip(last), n_stages) {
+                Action::StartRing { epoch, first, last, n_stages, shadow, held } => {
+                    let ends = RingEnds { first, last, shadow, n_stages };
+                    if let Err(error) = self.start_ring(epoch, ends, held) {
                         given_up = Some(error.to_string());
                     }
                 }
                 Action::Ready { epoch } => {
                     tracing::info!(%epoch, "ready");
-                    self.shared.set_readiness(Readiness::Ready);
+                    self.shared.ready();
                 }
+                Action::Drain { .. } => _ = self.shared.submissions.tell(Happening::Drain),
                 Action::StopRing { reason, .. } => {
+                    tracing::info!(reason, "the ring is stopped");
                     self.tail_wanted = None;
-                    self.stop_ring(Failure::PlacementLost(reason));
+                    self.shared.not_ready(reason);
+                    self.stop_ring();
                 }
-                Action::Undeploy { node, epoch } => {
-                    self.send(node, ToWorker::Undeploy { deployment: self.deployment(), epoch });
-                }
+                Action::Released { node } => self.send(node, ToWorker::Released),
                 Action::GiveUp { reason } => given_up = Some(reason),
             }
         }
@@ -281,45 +377,56 @@ impl Owner {
         self.cluster.deployment()
     }
 
-    fn deploy(
-        &self,
-        epoch: Epoch,
-        layers: LayerRange,
-        upstream: NodeId,
-        downstream: NodeId,
-    ) -> Result<Deploy, StageViewError> {
-        let view = StageView::new(self.model.file().catalog(), layers)?;
-        let hashes = &self.model.manifest().tensors;
-        let tensors = view.tensors().iter().map(|&idx| (idx as u32, hashes[idx])).collect();
-        let downstream_addresses = if downstream == self.identity.node_id() {
-            self.shared.link_addresses.clone()
-        } else {
-            let member = self.cluster.members().iter().find(|m| m.id == downstream);
-            member.map(|m| m.offer.addresses.clone()).unwrap_or_default()
-        };
-        Ok(Deploy {
-            deployment: self.deployment(),
-            epoch,
-            model_name: self.model.name().to_owned(),
+    /// Orders with all that a worker needs to know: what the state machine says in names.
+    fn assign(&self, epoch: Epoch, revision: u32, orders: &[Order]) -> Result<Assign, StageViewError> {
+        let model = ModelRef {
+            name: self.model.name().to_owned(),
             header_hash: self.model.header_hash(),
             header: self.header.clone(),
-            layers,
-            tensors,
             context: self.context,
             sessions: self.options.parallel,
             max_rows: CHUNK + self.options.parallel,
-            upstream,
-            downstream,
-            downstream_addresses,
+        };
+        let stages = orders.iter().map(|order| self.stage_order(order)).collect::<Result<Vec<_>, _>>()?;
+        let model = (!stages.is_empty()).then_some(model);
+        Ok(Assign { deployment: self.deployment(), epoch, revision, model, stages })
+    }
+
+    fn stage_order(&self, order: &Order) -> Result<StageOrder, StageViewError> {
+        let view = StageView::new(self.model.file().catalog(), order.layers)?;
+        let hashes = &self.model.manifest().tensors;
+        let role = match order.role {
+            Role::Serve { upstream, downstream, shadow, kv_from } => {
+                let (downstream, shadow) = (self.peer(downstream), shadow.map(|node| self.peer(node)));
+                StageRole::Serve { upstream, downstream, shadow, kv_from }
+            }
+            Role::Standby { upstream } => StageRole::Standby { upstream },
+            Role::HandOver { to } => StageRole::HandOver { to: self.peer(to) },
+        };
+        Ok(StageOrder {
+            stage: order.stage,
+            layers: order.layers,
+            tensors: view.tensors().iter().map(|&idx| (idx as u32, hashes[idx])).collect(),
+            role,
+            keep_kv: order.keep_kv,
         })
     }
 
+    /// A node and where it listens.
+    fn peer(&self, node: NodeId) -> Peer {
+        if node == self.identity.node_id() {
+            return Peer { node, addresses: self.shared.link_addresses.clone() };
+        }
+        let member = self.cluster.members().iter().find(|m| m.id == node);
+        Peer { node, addresses: member.map(|m| m.offer.addresses.clone()).unwrap_or_default() }
+    }
+
     fn load_tail_if_due(&mut self) {
-        let Some((epoch, layers)) = self.tail_wanted else { return };
+        let Some(TailWanted { epoch, layers, keep_kv, .. }) = self.tail_wanted else { return };
         if !matches!(self.tail, Tail::Empty | Tail::Loaded(_)) {
             return;
         }
-        self.tail_wanted = None;
+        self.tail_loading = self.tail_wanted.take();
         let catalog = self.model.file().catalog();
         let view = match StageView::new(catalog, layers) {
             Ok(view) => view,
@@ -334,9 +441,10 @@ impl Owner {
             sessions: self.options.parallel,
             max_rows: CHUNK + self.options.parallel,
         };
-        if let Tail::Loaded(tail) = std::mem::replace(&mut self.tail, Tail::Empty)
+        if let Tail::Loaded(mut tail) = std::mem::replace(&mut self.tail, Tail::Empty)
             && tail.key == key
         {
+            tail.runner.next_epoch(keep_kv);
             let _ = self.events.send(Event::TailLoaded(epoch, Ok(tail)));
             self.tail = Tail::Loading(Arc::new(AtomicBool::new(false)));
             return;
@@ -365,24 +473,22 @@ impl Owner {
         let was_loading = std::mem::replace(&mut self.tail, Tail::Empty);
         let was_cancelled = matches!(was_loading, Tail::Loading(cancel) if cancel.load(Ordering::Relaxed));
         let own = self.identity.node_id();
+        let wanted = self.tail_loading.take().filter(|wanted| wanted.epoch == epoch);
+        let (stage, keeps) = wanted.map_or((0, false), |wanted| (wanted.stage, wanted.keep_kv));
         match result {
             Ok(tail) => {
                 let memory = tail.memory;
+                let held = keeps.then(|| tail.runner.held());
                 self.tail = Tail::Loaded(tail);
-                self.feed(Input::Loaded(own, epoch, memory))
+                self.feed(Input::Loaded(own, epoch, stage, memory, held))
             }
             // Nobody wants it any more; the next placement loads its own.
             Err(_) if was_cancelled => None,
-            Err(reason) => self.feed(Input::StageFailed(own, epoch, reason)),
+            Err(reason) => self.feed(Input::StageFailed(own, epoch, stage, reason)),
         }
     }
 
-    fn start_ring(
-        &mut self,
-        epoch: Epoch,
-        ends: Option<(NodeId, NodeId)>,
-        n_stages: u32,
-    ) -> Result<(), CoordinatorError> {
+    fn start_ring(&mut self, epoch: Epoch, ends: RingEnds, held: Option<Held>) -> Result<(), CoordinatorError> {
         let tail = match std::mem::replace(&mut self.tail, Tail::InRing) {
             Tail::Loaded(tail) => tail,
             other => {
@@ -390,15 +496,11 @@ impl Owner {
                 return Err(CoordinatorError::Tail("the ring was to start without its tail".to_owned()));
             }
         };
-        let attach = Attach { deployment: self.deployment(), epoch };
         let can_save = tail.runner.stage().can_save();
         let limits = Limits {
-            n_slots: self.options.parallel,
-            context: self.context,
-            chunk: CHUNK,
-            n_stages,
-            cache: self.options.prefix_cache,
+            n_stages: ends.n_stages,
             image_tokens: if can_save { self.image_tokens() } else { 0 },
+            ..self.limits()
         };
         self.meter.placed(epoch, self.ring_names());
         let stopper = RingStopper {
@@ -407,26 +509,73 @@ impl Owner {
             links: Arc::new(Mutex::new(Vec::new())),
         };
         let (last_sender, last_link) = channel();
-        self.ring_waits = ends.map(|(_, last)| RingWait { attach, last, sender: last_sender });
+        let deployment = self.deployment();
+        let attach = Attach { deployment, epoch, stage: ends.n_stages - 1, feed: Feed::Passes };
+        self.ring_waits = ends.last.map(|last| RingWait { attach, last, sender: last_sender });
         self.ring_stop = Some(stopper.clone());
-        let first = ends.map(|(first, _)| {
-            let member = self.cluster.members().iter().find(|m| m.id == first);
-            (first, member.map(|m| m.offer.addresses.clone()).unwrap_or_default())
-        });
-        let thread = RingThread {
-            attach,
-            first,
-            last_link,
+        let connector = Connector {
+            deployment,
+            epoch,
             limits,
+            held,
+            first: ends.first.map(|node| self.peer(node)),
+            shadow: ends.shadow.map(|node| self.peer(node)),
+            last_link,
             stopper,
-            model: Arc::clone(&self.model),
             identity: Arc::clone(&self.identity),
-            meter: Arc::clone(&self.meter),
             shared: Arc::clone(&self.shared),
+            connections: self.connections.clone(),
             events: self.events.clone(),
         };
-        spawn("ring", move || thread.run(*tail))?;
+        spawn("connector", move || connector.run(*tail))?;
         Ok(())
+    }
+
+    /// What bounds the passes of any ring.
+    pub(super) fn limits(&self) -> Limits {
+        Limits {
+            n_slots: self.options.parallel,
+            context: self.context,
+            chunk: CHUNK,
+            n_stages: 1,
+            cache: self.options.prefix_cache,
+            image_tokens: 0,
+        }
+    }
+
+    /// Whether the pass that is awaited will not come: it is late, and for a second no stage has moved at all. One that
+    /// is late while stages compute is slow, which is said and no more.
+    fn stuck(&mut self) -> Option<Input> {
+        let now = Instant::now();
+        let awaited = self.watch.awaited().filter(|awaited| now >= awaited.late)?;
+        let epoch = self.cluster.epoch();
+        let ring: Vec<NodeId> = self.stages().iter().map(|stage| stage.node).collect();
+        let pulses: Vec<(NodeId, Pulse)> =
+            ring.iter().filter_map(|node| Some((*node, *lock(&self.workers.get(node)?.pulse)))).collect();
+        let late = now - awaited.since;
+        let moved = pulses.iter().filter_map(|(_, pulse)| pulse.moved).max().unwrap_or(awaited.since);
+        let name = |node: NodeId| {
+            self.cluster.members().iter().find(|m| m.id == node).map(|m| m.offer.name.clone()).unwrap_or_default()
+        };
+        // The first one that has not passed it on has it, or its link does not bring it.
+        let holder = pulses.iter().find(|(_, pulse)| pulse.progress.sent < awaited.pass);
+        if now.saturating_duration_since(moved) < STILL {
+            if self.said_slow != Some(epoch) {
+                let node = holder.map(|(node, _)| name(*node)).unwrap_or_default();
+                tracing::warn!(node, late_ms = late.as_millis() as u64, "a pass takes much longer than usual");
+                self.said_slow = Some(epoch);
+            }
+            return None;
+        }
+        let at_fault = holder.filter(|(_, pulse)| pulse.progress.received >= awaited.pass).map(|(node, _)| *node);
+        let why = match (at_fault, holder) {
+            (Some(node), _) => format!("node {} computes a pass no further", name(node)),
+            (None, Some((node, _))) => format!("a pass does not reach node {}", name(*node)),
+            (None, None) => "a pass does not come back from the last stage".to_owned(),
+        };
+        tracing::warn!(%epoch, pass = %awaited.pass, late_ms = late.as_millis() as u64, why, "a pass is stuck");
+        self.watch.set(None);
+        Some(Input::Stuck(at_fault, epoch, why))
     }
 
     /// The stages of the present plan in ring order; none without one.
@@ -453,16 +602,11 @@ impl Owner {
         tokens.min().unwrap_or(0)
     }
 
-    /// Ends the ring, if there is one; its sessions hear why.
-    fn stop_ring(&mut self, why: Failure) {
-        let reason = match &why {
-            Failure::PlacementLost(reason) => reason.clone(),
-            other => other.to_string(),
-        };
-        self.shared.set_readiness(Readiness::NotReady(reason));
-        self.shared.submissions.close(why);
+    /// Ends the ring, if there is one; its sessions wait for the next.
+    fn stop_ring(&mut self) {
         if let Some(stopper) = &self.ring_stop {
             stopper.stop();
+            self.shared.submissions.tell(Happening::Wake);
         }
         if let Tail::Loading(cancel) = &self.tail {
             cancel.store(true, Ordering::Relaxed);

@@ -1,10 +1,10 @@
 //! What a coordinator tells of itself and its workers.
 
 use brigade_base::{ByteSize, LayerRange};
-use brigade_protocol::cluster::{Member, Phase, StageState};
+use brigade_protocol::cluster::{Member, MemberState, Phase, StageState};
 
 use super::owner::{Owner, Tail};
-use crate::serving::{ClusterStatus, NodeStatus, Readiness};
+use crate::serving::{ClusterStatus, NodeStatus};
 use crate::system::resident_memory;
 use crate::threads::lock;
 
@@ -17,10 +17,11 @@ impl Owner {
             Phase::Loading => "loading weights".to_owned(),
             Phase::Joining => "connecting the stages".to_owned(),
             Phase::Probing => "sending a first token around".to_owned(),
+            Phase::Draining(why) => format!("ready; the model is placed anew in a moment: {why}"),
             Phase::Settling(why) => format!("placing the model anew: {why}"),
         };
-        if *self.cluster.phase() != Phase::Ready {
-            self.shared.set_readiness(Readiness::NotReady(phase.clone()));
+        if !matches!(self.cluster.phase(), Phase::Ready | Phase::Draining(_)) {
+            self.shared.not_ready(phase.clone());
         }
         let load = self.meter.load_now();
         let (hop_us_p50, hop_us_p99) = self.meter.hop_us();
@@ -47,6 +48,8 @@ impl Owner {
             kv_tokens: load.kv_tokens,
             kv_capacity: u64::from(self.context) * u64::from(self.options.parallel),
             uptime_s: self.started.elapsed().as_secs(),
+            recoveries: self.meter.recoveries(),
+            last_recovery: self.meter.last_recovery(),
             nodes,
         };
     }
@@ -61,11 +64,18 @@ impl Owner {
         if link.is_some() {
             self.meter.rtt(&member.offer.name, rtt_ms / 1000.0);
         }
-        let (state, loaded) = match &member.stage {
-            StageState::Idle => ("idle".to_owned(), 0.0),
-            StageState::Loading(share) => ("loading".to_owned(), *share),
-            StageState::Loaded | StageState::Joined => ("ready".to_owned(), 1.0),
-            StageState::Failed(why) => (format!("failed: {why}"), 0.0),
+        let share_of = |state| match state {
+            StageState::Loading(share) => share,
+            StageState::Loaded | StageState::Joined => 1.0,
+        };
+        let served = || member.stages.iter().filter(|stage| !stage.is_standby);
+        let loaded = served().map(|stage| share_of(stage.state)).reduce(f32::min);
+        let state = match (&member.state, loaded) {
+            (MemberState::Failed(why), _) => format!("failed: {why}"),
+            (MemberState::Leaving, _) => "leaving".to_owned(),
+            (MemberState::Here, None) => "idle".to_owned(),
+            (MemberState::Here, Some(share)) if share < 1.0 => "loading".to_owned(),
+            (MemberState::Here, Some(_)) => "ready".to_owned(),
         };
         NodeStatus {
             id: member.id,
@@ -73,11 +83,12 @@ impl Owner {
             role: "worker".to_owned(),
             connected: link.is_some(),
             address: member.offer.addresses.first().cloned().unwrap_or_default(),
-            layers: member.layers,
+            layers: member.layers(),
+            standby: member.standby_layers().collect(),
             state,
-            loaded,
+            loaded: loaded.unwrap_or(0.0),
             memory_offered: member.offer.memory,
-            memory_stage: member.stage_memory,
+            memory_stage: member.stage_memory(),
             memory_resident,
             threads: member.offer.threads,
             pass_ms: place.map_or(0.0, |k| self.meter.stage_ms(k)),
@@ -102,6 +113,7 @@ impl Owner {
             connected: true,
             address: self.shared.link_addresses.first().cloned().unwrap_or_default(),
             layers,
+            standby: Vec::new(),
             state: state.to_owned(),
             loaded,
             memory_offered: self.options.memory,

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use brigade_base::ByteSize;
 use brigade_net::{Link, TcpLink};
-use brigade_protocol::control::{DEAD_AFTER_MS, HEARTBEAT_MS, Offer, ToCoordinator, ToWorker};
+use brigade_protocol::control::{DEAD_AFTER_MS, HEARTBEAT_MS, Offer, Progress, ToCoordinator, ToWorker};
 use brigade_protocol::kind;
 
 use crate::threads::lock;
@@ -22,11 +22,15 @@ pub(super) struct WorkerLink {
 }
 
 /// What the heartbeat tells of a worker.
-#[derive(Default)]
+#[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Pulse {
     pub(super) asked: Option<(u64, Instant)>,
     pub(super) rtt_ms: f32,
     pub(super) resident: ByteSize,
+    /// What its stages have done.
+    pub(super) progress: Progress,
+    /// When that was more than before.
+    pub(super) moved: Option<Instant>,
 }
 
 /// The address under which the coordinator sees a worker is one that others may reach too.
@@ -41,15 +45,28 @@ pub(super) fn with_seen_address(mut offer: Offer, seen_as: &str) -> Offer {
     offer
 }
 
-pub(super) fn read_worker(link: &dyn Link, pulse: &Mutex<Pulse>, tell: impl Fn(ToCoordinator)) -> String {
+pub(super) fn read_worker(
+    link: &dyn Link,
+    pulse: &Mutex<Pulse>,
+    heard: &dyn Fn(),
+    tell: impl Fn(ToCoordinator),
+) -> String {
     let mut buf = Vec::new();
     loop {
         let deadline = Instant::now() + Duration::from_millis(DEAD_AFTER_MS);
-        match link.recv(&mut buf, Some(deadline)) {
+        let received = link.recv(&mut buf, Some(deadline));
+        if received.is_ok() {
+            heard();
+        }
+        match received {
             Ok(kind::CONTROL) => match ToCoordinator::decode(&buf) {
-                Ok(ToCoordinator::Pong { nonce, resident }) => {
+                Ok(ToCoordinator::Pong { nonce, resident, progress }) => {
                     let mut pulse = lock(pulse);
                     pulse.resident = resident;
+                    if pulse.progress.steps != progress.steps {
+                        pulse.moved = Some(Instant::now());
+                    }
+                    pulse.progress = progress;
                     if let Some((_, at)) = pulse.asked.filter(|(asked, _)| *asked == nonce) {
                         pulse.rtt_ms = at.elapsed().as_secs_f32() * 1000.0;
                     }

@@ -202,6 +202,10 @@ pub struct LoadMetrics {
 pub struct RingMetrics {
     /// Between stages.
     pub hop: HopMetrics,
+    /// Rings that were lost.
+    pub losses: Counter,
+    /// From losing a ring to a pass that goes around again.
+    pub pause: Histogram,
     stage_busy: Series<StageLabels, Seconds>,
     stage_pass: Series<StageLabels, Histogram>,
     stage_rows_per_pass: Series<StageLabels, Histogram>,
@@ -313,6 +317,12 @@ impl RingMetrics {
     fn new(m: &mut Maker) -> Self {
         Self {
             hop: m.hop(),
+            losses: m.zero("ring_losses", "Times that a ring which answered was lost or placed anew"),
+            pause: m.histogram(
+                "recovery_seconds",
+                "From losing a ring to the first pass that goes around another one",
+                TOKEN_SECONDS,
+            ),
             stage_busy: m.series("stage_busy_seconds", "Time that a stage computed", Seconds::default),
             stage_pass: m.series("stage_pass_seconds", "Computing time of the batch that a pass was part of", || {
                 Histogram::new(STAGE_SECONDS)

@@ -18,7 +18,7 @@ mod windows;
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use brigade_base::{Epoch, SessionId};
 use brigade_net::LinkStats;
@@ -31,7 +31,7 @@ use self::pass::Costs;
 pub use self::pass::PassReport;
 use self::traces::{PassInfo, State, Traces, Track};
 use self::windows::{Busy, Hop, Hops, Speed, quantile};
-use crate::serving::{HopParts, Request};
+use crate::serving::{HopParts, Recovery, Request};
 use crate::threads::{lock, micros};
 use crate::trace::RequestTrace;
 
@@ -111,6 +111,8 @@ struct Inner {
     /// By the stage that they lead to; none in a ring of one stage.
     links: Vec<RingLink>,
     traces: Traces,
+    recoveries: u64,
+    last_recovery: Option<Recovery>,
 }
 
 /// A stage of the present placement.
@@ -309,6 +311,32 @@ impl Meter {
         inner.nodes = stages.into();
         inner.speed = Speed::default();
         inner.hops = Hops::default();
+    }
+
+    /// A ring that answered is lost.
+    pub fn lost(&self, reason: &str) {
+        self.metrics.ring.losses.inc();
+        self.lock().last_recovery = Some(Recovery { reason: reason.to_owned(), pause_ms: 0.0 });
+    }
+
+    /// A pass went around again, so long after a ring was lost.
+    pub fn recovered(&self, pause: Duration) {
+        self.metrics.ring.pause.observe(pause.as_secs_f64());
+        let mut inner = self.lock();
+        inner.recoveries += 1;
+        if let Some(last) = &mut inner.last_recovery {
+            last.pause_ms = pause.as_secs_f32() * 1000.0;
+        }
+    }
+
+    /// How often the answers went on in another ring.
+    pub fn recoveries(&self) -> u64 {
+        self.lock().recoveries
+    }
+
+    /// The last loss of a ring.
+    pub fn last_recovery(&self) -> Option<Recovery> {
+        self.lock().last_recovery.clone()
     }
 
     /// Notes what went over one of the coordinator's own links so far, and how many frames wait to be sent there. Links

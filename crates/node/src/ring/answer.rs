@@ -48,40 +48,64 @@ impl Answer {
             return Chosen::Ended(self.finish(FinishReason::Stop));
         }
         let bytes = vocabulary.token_bytes(token, false);
-        let logprobs = self.wishes.logprobs.map(|n_top| logprob(logits, token, n_top, vocabulary));
+        let logprob = self.wishes.logprobs.map(|n_top| logprob(logits, token, n_top, vocabulary));
         let assembled = self.text.push(&bytes);
-        if !assembled.text.is_empty() || logprobs.is_some() {
-            let _ = self.events.send(Event::Delta { text: assembled.text, logprobs: logprobs.into_iter().collect() });
-        }
+        let position = self.usage.completion_tokens - 1;
+        self.tell(Event::Token { position, token, text: assembled.text, logprob });
         if assembled.stopped {
             return Chosen::Ended(self.done(FinishReason::Stop));
         }
-        if self.wishes.max_tokens.is_some_and(|most| self.usage.completion_tokens >= most) {
-            return Chosen::Ended(self.finish(FinishReason::Length));
+        match self.is_long_enough() {
+            true => Chosen::Ended(self.finish(FinishReason::Length)),
+            false => Chosen::GoOn(token),
         }
-        Chosen::GoOn(token)
+    }
+
+    fn is_long_enough(&self) -> bool {
+        self.wishes.max_tokens.is_some_and(|most| self.usage.completion_tokens >= most)
+    }
+
+    /// Takes in tokens that were chosen and told elsewhere, so that the next one follows them. If nothing follows them,
+    /// tells that and returns how the answer ended; `is_full` says that they fill the context.
+    pub(super) fn retrace(&mut self, told: &[Token], is_full: bool, vocabulary: &Vocabulary) -> Option<End> {
+        let mut stopped = false;
+        for token in told {
+            self.sampler.accept(*token);
+            self.usage.completion_tokens += 1;
+            stopped |= self.text.push(&vocabulary.token_bytes(*token, false)).stopped;
+        }
+        match stopped {
+            true => Some(self.done(FinishReason::Stop)),
+            false if self.is_long_enough() || is_full && !told.is_empty() => Some(self.finish(FinishReason::Length)),
+            false => None,
+        }
     }
 
     /// Tells what is still held, and the end.
     pub(super) fn finish(&mut self, reason: FinishReason) -> End {
         let rest = self.text.finish();
         if !rest.is_empty() {
-            let _ = self.events.send(Event::Delta { text: rest, logprobs: Vec::new() });
+            self.tell(Event::Text { text: rest });
         }
         self.done(reason)
     }
 
     fn done(&mut self, reason: FinishReason) -> End {
-        let _ = self.events.send(Event::Done { reason, usage: self.usage });
+        self.tell(Event::Done { reason, usage: self.usage });
         match reason {
             FinishReason::Stop => End::Stop,
             FinishReason::Length => End::Length,
         }
     }
 
+    /// Tells its caller, if he is still there.
+    pub(super) fn tell(&self, event: Event) {
+        let _ = self.events.send(event);
+    }
+
     /// Tells that it cannot be completed.
     pub(super) fn fail(&self, failure: Failure) {
-        let _ = self.events.send(Event::Failed(failure));
+        self.tell(Event::Failed(failure));
     }
 }
 

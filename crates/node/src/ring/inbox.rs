@@ -5,7 +5,7 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use brigade_base::TenantId;
+use brigade_base::{TenantId, Token};
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::serving::{Event, Failure, Request};
@@ -17,12 +17,20 @@ pub enum Happening {
     Submission(Box<Submission>),
     /// The last worker's link has one more frame, or has ended.
     Frame,
+    /// There is a connection, or something to look at.
+    Wake,
+    /// Send nothing more until the next ring; it is told when nothing is on its way.
+    Drain,
+    /// The thread is to end; this is what callers hear.
+    Stop(Failure),
 }
 
 /// A request on its way into the ring.
 pub struct Submission {
     /// What is asked.
     pub request: Request,
+    /// Tokens of its answer that were chosen and told elsewhere; the answer goes on behind them.
+    pub answer: Vec<Token>,
     /// When.
     pub at: Instant,
     /// Who hears the answer.
@@ -78,40 +86,24 @@ impl Drop for OpenCount {
     }
 }
 
-/// The way into the ring that runs, if one does.
-pub struct Submissions(Mutex<(Option<Sender<Happening>>, Failure)>);
+/// The way to the ring's thread.
+#[derive(Clone)]
+pub struct Submissions(Sender<Happening>);
 
 impl Submissions {
-    /// No way in yet.
-    pub fn new() -> Self {
-        Self(Mutex::new((None, Failure::Stopping)))
+    /// Into the inbox of which `sender` is the other end.
+    pub fn new(sender: Sender<Happening>) -> Self {
+        Self(sender)
     }
 
-    /// A new way in; the old one ends.
-    pub fn open(&self, sender: Sender<Happening>) {
-        *lock(&self.0) = (Some(sender), Failure::PlacementLost("the model is placed anew".to_owned()));
+    /// Tells the thread something. False if it has ended.
+    pub fn tell(&self, happening: Happening) -> bool {
+        self.0.send(happening).is_ok()
     }
 
-    /// No way in, and what those who are in will hear: the first reason, if there are several.
-    pub fn close(&self, failure: Failure) {
-        self.end(Some(failure));
-    }
-
-    /// No way in any more, if there still was one; returns what those who are in are to hear.
-    pub fn end(&self, failure: Option<Failure>) -> Failure {
-        let mut inner = lock(&self.0);
-        if inner.0.take().is_some()
-            && let Some(failure) = failure
-        {
-            inner.1 = failure;
-        }
-        inner.1.clone()
-    }
-
-    /// Hands a request to the ring. False if there is none.
+    /// Hands a request to it. False if it has ended.
     pub fn send(&self, submission: Submission) -> bool {
-        let happening = Happening::Submission(Box::new(submission));
-        lock(&self.0).0.as_ref().is_some_and(|sender| sender.send(happening).is_ok())
+        self.tell(Happening::Submission(Box::new(submission)))
     }
 }
 

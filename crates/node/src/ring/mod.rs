@@ -1,12 +1,18 @@
-//! The coordinator's side of the ring: schedule, run, postprocess.
+//! The coordinator's side of the ring: schedule, run, postprocess; and go on in the next one.
 //!
-//! One thread owns the tail stage, the link to the first worker, and every session. Each turn it takes what came in,
-//! sends as many passes as the scheduler has, waits for the oldest to come back, computes the tail, chooses tokens
-//! and tells the callers. While it waits it takes requests, so that a prompt starts at once where a stage is free. A
-//! ring of one stage is the same without links.
+//! One thread owns every session and the scheduler for as long as the coordinator runs. It gets a [`Connection`] for
+//! each placement: the tail stage and the links. With one, each turn takes what came in, sends as many passes as the
+//! scheduler has, waits for the oldest to come back, computes the tail, chooses tokens and tells the callers. While it
+//! waits it takes requests, so that a prompt starts at once where a stage is free. A ring of one stage is the same
+//! without links.
+//!
+//! When a ring is lost its tail goes back to the owner loop, and the sessions wait for the next connection. The
+//! scheduler then has computed again what the stages do not hold any more; samplers and texts stay as they were, so no
+//! token is told twice and none is missing. Only if no ring comes about in time do the sessions end with an error.
 //!
 //! - `inbox.rs`: the one queue that the thread sleeps on.
 //! - `answer.rs`: a session's sampler, text and caller.
+//! - `watch.rs`: which pass is awaited, and since when, for the owner loop, which looks whether it is stuck.
 //! - What travels when is decided by [`Scheduler`]; what happened is told to the [`Meter`].
 
 use std::collections::{HashMap, VecDeque};
@@ -15,18 +21,20 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use brigade_base::{SessionId, TenantId};
+use brigade_base::{DeploymentId, Epoch, PassId, SessionId};
 use brigade_engine::Sampler;
-use brigade_protocol::frame::{Attach, FrameHead, KvStep, RowSet};
+use brigade_protocol::control::Held;
+use brigade_protocol::frame::{FrameHead, KvStep, RowSet};
 use brigade_protocol::schedule::{Arrival, Limits, Notice, Output, Pass, Scheduler};
 
 use self::answer::{Answer, Chosen, Wishes};
 pub use self::inbox::{Happening, Open, Submission, Submissions};
+pub use self::watch::Watch;
 use crate::incoming::{Incoming, IncomingEnd};
 use crate::loaded::LoadedStage;
 use crate::meter::{End, Load, Meter, PassReport};
 use crate::model::LocalModel;
-use crate::outgoing::Outgoing;
+use crate::outgoing::{Outgoing, Shadow};
 use crate::serving::{Event, Failure, FinishReason, Request, Usage};
 use crate::stage_pass::PassError;
 use crate::text::Assembler;
@@ -34,11 +42,12 @@ use crate::threads::micros;
 
 mod answer;
 mod inbox;
+mod watch;
 
 /// How often the links are asked what they carried.
 const LINK_POLL: Duration = Duration::from_millis(250);
 
-/// How long an idle ring sleeps before it looks whether it should end.
+/// How long an idle thread sleeps before it looks whether its ring should end.
 const IDLE_POLL: Duration = Duration::from_millis(50);
 
 /// Why a ring ended.
@@ -62,7 +71,7 @@ pub trait Tail {
     ///
     /// # Errors
     /// If the stage does not hold what the pass builds on, or the engine fails.
-    fn run(&mut self, sets: &[RowSet], hidden: &mut [f32], logits: &mut Vec<f32>) -> Result<(), PassError>;
+    fn run(&mut self, pass: PassId, sets: &[RowSet], hidden: &mut [f32], logits: &mut Vec<f32>) -> Result<(), PassError>;
 }
 
 impl Tail for LoadedStage {
@@ -70,8 +79,10 @@ impl Tail for LoadedStage {
         self.runner.apply(steps)
     }
 
-    fn run(&mut self, sets: &[RowSet], hidden: &mut [f32], logits: &mut Vec<f32>) -> Result<(), PassError> {
-        self.runner.run(sets, hidden, logits)
+    fn run(&mut self, pass: PassId, sets: &[RowSet], hidden: &mut [f32], logits: &mut Vec<f32>) -> Result<(), PassError> {
+        self.runner.run(sets, hidden, logits)?;
+        self.runner.note_applied(pass);
+        Ok(())
     }
 }
 
@@ -79,28 +90,58 @@ impl Tail for LoadedStage {
 pub struct RingLinks {
     /// To the first worker.
     pub first: Outgoing,
+    /// To who stands by for the first worker's stage, and wants the same frames.
+    pub shadow: Option<Shadow>,
     /// From the last one; tells the inbox of each frame.
     pub last: Incoming,
 }
 
-/// What a ring is made of.
-pub struct Ring<T> {
-    /// The placement it belongs to.
-    pub attach: Attach,
-    /// Token embeddings and vocabulary.
-    pub model: Arc<LocalModel>,
+/// A ring that stands.
+pub struct Connection<T> {
+    /// The deployment.
+    pub deployment: DeploymentId,
+    /// Its epoch.
+    pub epoch: Epoch,
     /// The coordinator's own stage.
     pub tail: T,
     /// Missing where the coordinator holds the whole model.
     pub links: Option<RingLinks>,
-    /// Requests, and frames that come back.
-    pub inbox: Receiver<Happening>,
     /// What bounds the passes.
     pub limits: Limits,
+    /// What all stages hold still; `None` if one of them holds nothing.
+    pub held: Option<Held>,
     /// Tells it to end.
     pub stop: Arc<AtomicBool>,
+}
+
+/// What the ring's thread tells the owner loop.
+pub enum News<T> {
+    /// A first pass went around; requests are answered from now on.
+    WentAround(Epoch),
+    /// No pass is on its way any more, as was asked.
+    Drained(Epoch),
+    /// The ring has ended.
+    Ended(Epoch, Box<T>, RingEnd),
+}
+
+/// What the thread is started with.
+pub struct RingOptions<T> {
+    /// Token embeddings and vocabulary.
+    pub model: Arc<LocalModel>,
     /// What is told of it.
     pub meter: Arc<Meter>,
+    /// Requests, and word of what else there is.
+    pub inbox: Receiver<Happening>,
+    /// Rings, each after [`Happening::Wake`].
+    pub connections: Receiver<Connection<T>>,
+    /// The owner loop's ear.
+    pub tell: Box<dyn Fn(News<T>) + Send>,
+    /// Where it says what it waits for.
+    pub watch: Arc<Watch>,
+    /// Slots and their size.
+    pub limits: Limits,
+    /// How long sessions wait for another ring.
+    pub wait_for_capacity: Duration,
 }
 
 /// A pass that has not come back.
@@ -122,9 +163,27 @@ struct Back {
     decoded: Instant,
 }
 
-/// A running ring.
-struct Running<'a, T> {
-    ring: &'a mut Ring<T>,
+/// When the last ring was lost, and why.
+struct Lost {
+    at: Instant,
+    why: String,
+}
+
+/// Sessions and the ring that carries them.
+pub struct Ring<T> {
+    model: Arc<LocalModel>,
+    meter: Arc<Meter>,
+    inbox: Receiver<Happening>,
+    connections: Receiver<Connection<T>>,
+    tell: Box<dyn Fn(News<T>) + Send>,
+    watch: Arc<Watch>,
+    wait_for_capacity: Duration,
+    connection: Option<Connection<T>>,
+    /// No further passes are sent.
+    holds_back: bool,
+    /// The owner loop wants to know when none is on its way.
+    drains: bool,
+    lost: Option<Lost>,
     scheduler: Scheduler,
     sent: VecDeque<Sent>,
     answers: HashMap<SessionId, Answer>,
@@ -138,56 +197,37 @@ struct Running<'a, T> {
     logits: Vec<f32>,
 }
 
-type Outcome = Result<(), RingEnd>;
+/// What ends a turn early.
+enum Interrupt {
+    /// The ring has ended.
+    Ring(RingEnd),
+    /// The thread is to end; callers hear this.
+    Stop(Failure),
+}
+
+type Outcome<V = ()> = Result<V, Interrupt>;
+
+fn broke(why: impl Into<String>) -> Interrupt {
+    Interrupt::Ring(RingEnd::Broke(why.into()))
+}
 
 impl<T: Tail> Ring<T> {
-    /// Sends one token around, so that every stage, link and the head have been used once.
-    ///
-    /// # Errors
-    /// If it does not come back whole.
-    pub fn probe(&mut self) -> Result<(), RingEnd> {
-        let token = self.model.vocabulary().bos().unwrap_or(0);
-        let mut running = self.running();
-        let (id, prompt) = (SessionId(0), vec![token]);
-        let (tenant, at) = (TenantId(0), Instant::now());
-        let arrival = Arrival { id, prompt, tenant, priority: 0, at, deadline: None };
-        running.scheduler.admit(arrival).map_err(|error| RingEnd::Broke(error.to_string()))?;
-        let pass =
-            running.scheduler.next_pass().ok_or_else(|| RingEnd::Broke("there is no pass to send".to_owned()))?;
-        running.send(pass)?;
-        let back = running.receive()?;
-        running.run_tail(&back)?;
-        // Forgotten again, so that the scheduler that serves may begin with empty slots.
-        let forget = RowSet { slot: 0, keep: 0, n_rows: 0, n_outputs: 0 };
-        running.send(Pass { id: back.sent.pass.id.next(), sets: vec![forget], ..Pass::default() })?;
-        let back = running.receive()?;
-        running.run_tail(&back)
-    }
-
-    /// Serves until it breaks or is stopped. Every session has heard its end when this returns. `close` is called once,
-    /// with what broke if something did: it lets no more submissions in and says what to tell those who are.
-    pub fn run(&mut self, close: &dyn Fn(Option<Failure>) -> Failure) -> RingEnd {
-        let mut running = self.running();
-        let end = loop {
-            if let Err(end) = running.turn() {
-                break end;
-            }
-        };
-        // Whoever stops a ring closes its links and cancels its stage, which then look broken.
-        let end = if running.ring.stop.load(Ordering::Relaxed) { RingEnd::Stopped } else { end };
-        let failure = match &end {
-            RingEnd::Stopped => close(None),
-            RingEnd::Broke(why) => close(Some(Failure::PlacementLost(why.clone()))),
-        };
-        running.fail_all(&failure);
-        self.meter.load(Load::default());
-        end
-    }
-
-    fn running(&mut self) -> Running<'_, T> {
-        Running {
-            scheduler: Scheduler::new(self.limits),
-            ring: self,
+    /// No sessions and no ring yet.
+    pub fn new(options: RingOptions<T>) -> Self {
+        let RingOptions { model, meter, inbox, connections, tell, watch, limits, wait_for_capacity } = options;
+        Self {
+            model,
+            meter,
+            inbox,
+            connections,
+            tell,
+            watch,
+            wait_for_capacity,
+            connection: None,
+            holds_back: false,
+            drains: false,
+            lost: None,
+            scheduler: Scheduler::new(limits),
             sent: VecDeque::new(),
             answers: HashMap::new(),
             next_session: SessionId(1),
@@ -199,18 +239,96 @@ impl<T: Tail> Ring<T> {
             logits: Vec::new(),
         }
     }
-}
 
-impl<T: Tail> Running<'_, T> {
-    fn turn(&mut self) -> Outcome {
-        if self.ring.stop.load(Ordering::Relaxed) {
-            return Err(RingEnd::Stopped);
+    /// Runs until it is stopped. Every session has heard its end when this returns.
+    pub fn run(mut self) {
+        let failure = loop {
+            let turn = if self.connection.is_some() { self.turn() } else { self.wait() };
+            match turn {
+                Ok(()) => {}
+                Err(Interrupt::Ring(end)) => self.disconnect(end),
+                Err(Interrupt::Stop(failure)) => break failure,
+            }
+        };
+        self.disconnect(RingEnd::Stopped);
+        self.fail_all(&failure);
+        self.meter.load(Load::default());
+    }
+
+    /// Takes what comes while there is no ring.
+    fn wait(&mut self) -> Outcome {
+        match self.inbox.recv_timeout(IDLE_POLL) {
+            Ok(happening) => self.heed(happening)?,
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return Err(Interrupt::Stop(Failure::Stopping)),
         }
-        self.take_submissions()?;
+        self.end_unwanted();
+        if let Some(lost) = self.lost.as_ref().filter(|lost| lost.at.elapsed() >= self.wait_for_capacity) {
+            let waited = self.wait_for_capacity.as_secs_f32();
+            let why = format!("{}, and within {waited} s nothing took its place", lost.why);
+            self.fail_all(&Failure::PlacementLost(why));
+            self.tell_load();
+        }
+        match self.connections.try_recv() {
+            Ok(connection) => self.connect(connection),
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// Lets the sessions go on in a new ring, once a first pass went around.
+    fn connect(&mut self, connection: Connection<T>) -> Outcome {
+        let Connection { epoch, limits, .. } = connection;
+        self.scheduler.recover(limits, connection.held.as_ref());
+        // Where all stages go on, they have computed before; a row would cost a session what its slot holds.
+        let token = connection.held.is_none().then(|| self.model.vocabulary().bos().unwrap_or(0));
+        self.connection = Some(connection);
+        (self.holds_back, self.drains) = (true, false);
+        let probe = self.scheduler.probe(token);
+        self.send(probe)?;
+        let back = self.receive()?;
+        self.run_tail(&back)?;
+        self.holds_back = false;
+        if let Some(lost) = self.lost.take() {
+            self.meter.recovered(lost.at.elapsed());
+            self.answers.values().for_each(|answer| answer.tell(Event::Resumed));
+        }
+        (self.tell)(News::WentAround(epoch));
+        Ok(())
+    }
+
+    /// Gives the tail back; the sessions wait.
+    fn disconnect(&mut self, end: RingEnd) {
+        let Some(Connection { epoch, tail, links, stop, .. }) = self.connection.take() else { return };
+        // Whoever stops a ring closes its links and cancels its stage, which then look broken.
+        let end = if stop.load(Ordering::Relaxed) { RingEnd::Stopped } else { end };
+        drop(links);
+        self.sent.clear();
+        self.watch.set(None);
+        let why = match &end {
+            RingEnd::Stopped => "the model is placed anew".to_owned(),
+            RingEnd::Broke(why) => why.clone(),
+        };
+        if self.lost.is_none() {
+            self.answers.values().for_each(|answer| answer.tell(Event::Paused { why: why.clone() }));
+            self.meter.lost(&why);
+            self.lost = Some(Lost { at: Instant::now(), why });
+        }
+        self.tell_load();
+        (self.tell)(News::Ended(epoch, Box::new(tail), end));
+    }
+
+    fn turn(&mut self) -> Outcome {
+        if self.connection.as_ref().is_some_and(|connection| connection.stop.load(Ordering::Relaxed)) {
+            return Err(Interrupt::Ring(RingEnd::Stopped));
+        }
+        self.take_happenings()?;
         self.end_unwanted();
         self.ask_links();
         self.send_passes()?;
         if self.sent.is_empty() {
+            if let (true, Some(connection)) = (std::mem::take(&mut self.drains), &self.connection) {
+                (self.tell)(News::Drained(connection.epoch));
+            }
             return Ok(());
         }
         let back = self.receive()?;
@@ -220,63 +338,74 @@ impl<T: Tail> Running<'_, T> {
     }
 
     /// Takes what has come in; an idle ring sleeps here.
-    fn take_submissions(&mut self) -> Outcome {
-        if self.sent.is_empty() && self.answers.is_empty() {
-            match self.ring.inbox.recv_timeout(IDLE_POLL) {
-                Ok(Happening::Submission(submission)) => self.begin(*submission),
+    fn take_happenings(&mut self) -> Outcome {
+        if self.sent.is_empty() && (self.answers.is_empty() || self.holds_back) {
+            match self.inbox.recv_timeout(IDLE_POLL) {
                 Ok(Happening::Frame) => return self.unasked(),
-                Err(RecvTimeoutError::Disconnected) => return Err(RingEnd::Stopped),
+                Ok(happening) => self.heed(happening)?,
+                Err(RecvTimeoutError::Disconnected) => return Err(Interrupt::Stop(Failure::Stopping)),
                 Err(RecvTimeoutError::Timeout) => return Ok(()),
             }
         }
         // Frames wait in their own queue, and are taken from there while any is expected.
-        while let Ok(happening) = self.ring.inbox.try_recv() {
-            if let Happening::Submission(submission) = happening {
-                self.begin(*submission);
-            }
+        while let Ok(happening) = self.inbox.try_recv() {
+            self.heed(happening)?;
+        }
+        Ok(())
+    }
+
+    fn heed(&mut self, happening: Happening) -> Outcome {
+        match happening {
+            Happening::Submission(submission) => self.begin(*submission),
+            Happening::Drain => (self.holds_back, self.drains) = (true, true),
+            Happening::Stop(failure) => return Err(Interrupt::Stop(failure)),
+            Happening::Frame | Happening::Wake => {}
         }
         Ok(())
     }
 
     /// A frame or the end of the link while no pass is on its way.
     fn unasked(&self) -> Outcome {
-        let Some(links) = &self.ring.links else { return Ok(()) };
+        let Some(links) = self.connection.as_ref().and_then(|connection| connection.links.as_ref()) else { return Ok(()) };
         match links.last.try_recv() {
             Ok(None) => Ok(()),
-            Ok(Some(_)) => Err(RingEnd::Broke("the last stage sent a frame that nobody asked for".to_owned())),
-            Err(end) => Err(RingEnd::Broke(format!("the last stage is gone: {end}"))),
+            Ok(Some(_)) => Err(broke("the last stage sent a frame that nobody asked for")),
+            Err(end) => Err(broke(format!("the last stage is gone: {end}"))),
         }
     }
 
     fn begin(&mut self, submission: Submission) {
-        let Submission { request, at, events, open } = submission;
+        let Submission { request, answer: told, at, events, open } = submission;
         let id = self.next_session;
         self.next_session = id.next();
-        let meter = Arc::clone(&self.ring.meter);
+        let meter = Arc::clone(&self.meter);
         meter.received(id, &request, at);
         let Request { prompt, tenant, priority, timeout, max_tokens, sampling, stop, logprobs, ignore_end, .. } =
             request;
         let usage = Usage { prompt_tokens: prompt.len() as u32, ..Usage::default() };
-        let n_vocab = self.ring.model.architecture().n_vocab;
         let refuse = |why: String| {
             let _ = events.send(Event::Failed(Failure::Engine(why)));
             meter.ended(id, End::Error, Instant::now());
         };
-        let sampler = match Sampler::new(&sampling, n_vocab) {
+        let sampler = match Sampler::new(&sampling, self.model.architecture().n_vocab) {
             Ok(sampler) => sampler,
             Err(error) => return refuse(error.to_string()),
         };
-        if max_tokens == Some(0) {
-            let _ = events.send(Event::Done { reason: FinishReason::Length, usage });
-            return meter.ended(id, End::Length, Instant::now());
-        }
-        let deadline = timeout.and_then(|timeout| at.checked_add(timeout));
-        if let Err(error) = self.scheduler.admit(Arrival { id, prompt, tenant, priority, at, deadline }) {
-            return refuse(error.to_string());
-        }
         let wishes = Wishes { max_tokens, logprobs, ignore_end };
         let text = Assembler::new(stop);
-        let answer = Answer { wishes, events, sampler, text, usage, has_started: false, timeout, _open: open };
+        let mut answer = Answer { wishes, events: events.clone(), sampler, text, usage, has_started: false, timeout, _open: open };
+        let is_full = prompt.len() + told.len() >= self.scheduler.context() as usize;
+        if let Some(end) = answer.retrace(&told, is_full, self.model.vocabulary()) {
+            return meter.ended(id, end, Instant::now());
+        }
+        let deadline = timeout.and_then(|timeout| at.checked_add(timeout));
+        let arrival = Arrival { id, prompt, answer: told, tenant, priority, at, deadline };
+        if let Err(error) = self.scheduler.admit(arrival) {
+            return refuse(error.to_string());
+        }
+        if let Some(lost) = &self.lost {
+            answer.tell(Event::Paused { why: lost.why.clone() });
+        }
         self.answers.insert(id, answer);
     }
 
@@ -297,59 +426,63 @@ impl<T: Tail> Running<'_, T> {
     fn end(&mut self, id: SessionId, end: End) {
         self.scheduler.end(id);
         self.answers.remove(&id);
-        self.ring.meter.ended(id, end, Instant::now());
+        self.meter.ended(id, end, Instant::now());
     }
 
     /// Tells all callers, those too who are not in yet, that nothing more comes.
     fn fail_all(&mut self, failure: &Failure) {
-        while let Ok(happening) = self.ring.inbox.try_recv() {
+        while let Ok(happening) = self.inbox.try_recv() {
             if let Happening::Submission(submission) = happening {
-                let id = self.next_session;
-                self.next_session = id.next();
-                self.ring.meter.received(id, &submission.request, submission.at);
-                let _ = submission.events.send(Event::Failed(failure.clone()));
-                self.ring.meter.ended(id, End::Error, Instant::now());
+                self.begin(*submission);
             }
         }
-        for (id, answer) in self.answers.drain() {
-            answer.fail(failure.clone());
-            self.ring.meter.ended(id, End::Error, Instant::now());
+        let ids: Vec<SessionId> = self.answers.keys().copied().collect();
+        for id in ids {
+            if let Some(answer) = self.answers.get(&id) {
+                answer.fail(failure.clone());
+            }
+            self.end(id, End::Error);
         }
     }
 
     fn send_passes(&mut self) -> Outcome {
-        while let Some(pass) = self.scheduler.next_pass() {
+        while !self.holds_back
+            && let Some(pass) = self.scheduler.next_pass()
+        {
             self.send(pass)?;
         }
         self.heed_notices();
+        self.tell_load();
+        Ok(())
+    }
+
+    fn tell_load(&self) {
         let (images, image_tokens) = self.scheduler.n_images();
-        self.ring.meter.load(Load {
+        self.meter.load(Load {
             running: self.scheduler.n_running(),
             waiting: self.scheduler.n_waiting(),
             kv_tokens: self.scheduler.kv_tokens(),
-            kv_capacity: u64::from(self.ring.limits.n_slots) * u64::from(self.ring.limits.context),
+            kv_capacity: self.scheduler.kv_capacity(),
             images,
             image_tokens,
         });
-        Ok(())
     }
 
     /// Tells what the coordinator's own links carried, now and then.
     fn ask_links(&mut self) {
-        let Some(links) = &self.ring.links else { return };
+        let Some(Connection { links: Some(links), limits, .. }) = &self.connection else { return };
         if self.links_asked.elapsed() < LINK_POLL {
             return;
         }
         self.links_asked = Instant::now();
-        let n_workers = self.ring.limits.n_stages as usize - 1;
-        self.ring.meter.link(0, links.first.stats(), links.first.queued());
-        self.ring.meter.link(n_workers, links.last.stats(), 0);
+        self.meter.link(0, links.first.stats(), links.first.queued());
+        self.meter.link(limits.n_stages as usize - 1, links.last.stats(), 0);
     }
 
     /// Passes on what the scheduler has decided.
     fn heed_notices(&mut self) {
         let now = Instant::now();
-        let meter = &self.ring.meter;
+        let meter = &self.meter;
         for notice in self.scheduler.take_notices() {
             match notice {
                 Notice::Started { session, cached } => {
@@ -368,46 +501,58 @@ impl<T: Tail> Running<'_, T> {
     }
 
     fn send(&mut self, pass: Pass) -> Outcome {
-        let ring = &*self.ring;
+        let Some(connection) = &self.connection else { return Ok(()) };
         let at = Instant::now();
         let alone = self.sent.is_empty();
         let mut hidden = Vec::new();
-        let rows = if ring.links.is_some() { &mut self.hidden } else { &mut hidden };
+        let rows = if connection.links.is_some() { &mut self.hidden } else { &mut hidden };
         rows.clear();
         if !pass.tokens.is_empty() {
-            ring.model
-                .embed(&pass.tokens, rows, &mut self.embedded)
-                .map_err(|error| RingEnd::Broke(error.to_string()))?;
+            self.model.embed(&pass.tokens, rows, &mut self.embedded).map_err(|error| broke(error.to_string()))?;
         }
         let embed = at.elapsed();
-        if let Some(links) = &ring.links {
-            self.head.deployment = ring.attach.deployment;
-            self.head.epoch = ring.attach.epoch;
+        if let Some(links) = &connection.links {
+            self.head.deployment = connection.deployment;
+            self.head.epoch = connection.epoch;
             self.head.pass = pass.id;
             self.head.steps.clear();
             self.head.steps.extend(pass.steps.iter().map(|step| (*step, false)));
             self.head.sets.clone_from(&pass.sets);
             self.head.timings.clear();
-            self.head.n_embd = ring.model.architecture().n_embd;
+            self.head.n_embd = self.model.architecture().n_embd;
             self.head.encode(&mut self.header);
             links
                 .first
                 .send(&self.header, rows)
-                .map_err(|error| RingEnd::Broke(format!("the link to the first stage ended: {error}")))?;
+                .map_err(|error| broke(format!("the link to the first stage ended: {error}")))?;
+            if let Some(shadow) = &links.shadow {
+                shadow.send(&self.header, rows);
+            }
         }
         if !alone && let Some(last) = self.sent.back_mut() {
             last.alone = false;
         }
         self.sent.push_back(Sent { pass, at, embed, write: at.elapsed() - embed, alone, hidden });
+        if alone {
+            self.await_front(at);
+        }
         Ok(())
+    }
+
+    /// Says which pass is awaited now, where others compute it.
+    fn await_front(&self, since: Instant) {
+        let has_links = self.connection.as_ref().is_some_and(|connection| connection.links.is_some());
+        let front = self.sent.front().filter(|_| has_links);
+        self.watch.set(front.map(|sent| (sent.pass.id, sent.pass.tokens.len() as u32, since.max(sent.at))));
     }
 
     /// Waits for the oldest pass; its hidden states are then in the buffers. Requests that come meanwhile begin at
     /// once.
-    fn receive(&mut self) -> Result<Back, RingEnd> {
-        let nothing = || RingEnd::Broke("a pass came back that was never sent".to_owned());
+    fn receive(&mut self) -> Outcome<Back> {
+        let nothing = || broke("a pass came back that was never sent");
         loop {
-            let Some(links) = &self.ring.links else {
+            let Some(connection) = &self.connection else { return Err(nothing()) };
+            let Some(links) = &connection.links else {
                 let mut sent = self.sent.pop_front().ok_or_else(nothing)?;
                 self.hidden = std::mem::take(&mut sent.hidden);
                 self.head.steps.clear();
@@ -416,8 +561,9 @@ impl<T: Tail> Running<'_, T> {
                 let now = Instant::now();
                 return Ok(Back { sent, read: Duration::ZERO, decoded: now });
             };
-            if let Some(mut frame) = links.last.try_recv().map_err(|end| self.link_ended(&end))? {
-                if frame.head.epoch != self.ring.attach.epoch {
+            let gone = |end: IncomingEnd| broke(format!("the last stage is gone: {end}"));
+            if let Some(mut frame) = links.last.try_recv().map_err(gone)? {
+                if frame.head.epoch != connection.epoch {
                     links.last.recycle(frame);
                     continue;
                 }
@@ -429,33 +575,31 @@ impl<T: Tail> Running<'_, T> {
                 let steps = self.head.steps.iter().map(|(step, _)| *step);
                 let is_it = self.head.pass == sent.pass.id && self.head.sets == sent.pass.sets;
                 if !is_it || !steps.eq(sent.pass.steps.iter().copied()) {
-                    return Err(RingEnd::Broke("a pass came back out of order or altered".to_owned()));
+                    return Err(broke("a pass came back out of order or altered"));
                 }
+                self.watch.back(decoded);
+                self.await_front(decoded);
                 return Ok(Back { sent, read: decoded - arrived, decoded });
             }
-            match self.ring.inbox.recv() {
-                Ok(Happening::Submission(submission)) => {
-                    self.begin(*submission);
-                    self.send_passes()?;
+            match self.inbox.recv() {
+                Ok(happening) => {
+                    let is_new = matches!(happening, Happening::Submission(_));
+                    self.heed(happening)?;
+                    if is_new {
+                        self.send_passes()?;
+                    }
                 }
-                Ok(Happening::Frame) => {}
-                Err(_) => return Err(RingEnd::Stopped),
+                Err(_) => return Err(Interrupt::Stop(Failure::Stopping)),
             }
         }
-    }
-
-    fn link_ended(&self, end: &IncomingEnd) -> RingEnd {
-        if self.ring.stop.load(Ordering::Relaxed) {
-            return RingEnd::Stopped;
-        }
-        RingEnd::Broke(format!("the last stage is gone: {end}"))
     }
 
     fn run_tail(&mut self, back: &Back) -> Outcome {
-        let failed = |error: PassError| RingEnd::Broke(format!("the coordinator's stage failed: {error}"));
-        let tail = &mut self.ring.tail;
-        tail.apply(&mut self.head.steps).map_err(failed)?;
-        tail.run(&back.sent.pass.sets, &mut self.hidden, &mut self.logits).map_err(failed)
+        let failed = |error: PassError| broke(format!("the coordinator's stage failed: {error}"));
+        let Some(connection) = &mut self.connection else { return Ok(()) };
+        let pass = &back.sent.pass;
+        connection.tail.apply(&mut self.head.steps).map_err(failed)?;
+        connection.tail.run(pass.id, &pass.sets, &mut self.hidden, &mut self.logits).map_err(failed)
     }
 
     /// Chooses a token for every session whose logits are here.
@@ -467,8 +611,8 @@ impl<T: Tail> Running<'_, T> {
         let outputs = self
             .scheduler
             .complete(pass.id, &stage_us, &failed)
-            .ok_or_else(|| RingEnd::Broke("a pass came back out of order".to_owned()))?;
-        self.ring.meter.pass(PassReport {
+            .ok_or_else(|| broke("a pass came back out of order"))?;
+        self.meter.pass(PassReport {
             pass: pass.id,
             rows: &pass.rows,
             n_rows: pass.tokens.len() as u32,
@@ -483,7 +627,7 @@ impl<T: Tail> Running<'_, T> {
             timings: &self.head.timings,
             alone: back.sent.alone,
         });
-        let n_vocab = self.ring.model.architecture().n_vocab as usize;
+        let n_vocab = self.model.architecture().n_vocab as usize;
         for output in outputs {
             self.choose(output, n_vocab)?;
         }
@@ -494,10 +638,10 @@ impl<T: Tail> Running<'_, T> {
         let Some(answer) = self.answers.get_mut(&output.session) else { return Ok(()) };
         let logits = self.logits.get(output.row * n_vocab..(output.row + 1) * n_vocab);
         let Some(logits) = logits else {
-            return Err(RingEnd::Broke("the head gave fewer logits than were asked for".to_owned()));
+            return Err(broke("the head gave fewer logits than were asked for"));
         };
-        let chosen = answer.choose(logits, output.position, self.ring.model.vocabulary());
-        self.ring.meter.token(output.session, Instant::now());
+        let chosen = answer.choose(logits, output.position, self.model.vocabulary());
+        self.meter.token(output.session, Instant::now());
         let end = match chosen {
             Chosen::GoOn(token) if self.scheduler.push(output, token) => return Ok(()),
             // The token that fills the context was told, but nothing can follow it.

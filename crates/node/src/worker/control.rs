@@ -1,8 +1,8 @@
 //! The thread that keeps a worker's control link up.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use brigade_net::{Identity, Link, Purpose, TcpLink, TicketSecret};
@@ -10,8 +10,11 @@ use brigade_protocol::control::{DEAD_AFTER_MS, MAX_CONTROL_BYTES, Offer, ToCoord
 use brigade_protocol::kind;
 
 use super::owner::Event;
+use crate::activity::Activity;
+use crate::council::CouncilHost;
 use crate::known::KnownCoordinator;
 use crate::system::resident_memory;
+use crate::threads::lock;
 
 /// First and longest pause before the coordinator is dialled again: soon for a restart, seldom for a night.
 const REDIAL: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(5));
@@ -19,10 +22,13 @@ const REDIAL: (Duration, Duration) = (Duration::from_millis(250), Duration::from
 /// Keeps the control link up.
 pub(super) struct Control {
     pub(super) identity: Arc<Identity>,
-    pub(super) known: KnownCoordinator,
+    pub(super) council: Arc<CouncilHost>,
+    /// Whom to dial; another one where the council says so.
+    pub(super) known: Arc<Mutex<KnownCoordinator>>,
     pub(super) secret: Option<TicketSecret>,
     pub(super) offer: Offer,
     pub(super) events: Sender<Event>,
+    pub(super) activity: Arc<Activity>,
     pub(super) stopping: Arc<AtomicBool>,
 }
 
@@ -33,13 +39,15 @@ impl Control {
         // Without a ticket this node was a member before: its coordinator may just be starting.
         let mut was_connected = self.secret.is_none();
         while !self.stopping.load(Ordering::Relaxed) {
-            match self.known.dial(&self.identity, Purpose::Control, self.secret.as_ref()) {
+            let known = lock(&self.known).clone();
+            match known.dial(&self.identity, Purpose::Control, self.secret.as_ref()) {
                 Ok(link) => {
                     was_connected = true;
                     pause = REDIAL.0;
                     // A member needs no ticket any more, and the ticket may expire.
                     self.secret = None;
                     let reason = self.converse(link);
+                    self.council.lost(known.node);
                     let _ = self.events.send(Event::Disconnected(reason));
                 }
                 Err(error) if !was_connected || error.is_final() => {
@@ -49,7 +57,12 @@ impl Control {
                 Err(error) => drop(self.events.send(Event::Unreachable(error.to_string()))),
             }
             let until = Instant::now() + pause;
-            while Instant::now() < until && !self.stopping.load(Ordering::Relaxed) {
+            let is_same = || lock(&self.known).node == known.node;
+            if !is_same() {
+                pause = REDIAL.0;
+                continue;
+            }
+            while Instant::now() < until && is_same() && !self.stopping.load(Ordering::Relaxed) {
                 std::thread::sleep(Duration::from_millis(50));
             }
             pause = (pause * 2).min(REDIAL.1);
@@ -65,16 +78,26 @@ impl Control {
         let _ = self.events.send(Event::Connected(Arc::clone(&link) as Arc<dyn Link>));
         let mut buf = Vec::new();
         loop {
+            // The owner loop may have ended before it heard of this link.
+            if self.stopping.load(Ordering::Relaxed) {
+                let goodbye = ToCoordinator::Goodbye { reason: "it was stopped".to_owned() };
+                let _ = link.send(kind::CONTROL, &[&goodbye.encode()]);
+                return close(&*link, "this node ends".to_owned());
+            }
             let deadline = Instant::now() + Duration::from_millis(DEAD_AFTER_MS);
             let message = match link.recv(&mut buf, Some(deadline)) {
-                Ok(kind::CONTROL) => ToWorker::decode(&buf),
+                Ok(kind::CONTROL) => {
+                    self.council.heard(link.peer());
+                    ToWorker::decode(&buf)
+                }
                 Ok(other) => return close(&*link, format!("the coordinator sent a frame of unknown kind {other:#x}")),
                 Err(error) => return close(&*link, error.to_string()),
             };
             match message {
                 // Answered here, so that a busy owner loop is not taken for a dead node.
                 Ok(ToWorker::Ping { nonce }) => {
-                    let pong = ToCoordinator::Pong { nonce, resident: resident_memory() };
+                    let progress = self.activity.progress();
+                    let pong = ToCoordinator::Pong { nonce, resident: resident_memory(), progress };
                     if let Err(error) = link.send(kind::CONTROL, &[&pong.encode()]) {
                         return error.to_string();
                     }

@@ -13,9 +13,11 @@ use crate::threads::lock;
 /// Largest frame of hidden states: a full batch of the widest model.
 const MAX_DATA_BYTES: usize = brigade_net::MAX_FRAME;
 
-/// Lets in the data link of the stage before, and nothing else.
+/// Lets in those who feed this worker's stages, and nobody else. Which stage a link is for it says itself, and the owner
+/// compares that with its orders.
 pub(super) struct DataDoor {
-    pub(super) upstream: Arc<Mutex<Option<NodeId>>>,
+    /// Who is expected now; the owner keeps it up to date.
+    pub(super) peers: Arc<Mutex<Vec<NodeId>>>,
     pub(super) events: Sender<Event>,
 }
 
@@ -24,7 +26,7 @@ impl Doorkeeper for DataDoor {
         if hello.purpose != Purpose::Data {
             return Err(Refusal::NotExpected("a worker takes only the links of its neighbours in the ring".to_owned()));
         }
-        if *lock(&self.upstream) != Some(peer) {
+        if !lock(&self.peers).contains(&peer) {
             return Err(Refusal::NotExpected("this worker expects no link from that node".to_owned()));
         }
         Ok(())

@@ -1,39 +1,46 @@
-//! The worker: a node that runs a stage for a coordinator.
+//! The worker: a node that holds stages for a coordinator.
 //!
 //! - The *owner loop* (one thread) holds all state and never blocks: each of the other threads tells it an [`Event`].
+//!   What follows from it is decided by [`brigade_protocol::worker::Stages`].
 //! - A *control thread* dials the coordinator, answers its pings, and passes its messages on. It dials again when the
-//!   link is lost, for as long as the worker runs; the stage is dropped meanwhile, so its memory is free.
-//! - A *loader thread* gathers and verifies weights and loads the stage.
-//! - A *dialing thread* reaches the next stage; the [`Doorway`] takes the link of the one before.
-//! - The *stage thread* owns the stage while both links are up, see [`crate::stage_thread`].
+//!   link is lost, for as long as the worker runs; the stages stop meanwhile, and after a while their memory is free.
+//! - A *loader thread* gathers and verifies weights and loads a stage, one at a time.
+//! - *Dialing threads* reach the stages behind; the node's [`Site`] takes the links of those before.
+//! - A *stage thread* owns a stage while it serves or stands by, see [`crate::stage_thread`]; a *handover thread*, while
+//!   what its slots hold moves to or from another node.
 
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use brigade_base::{ByteSize, LayerRange, NodeId};
 use brigade_gguf::ModelFile;
-use brigade_net::{Identity, Listener, Ticket, advertised_addrs};
+use brigade_net::{Ticket, TicketSecret};
 use brigade_protocol::control::Offer;
+use brigade_protocol::worker::Stages;
 use serde::Serialize;
 
 use self::control::Control;
 use self::door::DataDoor;
-use self::owner::{Event, Owner, Slot};
+use self::owner::{Event, Owner};
+use crate::activity::Activity;
 use crate::cache::Cache;
-use crate::doorway::Doorway;
 use crate::known::KnownCoordinator;
 use crate::reach::ReachError;
-use crate::state_lock::StateLock;
+use crate::site::Site;
 use crate::threads::{lock, spawn};
 
 mod control;
 mod door;
 mod loader;
 mod owner;
+#[cfg(test)]
+mod tests;
 
 /// What a worker is given.
 #[derive(Debug, Clone)]
@@ -50,32 +57,25 @@ pub struct WorkerOptions {
     pub memory: ByteSize,
     /// Threads that compute.
     pub threads: u32,
-    /// Its own copy of the model.
-    pub own_copy: Option<PathBuf>,
     /// Most bytes of cached weights.
     pub cache_limit: ByteSize,
     /// Most bytes of idle sessions that are kept on disk; 0 keeps none.
     pub kv_spill: ByteSize,
+    /// How long it waits, when it is asked to end, until its stages are elsewhere.
+    pub drain_timeout: Duration,
+    /// How long requests that came in here wait for another coordinator when theirs is lost.
+    pub wait_for_capacity: Duration,
 }
 
 /// A worker cannot start or go on.
 #[derive(Debug, thiserror::Error)]
 pub enum WorkerError {
-    /// Its key cannot be used.
-    #[error(transparent)]
-    Identity(#[from] brigade_net::IdentityError),
-    /// Its link address cannot be bound.
-    #[error(transparent)]
-    Bind(#[from] brigade_net::BindError),
     /// Neither a ticket nor a coordinator that knows it.
     #[error(
         "this node has joined no cluster yet: run `brigade serve` on the machine with the model and pass the ticket that \
          it prints, `brigade join TICKET`"
     )]
     NoTicket,
-    /// Its own copy of the model cannot be used.
-    #[error("--model cannot be used: {0}")]
-    OwnCopy(#[from] brigade_gguf::OpenError),
     /// The coordinator cannot be reached, or refuses.
     #[error(transparent)]
     Reach(#[from] ReachError),
@@ -85,6 +85,9 @@ pub enum WorkerError {
     /// Its state directory cannot be used.
     #[error("the state directory cannot be used: {0}")]
     State(#[from] std::io::Error),
+    /// The system gives no thread.
+    #[error("no thread for a stage: {0}; end other programs or raise the limit of processes")]
+    Thread(std::io::Error),
 }
 
 /// How a worker stands, for people.
@@ -100,9 +103,11 @@ pub struct WorkerStatus {
     pub connected: bool,
     /// Name of the model whose layers it has.
     pub model: String,
-    /// Its layers.
+    /// The layers that it serves; the first ones where it serves several stages.
     pub layers: Option<LayerRange>,
-    /// `waiting`, `loading`, `loaded` or `running`.
+    /// The layers that it stands by for.
+    pub standby: Vec<LayerRange>,
+    /// `waiting`, `loading`, `loaded`, `running` or `leaving`.
     pub state: String,
     /// Bytes of weights that are here, and in all.
     pub weights: (u64, u64),
@@ -113,6 +118,7 @@ pub struct WorkerStatus {
 /// A running worker.
 pub struct Worker {
     events: Sender<Event>,
+    known: Arc<Mutex<KnownCoordinator>>,
     status: Arc<Mutex<WorkerStatus>>,
     thread: JoinHandle<Result<(), WorkerError>>,
 }
@@ -122,87 +128,120 @@ pub struct Worker {
 pub struct WorkerStopper(Sender<Event>);
 
 impl WorkerStopper {
-    /// The worker says goodbye and ends.
+    /// The worker leaves: it ends once its stages are elsewhere, or after [`WorkerOptions::drain_timeout`]. When it is
+    /// told again, or if nobody needs it, it ends at once.
     pub fn stop(&self) {
         let _ = self.0.send(Event::Stop);
     }
 }
 
 impl Worker {
-    /// Starts a worker. It dials the coordinator in the background.
+    /// Begins to work at a node's place for a coordinator, which it dials in the background. `own` is the node's own
+    /// copy of the model.
     ///
     /// # Errors
-    /// If its key, address or own copy of the model cannot be used, or there is no coordinator to dial.
-    pub fn start(options: WorkerOptions) -> Result<Self, WorkerError> {
+    /// If its cache cannot be used or the system gives no threads.
+    pub(crate) fn start(
+        options: &WorkerOptions,
+        own: Option<Arc<ModelFile>>,
+        site: &Site,
+        known: KnownCoordinator,
+        secret: Option<TicketSecret>,
+    ) -> Result<Self, WorkerError> {
         brigade_engine::init();
-        let identity = Arc::new(Identity::load_or_create(&options.state_dir)?);
-        let lock = StateLock::take(&options.state_dir)?;
-        let own = options.own_copy.as_ref().map(ModelFile::open).transpose()?.map(Arc::new);
-        let known = match &options.ticket {
-            Some(ticket) => KnownCoordinator::of(ticket),
-            None => KnownCoordinator::load(&options.state_dir)?.ok_or(WorkerError::NoTicket)?,
-        };
-        let cache = Arc::new(Cache::open(&options.state_dir.join("cache"), options.cache_limit)?);
-        let listener = Listener::bind(&identity, &[options.listen])?;
-        let addresses: Vec<String> =
-            listener.local_addrs().iter().flat_map(|a| advertised_addrs(*a)).map(|a| a.to_string()).collect();
+        let cache = Arc::new(Cache::open(&site.state_dir.join("cache"), options.cache_limit)?);
+        let addresses: Vec<String> = site.link_addresses.iter().map(ToString::to_string).collect();
         let (events, inbox) = channel();
-        let upstream = Arc::new(Mutex::new(None));
-        let keeper = DataDoor { upstream: Arc::clone(&upstream), events: events.clone() };
-        let doorway = Doorway::open(listener, Arc::new(keeper));
+        let peers = Arc::new(Mutex::new(Vec::new()));
+        let keeper = site.keep(Arc::new(DataDoor { peers: Arc::clone(&peers), events: events.clone() }));
         let status = Arc::new(Mutex::new(WorkerStatus {
-            node: identity.node_id(),
+            node: site.identity.node_id(),
             coordinator: known.node,
             address: addresses.first().cloned().unwrap_or_default(),
             connected: false,
             model: String::new(),
             layers: None,
+            standby: Vec::new(),
             state: "waiting".to_owned(),
             weights: (0, 0),
             trouble: None,
         }));
         let own_hash = own.as_ref().map(|file| file.catalog().header_hash());
         let stopping = Arc::new(AtomicBool::new(false));
+        let activity = Arc::new(Activity::default());
+        let known = Arc::new(Mutex::new(known));
         let owner = Owner {
-            state_dir: options.state_dir.clone(),
-            identity: Arc::clone(&identity),
-            known: known.clone(),
+            state_dir: site.state_dir.clone(),
+            identity: Arc::clone(&site.identity),
+            council: Arc::clone(&site.council),
+            known: Arc::clone(&known),
             own,
             own_hash,
             cache,
             threads: options.threads,
             kv_spill: options.kv_spill,
+            spilled: Arc::default(),
             events: events.clone(),
             status: Arc::clone(&status),
-            upstream,
+            drain_timeout: options.drain_timeout,
+            peers,
+            activity: Arc::clone(&activity),
             stopping: Arc::clone(&stopping),
             control: None,
-            deploy: None,
-            to_load: false,
-            slot: Slot::Empty,
-            inbound: None,
-            outbound: None,
-            _doorway: doorway,
-            _lock: lock,
+            stages: Stages::new(),
+            places: HashMap::new(),
+            links: HashMap::new(),
+            last_link: 0,
+            engines: HashMap::new(),
+            model: String::new(),
+            _keeper: keeper,
         };
         let offer = Offer {
-            name: options.name,
+            name: options.name.clone(),
             memory: options.memory,
             kv_spill: options.kv_spill,
             threads: options.threads,
             addresses,
             software: env!("CARGO_PKG_VERSION").to_owned(),
+            own_copy: own_hash,
         };
-        let secret = options.ticket.map(|ticket| ticket.admission());
-        let control = Control { identity, known, secret, offer, events: events.clone(), stopping };
+        let control = Control {
+            identity: Arc::clone(&site.identity),
+            council: Arc::clone(&site.council),
+            known: Arc::clone(&known),
+            secret,
+            offer,
+            events: events.clone(),
+            activity,
+            stopping,
+        };
         spawn("control", move || control.run())?;
         let thread = std::thread::Builder::new().name("worker".into()).spawn(move || owner.run(&inbox))?;
-        Ok(Self { events, status, thread })
+        Ok(Self { events, known, status, thread })
     }
 
-    /// How it stands.
-    pub fn status(&self) -> WorkerStatus {
-        lock(&self.status).clone()
+    /// Works for another coordinator from now on. Its stages stay loaded for a while, in case that one wants them.
+    pub(crate) fn follow(&self, coordinator: KnownCoordinator) {
+        let is_same = {
+            let mut known = lock(&self.known);
+            let is_same = known.node == coordinator.node;
+            *known = coordinator;
+            is_same
+        };
+        if !is_same {
+            let _ = self.events.send(Event::Followed);
+        }
+    }
+
+    /// Ends at once, without asking anybody: the node has another part to play.
+    pub(crate) fn abandon(&self) {
+        let _ = self.events.send(Event::Abandon);
+    }
+
+    /// Tells how it stands, from elsewhere.
+    pub(crate) fn watcher(&self) -> Arc<dyn Fn() -> WorkerStatus + Send + Sync> {
+        let status = Arc::clone(&self.status);
+        Arc::new(move || lock(&status).clone())
     }
 
     /// A handle that stops it from elsewhere.

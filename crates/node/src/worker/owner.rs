@@ -1,26 +1,37 @@
-//! The worker's owner loop.
+//! The worker's owner loop: an event comes in, [`Stages`] says what to do, and that is done here.
+//!
+//! The loop owns what the state machine names: stages ([`Place`]) and links. Everything that blocks is on a thread that
+//! gets what it works on and hands it back with an [`Event`].
 
+use std::collections::HashMap;
+use std::io;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, Sender};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use brigade_base::{ByteSize, Hash, NodeId};
 use brigade_gguf::ModelFile;
 use brigade_net::{Identity, Link, Purpose};
-use brigade_protocol::control::{Deploy, ToCoordinator, ToWorker};
+use brigade_protocol::control::{Held, Peer, StageRole, ToCoordinator, ToWorker};
 use brigade_protocol::frame::Attach;
 use brigade_protocol::kind;
+use brigade_protocol::worker::{Action, DialId, End, HoldId, Input, LinkId, Load, Stages};
 
 use super::loader::Loader;
 use super::{WorkerError, WorkerStatus};
+use crate::activity::Activity;
 use crate::cache::Cache;
-use crate::doorway::Doorway;
+use crate::council::CouncilHost;
+use crate::handover::{self, HandoverError};
 use crate::known::KnownCoordinator;
-use crate::loaded::{LoadedStage, StageKey};
+use crate::loaded::LoadedStage;
 use crate::reach::reach;
-use crate::stage_thread::{RunningStage, StageEnd};
-use crate::state_lock::StateLock;
+use crate::shadow::ShadowSlot;
+use crate::site::Keeping;
+use crate::stage_pass::PassRunner;
+use crate::stage_thread::{Route, RunningStage, StageEnd};
 use crate::threads::{lock, spawn};
 
 /// What the other threads tell the owner loop.
@@ -31,10 +42,16 @@ pub(super) enum Event {
     Disconnected(String),
     GaveUp(WorkerError),
     Inbound(Arc<dyn Link>, Attach),
-    Loaded(Attach, Result<Box<LoadedStage>, LoadFailure>),
-    Dialled(Attach, Result<Arc<dyn Link>, String>),
-    StageEnded(Attach, Box<LoadedStage>, StageEnd),
+    Progress(HoldId, u64, u64),
+    Loaded(HoldId, Result<Box<LoadedStage>, LoadFailure>),
+    Dialled(DialId, Result<Arc<dyn Link>, String>),
+    Ended(HoldId, Box<LoadedStage>, End, Option<Held>),
+    ShadowGone(LinkId),
+    /// Another coordinator is to be dialled.
+    Followed,
     Stop,
+    /// To end at once.
+    Abandon,
 }
 
 /// Why a stage was not loaded.
@@ -45,138 +62,386 @@ pub(super) enum LoadFailure {
     Other(String),
 }
 
-/// Where the stage is.
-pub(super) enum Slot {
-    Empty,
+/// Where a stage is.
+pub(super) enum Place {
     /// A loader thread works; the flag tells it to give up.
     Loading(Arc<AtomicBool>),
-    Loaded(Box<LoadedStage>),
-    Running(RunningStage),
+    Resting(Box<LoadedStage>),
+    Running(RunningStage, Arc<ShadowSlot>),
+    /// A thread moves what its slots hold over the link; closing that ends it.
+    Moving(Arc<dyn Link>),
 }
 
 /// All state of a worker.
 pub(super) struct Owner {
     pub(super) state_dir: PathBuf,
     pub(super) identity: Arc<Identity>,
-    pub(super) known: KnownCoordinator,
+    pub(super) council: Arc<CouncilHost>,
+    pub(super) known: Arc<Mutex<KnownCoordinator>>,
     pub(super) own: Option<Arc<ModelFile>>,
     pub(super) own_hash: Option<Hash>,
     pub(super) cache: Arc<Cache>,
     pub(super) threads: u32,
     pub(super) kv_spill: ByteSize,
+    /// Bytes of idle sessions on disk, of all stages.
+    pub(super) spilled: Arc<AtomicU64>,
+    pub(super) drain_timeout: Duration,
     pub(super) events: Sender<Event>,
     pub(super) status: Arc<Mutex<WorkerStatus>>,
     /// Who may open a data link; shared with the door.
-    pub(super) upstream: Arc<Mutex<Option<NodeId>>>,
+    pub(super) peers: Arc<Mutex<Vec<NodeId>>>,
+    pub(super) activity: Arc<Activity>,
     pub(super) stopping: Arc<AtomicBool>,
     pub(super) control: Option<Arc<dyn Link>>,
-    pub(super) deploy: Option<Arc<Deploy>>,
-    /// The deployment's stage is still to be loaded.
-    pub(super) to_load: bool,
-    pub(super) slot: Slot,
-    pub(super) inbound: Option<Arc<dyn Link>>,
-    pub(super) outbound: Option<Arc<dyn Link>>,
-    pub(super) _doorway: Doorway,
-    pub(super) _lock: StateLock,
+    pub(super) stages: Stages,
+    pub(super) places: HashMap<HoldId, Place>,
+    /// Links that no stage has.
+    pub(super) links: HashMap<LinkId, Arc<dyn Link>>,
+    pub(super) last_link: u64,
+    /// Counters of what is loaded.
+    pub(super) engines: HashMap<HoldId, brigade_engine::Activity>,
+    /// Name of the model whose stages are here.
+    pub(super) model: String,
+    pub(super) _keeper: Keeping,
+}
+
+/// Whether the loop goes on.
+type Flow = Result<(), Leaving>;
+
+/// Why the loop ends.
+enum Leaving {
+    Stopped(&'static str),
+    Failed(WorkerError),
 }
 
 impl Owner {
     /// Runs until the worker ends.
     pub(super) fn run(mut self, inbox: &Receiver<Event>) -> Result<(), WorkerError> {
-        let result = loop {
-            let Ok(event) = inbox.recv() else { break Ok(()) };
-            match event {
-                Event::Stop => break Ok(()),
-                Event::GaveUp(error) => break Err(error),
-                Event::Loaded(attach, Err(LoadFailure::OtherModel(reason))) => {
-                    self.tell(&ToCoordinator::StageFailed { epoch: attach.epoch, reason: reason.clone() });
-                    break Err(WorkerError::OtherModel(reason));
-                }
-                event => self.apply(event),
+        let end = loop {
+            if let Err(end) = self.turn(inbox) {
+                break end;
             }
-            self.load_if_due();
-            self.run_if_due();
             self.publish();
         };
+        let (reason, result) = match end {
+            Leaving::Stopped(reason) => (reason, Ok(())),
+            Leaving::Failed(error) => ("it cannot go on", Err(error)),
+        };
         self.stopping.store(true, Ordering::Relaxed);
-        self.tell(&ToCoordinator::Goodbye { reason: "it was stopped".to_owned() });
-        self.drop_stage();
+        self.tell(&ToCoordinator::Goodbye { reason: reason.to_owned() });
+        for place in self.places.values() {
+            end_place(place);
+        }
+        self.links.values().for_each(|link| link.close());
         if let Some(control) = &self.control {
             control.close();
         }
         result
     }
 
-    fn apply(&mut self, event: Event) {
+    /// Waits for an event or for what is due, and does what follows from it.
+    fn turn(&mut self, inbox: &Receiver<Event>) -> Flow {
+        let event = match self.stages.next_tick() {
+            None => inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            Some(at) => inbox.recv_timeout(at.saturating_duration_since(Instant::now())),
+        };
         match event {
-            Event::Connected(link) => self.control = Some(link),
+            Ok(event) => self.apply(event),
+            Err(RecvTimeoutError::Timeout) => self.input(Input::Tick),
+            Err(RecvTimeoutError::Disconnected) => Err(Leaving::Stopped("it was stopped")),
+        }
+    }
+
+    fn apply(&mut self, event: Event) -> Flow {
+        match event {
+            Event::Connected(link) => {
+                self.control = Some(link);
+                self.input(Input::CoordinatorHere)
+            }
             Event::Unreachable(reason) => {
                 tracing::debug!(reason, "the coordinator is not there");
                 self.set_trouble(reason);
+                Ok(())
             }
             Event::Disconnected(reason) => {
-                tracing::warn!(reason, "the coordinator is gone; this node's stage is dropped");
+                tracing::warn!(reason, "the coordinator is gone; this node's stages stop");
                 self.set_trouble(format!("the coordinator is gone: {reason}"));
                 self.control = None;
-                self.undeploy();
+                self.input(Input::CoordinatorGone)
             }
+            Event::GaveUp(error) => Err(Leaving::Failed(error)),
             Event::Message(message) => self.message(message),
             Event::Inbound(link, attach) => {
-                if self.attach() == Some(attach) {
-                    self.inbound = Some(link);
-                } else {
-                    link.close();
-                }
+                let peer = link.peer();
+                let link = self.keep(link);
+                self.input(Input::Inbound { link, peer, attach })
             }
-            Event::Loaded(attach, result) => self.loaded(attach, result),
-            Event::Dialled(attach, result) => self.dialled(attach, result),
-            Event::StageEnded(attach, stage, end) => {
-                let mut stage = stage;
-                stage.runner.clear();
-                self.slot = if self.deploy.is_some() { Slot::Loaded(stage) } else { Slot::Empty };
-                (self.inbound, self.outbound) = (None, None);
-                if let StageEnd::Failed(reason) = end {
-                    self.broke(attach, reason);
-                }
+            Event::Progress(id, done, total) => {
+                lock(&self.status).weights = (done, total);
+                self.input(Input::Progress(id, done, total))
             }
-            Event::Stop | Event::GaveUp(_) => {}
+            Event::Loaded(id, result) => self.loaded(id, result),
+            Event::Dialled(id, result) => {
+                let result = result.inspect_err(|reason| self.set_trouble(reason.clone())).map(|link| self.keep(link));
+                self.input(Input::Dialled(id, result))
+            }
+            Event::Ended(id, stage, end, held) => {
+                if let End::Failed(reason) = &end {
+                    tracing::warn!(layers = %stage.key.layers, reason, "a stage ended");
+                    self.set_trouble(reason.clone());
+                }
+                self.places.insert(id, Place::Resting(stage));
+                self.input(Input::Ended { id, end, held })
+            }
+            Event::ShadowGone(link) => self.input(Input::ShadowGone(link)),
+            Event::Followed => {
+                // Its control thread then dials the other one.
+                if let Some(control) = &self.control {
+                    control.close();
+                }
+                lock(&self.status).coordinator = lock(&self.known).node;
+                Ok(())
+            }
+            Event::Abandon => Err(Leaving::Stopped("it has another part now")),
+            Event::Stop if self.stages.is_leaving() => Err(Leaving::Stopped("it was stopped")),
+            Event::Stop => {
+                let reason = "it was asked to leave".to_owned();
+                self.input(Input::Leave { reason, within: self.drain_timeout })
+            }
         }
     }
 
-    fn message(&mut self, message: ToWorker) {
+    fn message(&mut self, message: ToWorker) -> Flow {
         match message {
-            ToWorker::Accept { seen_as } => {
+            ToWorker::Accept { seen_as, deployment } => {
                 tracing::info!(seen_as, "joined the cluster");
-                if let Err(error) = self.known.save(&self.state_dir) {
+                let known = lock(&self.known).clone();
+                self.council.belong(deployment, known.node);
+                if let Err(error) = known.save(&self.state_dir) {
                     tracing::warn!(%error, "the coordinator could not be remembered; the next join needs a ticket");
                 }
                 lock(&self.status).trouble = None;
+                Ok(())
             }
-            ToWorker::Deploy(deploy) => {
-                let is_old = |now: &Attach| now.deployment == deploy.deployment && now.epoch >= deploy.epoch;
-                if self.attach().as_ref().is_some_and(is_old) {
-                    return;
+            ToWorker::Assign(assign) => {
+                let (epoch, revision) = (assign.epoch, assign.revision);
+                for order in &assign.stages {
+                    let (stage, layers) = (order.stage, order.layers);
+                    tracing::info!(%epoch, revision, stage, %layers, role = role_name(&order.role), "stage assigned");
                 }
-                self.stop_stage();
-                let (epoch, layers) = (deploy.epoch, deploy.layers);
-                tracing::info!(%epoch, %layers, model = deploy.model_name, "stage assigned");
-                *lock(&self.upstream) = Some(deploy.upstream);
-                self.deploy = Some(Arc::new(*deploy));
-                self.to_load = true;
+                self.model = assign.model.as_ref().map(|model| model.name.clone()).unwrap_or_default();
+                self.input(Input::Assign(assign))
             }
-            ToWorker::Join { deployment, epoch } => self.dial_next(Attach { deployment, epoch }),
-            ToWorker::Undeploy { deployment, epoch } => {
-                if self.attach().is_some_and(|now| now.deployment == deployment && now.epoch <= epoch) {
-                    self.undeploy();
-                }
+            ToWorker::Join { deployment, epoch } => self.input(Input::Join { deployment, epoch }),
+            ToWorker::Released => self.input(Input::Released),
+            ToWorker::Goodbye { reason } => {
+                self.set_trouble(format!("the coordinator ended: {reason}"));
+                Ok(())
             }
-            ToWorker::Goodbye { reason } => self.set_trouble(format!("the coordinator ended: {reason}")),
-            ToWorker::Ping { .. } => {}
+            ToWorker::Ping { .. } => Ok(()),
         }
     }
 
-    fn attach(&self) -> Option<Attach> {
-        self.deploy.as_ref().map(|d| Attach { deployment: d.deployment, epoch: d.epoch })
+    fn loaded(&mut self, id: HoldId, result: Result<Box<LoadedStage>, LoadFailure>) -> Flow {
+        self.places.remove(&id);
+        let (result, other_model) = match result {
+            Ok(stage) => {
+                let memory = stage.memory;
+                self.engines.insert(id, stage.runner.stage().activity());
+                self.places.insert(id, Place::Resting(stage));
+                (Ok(memory), None)
+            }
+            Err(LoadFailure::Other(reason)) => (Err(reason), None),
+            Err(LoadFailure::OtherModel(reason)) => (Err(reason.clone()), Some(reason)),
+        };
+        self.watch();
+        self.input(Input::Loaded(id, result))?;
+        other_model.map_or(Ok(()), |reason| Err(Leaving::Failed(WorkerError::OtherModel(reason))))
+    }
+
+    /// Tells the state machine, and does what it says.
+    fn input(&mut self, input: Input) -> Flow {
+        let actions = self.stages.handle(Instant::now(), input);
+        *lock(&self.peers) = self.stages.peers().collect();
+        for action in actions {
+            self.act(action).map_err(|error| Leaving::Failed(WorkerError::Thread(error)))?;
+            if self.stopping.load(Ordering::Relaxed) {
+                return Err(Leaving::Stopped("it left"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Does one thing.
+    ///
+    /// # Errors
+    /// If the system gives no thread.
+    fn act(&mut self, action: Action) -> io::Result<()> {
+        match action {
+            Action::Tell(message) => {
+                if let ToCoordinator::StageFailed { reason, .. } | ToCoordinator::RingBroke { reason, .. } = &message {
+                    tracing::error!(reason, "a stage or its ring failed");
+                    self.set_trouble(reason.clone());
+                }
+                self.tell(&message);
+            }
+            Action::Load(load) => self.load(*load)?,
+            Action::Free(id) => match self.places.get(&id) {
+                Some(Place::Loading(cancel)) => cancel.store(true, Ordering::Relaxed),
+                _ => {
+                    self.places.remove(&id);
+                    self.engines.remove(&id);
+                    self.watch();
+                }
+            },
+            Action::Empty(id) => {
+                if let Some(Place::Resting(stage)) = self.places.get_mut(&id) {
+                    stage.runner.clear();
+                }
+            }
+            Action::Dial(id, peer, attach) => self.dial(id, peer, attach)?,
+            Action::Close(link) => {
+                if let Some(link) = self.links.remove(&link) {
+                    link.close();
+                }
+            }
+            Action::Serve { id, attach, inbound, outbound } => {
+                if let Some(outbound) = self.links.remove(&outbound) {
+                    let shadow = Arc::default();
+                    let route = Route::On { outbound, shadow: Arc::clone(&shadow) };
+                    self.run_stage(id, attach, inbound, route, shadow)?;
+                }
+            }
+            Action::StandBy { id, attach, inbound } => {
+                self.run_stage(id, attach, inbound, Route::Nowhere, Arc::default())?;
+            }
+            Action::Shadow(id, link) => self.shadow(id, link)?,
+            Action::Send { id, link, within } => self.hand_over(id, link, within, handover::send)?,
+            Action::Receive { id, link, within } => self.hand_over(id, link, within, handover::receive)?,
+            Action::Stop(id) => {
+                if let Some(place) = self.places.get(&id) {
+                    end_place(place);
+                }
+            }
+            Action::End => self.stopping.store(true, Ordering::Relaxed),
+        }
+        Ok(())
+    }
+
+    fn load(&mut self, load: Load) -> io::Result<()> {
+        let (id, header_hash) = (load.id, load.key.header_hash);
+        let cancel = Arc::new(AtomicBool::new(false));
+        let loader = Loader {
+            load,
+            own: self.own.clone().filter(|_| self.own_hash == Some(header_hash)),
+            differs: self.own_hash.is_some_and(|hash| hash != header_hash),
+            cache: Arc::clone(&self.cache),
+            identity: Arc::clone(&self.identity),
+            known: lock(&self.known).clone(),
+            threads: self.threads,
+            state_dir: self.state_dir.clone(),
+            kv_spill: self.kv_spill,
+            spilled: Arc::clone(&self.spilled),
+            cancel: Arc::clone(&cancel),
+            events: self.events.clone(),
+        };
+        lock(&self.status).weights = (0, 0);
+        self.places.insert(id, Place::Loading(cancel));
+        let events = self.events.clone();
+        spawn("loader", move || drop(events.send(Event::Loaded(id, loader.load().map(Box::new)))))
+    }
+
+    fn dial(&mut self, id: DialId, peer: Peer, attach: Attach) -> io::Result<()> {
+        let (identity, events) = (Arc::clone(&self.identity), self.events.clone());
+        spawn("dial", move || {
+            let result = reach(&identity, peer.node, &peer.addresses, Purpose::Data, None)
+                .map_err(|error| format!("node {} cannot be reached: {error}", peer.node.short()))
+                .and_then(|link| {
+                    link.send(kind::ATTACH, &[&attach.encode()]).map_err(|error| error.to_string())?;
+                    Ok(link as Arc<dyn Link>)
+                });
+            let _ = events.send(Event::Dialled(id, result));
+        })
+    }
+
+    /// Takes a stage that is at rest, and the link that it will own.
+    fn take(&mut self, id: HoldId, link: LinkId) -> Option<(Box<LoadedStage>, Arc<dyn Link>)> {
+        let link = self.links.remove(&link)?;
+        match self.places.remove(&id) {
+            Some(Place::Resting(stage)) => Some((stage, link)),
+            Some(other) => {
+                self.places.insert(id, other);
+                None
+            }
+            None => None,
+        }
+    }
+
+    fn run_stage(
+        &mut self,
+        id: HoldId,
+        attach: Attach,
+        inbound: LinkId,
+        route: Route,
+        shadow: Arc<ShadowSlot>,
+    ) -> io::Result<()> {
+        let Some((stage, inbound)) = self.take(id, inbound) else { return Ok(()) };
+        let events = self.events.clone();
+        let ended = move |stage, end, held| {
+            let end = match end {
+                StageEnd::LinkClosed => End::Closed,
+                StageEnd::Failed(reason) => End::Failed(reason),
+            };
+            let _ = events.send(Event::Ended(id, Box::new(stage), end, held));
+        };
+        let running = RunningStage::start(attach, *stage, inbound, route, Arc::clone(&self.activity), ended)?;
+        self.places.insert(id, Place::Running(running, shadow));
+        Ok(())
+    }
+
+    /// Begins or ends to send a stage's frames to who stands by for the one behind.
+    fn shadow(&mut self, id: HoldId, link: Option<LinkId>) -> io::Result<()> {
+        let Some(Place::Running(_, shadow)) = self.places.get(&id) else { return Ok(()) };
+        let Some(link_id) = link else {
+            shadow.clear();
+            return Ok(());
+        };
+        let Some(link) = self.links.remove(&link_id) else { return Ok(()) };
+        let events = self.events.clone();
+        shadow.set(link, move || drop(events.send(Event::ShadowGone(link_id))))
+    }
+
+    /// Sends or receives what a stage's slots hold, on a thread of its own.
+    fn hand_over(
+        &mut self,
+        id: HoldId,
+        link: LinkId,
+        within: Duration,
+        work: fn(&mut PassRunner, &dyn Link, Instant) -> Result<(), HandoverError>,
+    ) -> io::Result<()> {
+        let Some((mut stage, link)) = self.take(id, link) else { return Ok(()) };
+        self.places.insert(id, Place::Moving(Arc::clone(&link)));
+        let events = self.events.clone();
+        let until = Instant::now() + within;
+        spawn("handover", move || {
+            let result = work(&mut stage.runner, &*link, until);
+            link.close();
+            let held = stage.runner.rest();
+            let end = result.map_or_else(|error| End::Failed(error.to_string()), |()| End::Done);
+            let _ = events.send(Event::Ended(id, stage, end, held));
+        })
+    }
+
+    /// Gives a link a name.
+    fn keep(&mut self, link: Arc<dyn Link>) -> LinkId {
+        self.last_link += 1;
+        let id = LinkId(self.last_link);
+        self.links.insert(id, link);
+        id
+    }
+
+    fn watch(&self) {
+        self.activity.watch(self.engines.values().cloned().collect());
     }
 
     fn tell(&self, message: &ToCoordinator) {
@@ -187,187 +452,47 @@ impl Owner {
         }
     }
 
-    /// The stage cannot be loaded.
-    fn fail(&mut self, attach: Attach, reason: String) {
-        let epoch = attach.epoch;
-        tracing::error!(%epoch, reason, "the stage failed");
-        self.set_trouble(reason.clone());
-        if self.attach() == Some(attach) {
-            self.tell(&ToCoordinator::StageFailed { epoch, reason });
-        }
-    }
-
-    /// The stage is as it should be, but the ring is not.
-    fn broke(&mut self, attach: Attach, reason: String) {
-        let epoch = attach.epoch;
-        tracing::warn!(%epoch, reason, "the ring broke");
-        self.set_trouble(reason.clone());
-        if self.attach() == Some(attach) {
-            self.tell(&ToCoordinator::RingBroke { epoch, reason });
-        }
-    }
-
     fn set_trouble(&self, text: String) {
         lock(&self.status).trouble = Some(text);
     }
 
-    /// Ends what runs; what is loaded stays for the next placement, which may want the same.
-    fn stop_stage(&mut self) {
-        match &self.slot {
-            Slot::Loading(cancel) => cancel.store(true, Ordering::Relaxed),
-            Slot::Running(running) => running.stop(),
-            Slot::Empty | Slot::Loaded(_) => {}
-        }
-        for link in [self.inbound.take(), self.outbound.take()].into_iter().flatten() {
-            link.close();
-        }
-    }
-
-    /// Ends what runs and frees what is loaded.
-    fn drop_stage(&mut self) {
-        self.stop_stage();
-        if matches!(self.slot, Slot::Loaded(_)) {
-            self.slot = Slot::Empty;
-        }
-    }
-
-    fn undeploy(&mut self) {
-        self.deploy = None;
-        self.to_load = false;
-        *lock(&self.upstream) = None;
-        self.drop_stage();
-    }
-
-    fn load_if_due(&mut self) {
-        let (true, Some(deploy)) = (self.to_load, self.deploy.clone()) else { return };
-        if !matches!(self.slot, Slot::Empty | Slot::Loaded(_)) {
-            return;
-        }
-        self.to_load = false;
-        let key = key_of(&deploy);
-        if let Slot::Loaded(stage) = &mut self.slot
-            && stage.key == key
-        {
-            stage.runner.clear();
-            let memory = stage.memory;
-            return self.tell(&ToCoordinator::Loaded { epoch: deploy.epoch, memory });
-        }
-        // The old weights go before the new ones come: this node may not hold both.
-        self.slot = Slot::Empty;
-        let cancel = Arc::new(AtomicBool::new(false));
-        let loader = Loader {
-            deploy: Arc::clone(&deploy),
-            key,
-            own: self.own.clone().filter(|_| self.own_hash == Some(deploy.header_hash)),
-            differs: self.own_hash.is_some_and(|hash| hash != deploy.header_hash),
-            cache: Arc::clone(&self.cache),
-            identity: Arc::clone(&self.identity),
-            known: self.known.clone(),
-            threads: self.threads,
-            state_dir: self.state_dir.clone(),
-            kv_spill: self.kv_spill,
-            cancel: Arc::clone(&cancel),
-            control: self.control.clone(),
-            status: Arc::clone(&self.status),
-        };
-        let events = self.events.clone();
-        let attach = Attach { deployment: deploy.deployment, epoch: deploy.epoch };
-        match spawn("loader", move || drop(events.send(Event::Loaded(attach, loader.load().map(Box::new))))) {
-            Ok(()) => self.slot = Slot::Loading(cancel),
-            Err(error) => self.fail(attach, format!("no thread to load the stage: {error}")),
-        }
-    }
-
-    fn loaded(&mut self, attach: Attach, result: Result<Box<LoadedStage>, LoadFailure>) {
-        self.slot = Slot::Empty;
-        match result {
-            Ok(stage) if self.deploy.is_some() => {
-                let memory = stage.memory;
-                self.slot = Slot::Loaded(stage);
-                if self.attach() == Some(attach) {
-                    self.tell(&ToCoordinator::Loaded { epoch: attach.epoch, memory });
-                }
-            }
-            Ok(_) => {}
-            Err(LoadFailure::OtherModel(reason) | LoadFailure::Other(reason)) => {
-                // A load that was given up is no failure: what it was for is gone.
-                if self.attach() == Some(attach) {
-                    self.fail(attach, reason);
-                }
-            }
-        }
-    }
-
-    fn dial_next(&mut self, attach: Attach) {
-        let Some(deploy) = self.deploy.clone().filter(|_| self.attach() == Some(attach)) else { return };
-        let (identity, events) = (Arc::clone(&self.identity), self.events.clone());
-        let dial = move || {
-            let result = reach(&identity, deploy.downstream, &deploy.downstream_addresses, Purpose::Data, None)
-                .map_err(|error| format!("the next stage cannot be reached: {error}"))
-                .and_then(|link| {
-                    link.send(kind::ATTACH, &[&attach.encode()]).map_err(|error| error.to_string())?;
-                    Ok(link as Arc<dyn Link>)
-                });
-            let _ = events.send(Event::Dialled(attach, result));
-        };
-        if let Err(error) = spawn("dial", dial) {
-            self.fail(attach, format!("no thread to dial the next stage: {error}"));
-        }
-    }
-
-    fn dialled(&mut self, attach: Attach, result: Result<Arc<dyn Link>, String>) {
-        if self.attach() != Some(attach) {
-            if let Ok(link) = result {
-                link.close();
-            }
-            return;
-        }
-        match result {
-            Ok(link) => {
-                self.outbound = Some(link);
-                self.tell(&ToCoordinator::Joined { epoch: attach.epoch });
-            }
-            Err(reason) => self.broke(attach, reason),
-        }
-    }
-
-    fn run_if_due(&mut self) {
-        let Some(attach) = self.attach() else { return };
-        if self.to_load || !matches!(self.slot, Slot::Loaded(_)) {
-            return;
-        }
-        let (Some(inbound), Some(outbound)) = (self.inbound.clone(), self.outbound.clone()) else { return };
-        let Slot::Loaded(stage) = std::mem::replace(&mut self.slot, Slot::Empty) else { return };
-        let events = self.events.clone();
-        let ended = move |stage, end| drop(events.send(Event::StageEnded(attach, Box::new(stage), end)));
-        match RunningStage::start(attach, *stage, inbound, outbound, ended) {
-            Ok(running) => self.slot = Slot::Running(running),
-            Err(error) => self.fail(attach, format!("no thread to run the stage: {error}")),
-        }
-    }
-
     fn publish(&self) {
+        let views = self.stages.view();
+        let serving = || views.iter().filter(|view| !view.is_standby);
         let mut status = lock(&self.status);
         status.connected = self.control.is_some();
-        status.layers = self.deploy.as_ref().map(|d| d.layers);
-        status.model = self.deploy.as_ref().map(|d| d.model_name.clone()).unwrap_or_default();
-        status.state = match self.slot {
-            Slot::Empty => "waiting",
-            Slot::Loading(_) => "loading",
-            Slot::Loaded(_) => "loaded",
-            Slot::Running(_) => "running",
+        status.layers = serving().map(|view| view.layers).next();
+        status.standby = views.iter().filter(|view| view.is_standby).map(|view| view.layers).collect();
+        status.model.clone_from(&self.model);
+        status.state = if self.stages.is_leaving() {
+            "leaving"
+        } else if views.iter().any(|view| view.is_loading) {
+            "loading"
+        } else if serving().any(|view| view.is_running) {
+            "running"
+        } else if views.is_empty() {
+            "waiting"
+        } else {
+            "loaded"
         }
         .to_owned();
     }
 }
 
-fn key_of(deploy: &Deploy) -> StageKey {
-    StageKey {
-        header_hash: deploy.header_hash,
-        tensors: deploy.tensors.iter().map(|(_, hash)| *hash).collect(),
-        layers: deploy.layers,
-        context: deploy.context,
-        sessions: deploy.sessions,
-        max_rows: deploy.max_rows,
+/// Ends whatever is done with a stage.
+fn end_place(place: &Place) {
+    match place {
+        Place::Loading(cancel) => cancel.store(true, Ordering::Relaxed),
+        Place::Resting(_) => {}
+        Place::Running(running, _) => running.stop(),
+        Place::Moving(link) => link.close(),
+    }
+}
+
+fn role_name(role: &StageRole) -> &'static str {
+    match role {
+        StageRole::Serve { .. } => "serve",
+        StageRole::Standby { .. } => "standby",
+        StageRole::HandOver { .. } => "hand over",
     }
 }

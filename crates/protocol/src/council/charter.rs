@@ -58,7 +58,7 @@ impl Voter {
     }
 }
 
-/// Who may not lead, and what is wrong with what was proposed.
+/// Why a proposal cannot be made.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ProposalError {
     /// A number in it is beyond its cap.

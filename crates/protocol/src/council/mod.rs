@@ -14,7 +14,7 @@
 //!
 //! It is Raft (Ongaro & Ousterhout, "In Search of an Understandable Consensus Algorithm", 2014) whose log is one value:
 //!
-//! - **One coordinator per term.** A node gives one vote per term (§5.2), and stores it before it says so: in what a
+//! - **One coordinator per term.** A node gives one vote per term (§5.2), and stores it before it says so: of what a
 //!   call returns, [`Action::Store`] comes first. Whoever has the votes of a quorum coordinates.
 //! - **What was agreed stays.** A node votes only for those whose [`Charter`] is at least as new as its own (§5.4.1). A
 //!   coordinator first writes a charter of its own term.

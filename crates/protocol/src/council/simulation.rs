@@ -35,16 +35,34 @@ impl Random {
 
 #[derive(Debug)]
 enum Event {
-    Deliver { from: usize, to: usize, bytes: Vec<u8> },
+    Deliver {
+        from: usize,
+        to: usize,
+        bytes: Vec<u8>,
+    },
     /// The coordinator's heartbeat, and its answer.
-    Ping { from: usize, to: usize },
-    Pong { from: usize, to: usize },
+    Ping {
+        from: usize,
+        to: usize,
+    },
+    Pong {
+        from: usize,
+        to: usize,
+    },
     /// A node dials whom it takes for its coordinator.
-    Dial { from: usize, to: usize },
+    Dial {
+        from: usize,
+        to: usize,
+    },
     /// A node's link closed.
-    Closed { node: usize, at: usize },
+    Closed {
+        node: usize,
+        at: usize,
+    },
     /// The node sends its heartbeats.
-    Beat { node: usize },
+    Beat {
+        node: usize,
+    },
 }
 
 struct Node {

@@ -41,10 +41,11 @@ impl Council {
     /// Asks all voters for the next term.
     pub(super) fn ask(&mut self, now: Instant, is_trial: bool) {
         let Some(charter) = &self.stored.charter else { return };
-        let (Some(place), term) = (charter.place(self.me), self.stored.term + 1) else {
+        let Some(place) = charter.place(self.me) else {
             self.role = Role::Following;
             return;
         };
+        let term = self.stored.term + 1;
         let (charter_term, charter_version) = charter.age();
         if term > MAX_TERM {
             self.role = Role::Following;

@@ -2,10 +2,10 @@
 
 use std::time::Instant;
 
-use brigade_base::{ByteSize, DeploymentId, Epoch, NodeId};
+use brigade_base::{ByteSize, DeploymentId, NodeId};
 
 use super::want::{Out, Want};
-use super::{Current, HANDOVER, HoldId, LinkId, Load, StageKey, View};
+use super::{HANDOVER, HoldId, LinkId, Load, StageKey, View};
 use crate::control::{Held, StageRole};
 use crate::frame::Feed;
 
@@ -27,8 +27,8 @@ pub(super) enum State {
 #[derive(Debug)]
 pub(super) struct Busy {
     pub(super) job: Job,
-    /// Epoch that it does it for.
-    pub(super) epoch: Epoch,
+    /// The [`Want`] that it does it for.
+    pub(super) serial: u64,
     pub(super) stopping: Option<Stopping>,
 }
 
@@ -55,16 +55,12 @@ pub(super) enum Stopping {
 }
 
 impl Busy {
-    /// Whether that is what is wanted in the present placement.
-    pub(super) fn fits(&self, want: &Want, kv_of: DeploymentId, current: &Current) -> bool {
+    /// Whether that is what is wanted still.
+    pub(super) fn fits(&self, want: &Want) -> bool {
+        let is_fed_by = |feeder| matches!(want.role, StageRole::Standby { upstream } if upstream == Some(feeder));
         self.stopping.is_none()
-            && (kv_of, self.epoch) == (current.deployment, current.epoch)
-            && match (&want.role, self.job) {
-                (StageRole::Serve { .. }, Job::Serving { .. } | Job::Receiving) => true,
-                (StageRole::Standby { upstream }, Job::StandingBy { upstream: from }) => *upstream == Some(from),
-                (StageRole::HandOver { .. }, Job::Sending) => true,
-                _ => false,
-            }
+            && self.serial == want.serial
+            && if let Job::StandingBy { upstream } = self.job { is_fed_by(upstream) } else { true }
     }
 }
 

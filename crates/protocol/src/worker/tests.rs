@@ -1,7 +1,8 @@
-use brigade_base::PassId;
+use brigade_base::{Hash, LayerRange, PassId};
 use proptest::prelude::*;
 
 use super::*;
+use crate::control::ModelRef;
 
 const DEPLOYMENT: DeploymentId = DeploymentId(5);
 const LEASE: Duration = Duration::from_millis(LEASE_MS);

@@ -39,6 +39,8 @@ impl Out {
 /// What is ordered of a stage in this epoch.
 #[derive(Debug)]
 pub(super) struct Want {
+    /// Tells it from all earlier ones.
+    pub(super) serial: u64,
     pub(super) stage: u32,
     pub(super) role: StageRole,
     pub(super) keep_kv: bool,
@@ -57,8 +59,9 @@ pub(super) struct Want {
 }
 
 impl Want {
-    pub(super) fn new(order: StageOrder) -> Self {
+    pub(super) fn new(serial: u64, order: StageOrder) -> Self {
         Self {
+            serial,
             stage: order.stage,
             role: order.role,
             keep_kv: order.keep_kv,

@@ -1,1 +1,0 @@
-//! Each rule of the council, by itself.
