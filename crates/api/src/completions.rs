@@ -91,6 +91,7 @@ async fn complete(
     if let Some(client_id) = client_id(request.headers())? {
         Span::current().record("client_request", client_id);
     }
+    let entry = app.gate.enter()?;
     let body = app.bodies.read(request).await?;
     let (answer, events, streams) = blocking(move || {
         // What is made of the body takes as much memory, so its room is kept until the session has the prompt.
@@ -113,7 +114,7 @@ async fn complete(
         Ok((answer, events, options.stream))
     })
     .await?;
-    if streams { Ok(stream::streamed(answer, events)) } else { stream::whole(answer, events).await }
+    if streams { Ok(stream::streamed(answer, events, entry)) } else { stream::whole(answer, events).await }
 }
 
 fn answer(kind: Kind, id: String, card: &ModelCard, options: &Options) -> Answer {

@@ -135,6 +135,7 @@ impl From<Failure> for ApiError {
             Failure::PlacementLost(_) | Failure::Stopping => Self::unavailable(message),
             Failure::TimedOut { .. } => Self::new(StatusCode::GATEWAY_TIMEOUT, message).with_code("timeout"),
             Failure::Engine(_) => Self::internal(message),
+            Failure::Refused(error) => error.into(),
         }
     }
 }

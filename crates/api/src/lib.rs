@@ -6,8 +6,8 @@
 //!     events -> chunks (answer) -> HTTP body (stream)
 //! ```
 //!
-//! The crate asks [`Serving`] and nothing else: it knows no engine, no node and no link, and but for the count of
-//! requests it keeps nothing between two of them. A request that cannot be honoured to the letter is refused by the
+//! The crate asks [`Serving`] and nothing else: it knows no engine, no node and no link, and but for counts of requests
+//! it keeps nothing between two of them. A request that cannot be honoured to the letter is refused by the
 //! name of the field; nothing that a client asks for is silently ignored.
 //!
 //! Routes: `POST /v1/chat/completions`, `POST /v1/completions`, `GET /v1/models[/ID]`, `GET /health`, `GET /ready`,
@@ -25,6 +25,7 @@ mod body;
 mod completions;
 mod error;
 mod fields;
+mod gate;
 mod insight;
 mod patience;
 mod request;
@@ -89,5 +90,5 @@ impl std::fmt::Debug for ApiOptions {
 
 /// All routes over `serving`, for [`serve`] or to be merged with others. They need a tokio runtime around them.
 pub fn router(serving: Arc<dyn Serving>, options: &ApiOptions) -> Router {
-    routes::router(serving, options)
+    routes::router(serving, options, Arc::default())
 }

@@ -14,7 +14,7 @@ use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use axum::{Json, Router};
-use brigade_node::serving::{ModelCard, Readiness, Serving};
+use brigade_node::serving::{ModelCard, Readiness, Serving, SubmitError};
 use serde_json::{Value, json};
 use tracing::Span;
 
@@ -22,6 +22,7 @@ use crate::access::{Access, guard};
 use crate::body::BodyReader;
 use crate::error::ApiError;
 use crate::fields::{Fields, clip, mismatch};
+use crate::gate::Gate;
 use crate::request::tokens;
 use crate::template::{ChatTemplate, TemplateError};
 use crate::traffic::{Traffic, count};
@@ -38,6 +39,7 @@ pub(crate) struct App {
     /// A model whose template is broken still takes plain completions.
     pub(crate) template: Result<ChatTemplate, TemplateError>,
     pub(crate) traffic: Arc<Traffic>,
+    pub(crate) gate: Arc<Gate>,
 }
 
 pub(crate) type Shared = State<Arc<App>>;
@@ -45,8 +47,8 @@ pub(crate) type Shared = State<Arc<App>>;
 pub(crate) type PathEnd = Result<Path<String>, PathRejection>;
 pub(crate) type Answered<T = Response> = Result<T, ApiError>;
 
-/// All routes over `serving`.
-pub(crate) fn router(serving: Arc<dyn Serving>, options: &ApiOptions) -> Router {
+/// All routes over `serving`; completions go through `gate`.
+pub(crate) fn router(serving: Arc<dyn Serving>, options: &ApiOptions, gate: Arc<Gate>) -> Router {
     let card = serving.model();
     let template = ChatTemplate::new(card.chat_template.as_deref(), &card.bos_text, &card.eos_text);
     if let Err(error) = &template {
@@ -55,7 +57,7 @@ pub(crate) fn router(serving: Arc<dyn Serving>, options: &ApiOptions) -> Router 
     let access = Arc::new(Access::new(options));
     let traffic = Arc::new(Traffic::new());
     let bodies = BodyReader::new(options.body_limit);
-    let app = Arc::new(App { serving, access: access.clone(), bodies, template, traffic: traffic.clone() });
+    let app = Arc::new(App { serving, access: access.clone(), bodies, template, traffic: traffic.clone(), gate });
     Router::new()
         .route("/v1/chat/completions", post(completions::chat))
         .route("/v1/completions", post(completions::plain))
@@ -104,13 +106,22 @@ async fn health() -> Json<Value> {
     Json(json!({"status": "ok"}))
 }
 
+/// Whether a request would be taken. While the model is placed anew it is, and a balancer that sent it elsewhere, where
+/// nothing knows it, would gain nothing; so that counts as ready.
 async fn ready(State(app): Shared) -> Response {
-    match app.serving.readiness() {
-        Readiness::Ready => Json(json!({"status": "ready"})).into_response(),
-        Readiness::NotReady(reason) => {
-            (StatusCode::SERVICE_UNAVAILABLE, Json(json!({"status": "not_ready", "reason": reason}))).into_response()
+    let (status, state, reason) = match app.serving.readiness() {
+        _ if app.gate.is_closed() => {
+            (StatusCode::SERVICE_UNAVAILABLE, "stopping", Some(SubmitError::Stopping.to_string()))
         }
+        Readiness::Ready => (StatusCode::OK, "ready", None),
+        Readiness::Recovering(reason) => (StatusCode::OK, "recovering", Some(reason)),
+        Readiness::NotReady(reason) => (StatusCode::SERVICE_UNAVAILABLE, "not_ready", Some(reason)),
+    };
+    let mut body = json!({"status": state});
+    if let Some(reason) = reason {
+        body["reason"] = reason.into();
     }
+    (status, Json(body)).into_response()
 }
 
 async fn status(State(app): Shared) -> Response {

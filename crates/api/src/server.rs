@@ -24,8 +24,9 @@ use tokio::sync::{Semaphore, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
+use crate::gate::Gate;
 use crate::patience::Patient;
-use crate::{ApiOptions, router};
+use crate::{ApiOptions, routes};
 
 /// Connections at once. Each holds a socket and two buffers of some KiB; as many more wait in the listener's
 /// queue, which the system may shorten: with the usual 128 a thousand clients that come at once are partly cut off.
@@ -130,6 +131,7 @@ async fn stopping(stop: &mut watch::Receiver<bool>) {
 #[derive(Debug)]
 pub struct Server {
     addr: SocketAddr,
+    gate: Arc<Gate>,
     /// Dropped to stop.
     stop: Option<oneshot::Sender<()>>,
     /// Closes when the last connection has ended.
@@ -157,19 +159,30 @@ impl Server {
             let _inside = runtime.enter();
             TcpListener::from_std(listener)?
         };
-        let router = router(serving, options);
+        let gate = Arc::<Gate>::default();
+        let router = routes::router(serving, options, Arc::clone(&gate));
         let (stop, stopped) = oneshot::channel::<()>();
         let (end, ended) = std::sync::mpsc::channel();
         runtime.spawn(async move {
             serve(listener, router, async { drop(stopped.await) }).await;
             drop(end);
         });
-        Ok(Self { addr, stop: Some(stop), ended, runtime: Some(runtime) })
+        Ok(Self { addr, gate, stop: Some(stop), ended, runtime: Some(runtime) })
     }
 
     /// Where it listens.
     pub fn addr(&self) -> SocketAddr {
         self.addr
+    }
+
+    /// Refuses completions from now on with 503; those that are under way go on, and everything else is answered.
+    pub fn drain(&self) {
+        self.gate.close();
+    }
+
+    /// Completions that are under way, from their arrival to the last byte of the answer.
+    pub fn n_answering(&self) -> usize {
+        self.gate.n_inside()
     }
 
     /// Takes no more requests, lets answers end for up to two seconds, and cuts off the rest.

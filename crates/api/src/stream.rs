@@ -2,6 +2,9 @@
 //!
 //! Both own the session's receiver. When the client goes away, hyper drops the body or the handler, the receiver goes
 //! with it, and the coordinator cancels the session.
+//!
+//! A session that waits because a machine was lost says so. A stream passes that on in comments, which clients skip but
+//! whose bytes keep their read timeouts, and those of proxies, from striking; a whole answer just comes later.
 
 use std::convert::Infallible;
 use std::pin::Pin;
@@ -11,7 +14,7 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
-use brigade_node::serving::{Event, Failure};
+use brigade_node::serving::{Event, Failure, TokenLogprob};
 use bytes::{Bytes, BytesMut};
 use http_body::Frame;
 use tokio::sync::mpsc::UnboundedReceiver;
@@ -19,10 +22,16 @@ use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
 
 use crate::answer::{Answer, TextChunk, write_event};
 use crate::error::ApiError;
+use crate::gate::Entry;
 
 /// How often it is looked whether a stream was silent since the last look, and if so it says that it lives. That is
 /// after one to two of these times; proxies give up on silence after 30 to 60 seconds.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
+/// How often a stream says that it lives while its session waits for a lost machine to be replaced: below the shortest
+/// read timeouts that clients are seen to have, of five seconds.
+const PAUSED_KEEP_ALIVE: Duration = Duration::from_secs(2);
+/// Most characters of a pause's reason: a line on a screen, twice.
+const MAX_REASON_CHARS: usize = 200;
 /// When a frame is sent although more events wait: the size of a socket's usual send buffer.
 const FRAME_BYTES: usize = 64 << 10;
 /// What a stream's buffer begins with: the events of a few tokens, of some 250 bytes each.
@@ -37,10 +46,12 @@ pub(crate) async fn whole(mut answer: Answer, mut events: UnboundedReceiver<Even
     let mut logprobs = Vec::new();
     loop {
         match events.recv().await {
-            Some(Event::Delta { text: more, logprobs: tokens }) => {
+            Some(Event::Token { text: more, logprob, .. }) => {
                 text.push_str(&more);
-                logprobs.extend(tokens);
+                logprobs.extend(logprob);
             }
+            Some(Event::Text { text: more }) => text.push_str(&more),
+            Some(Event::Paused { .. } | Event::Resumed) => {}
             Some(Event::Done { reason, usage }) => {
                 let body = answer.whole(&text, &logprobs, reason, usage);
                 let body = body.map_err(|error| ApiError::internal(error.to_string()))?;
@@ -52,14 +63,22 @@ pub(crate) async fn whole(mut answer: Answer, mut events: UnboundedReceiver<Even
     }
 }
 
-/// Sends an answer while it is made.
-pub(crate) fn streamed(mut answer: Answer, events: UnboundedReceiver<Event>) -> Response {
+/// Sends an answer while it is made; `entry` is kept until all of it is sent.
+pub(crate) fn streamed(mut answer: Answer, events: UnboundedReceiver<Event>, entry: Entry) -> Response {
     let mut pending = BytesMut::with_capacity(BUFFER_BYTES);
     answer.write_first_chunk(&mut pending);
-    let mut ticks = interval_at(Instant::now() + KEEP_ALIVE, KEEP_ALIVE);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let text_chunk = answer.text_chunk();
-    let body = EventBody { answer, text_chunk, events, ticks, spoke: false, pending, ended: false };
+    let body = EventBody {
+        answer,
+        text_chunk,
+        events,
+        ticks: every(KEEP_ALIVE),
+        spoke: false,
+        paused: false,
+        pending,
+        ended: false,
+        _entry: entry,
+    };
     let headers = [
         (header::CONTENT_TYPE, "text/event-stream; charset=utf-8"),
         (header::CACHE_CONTROL, "no-cache"),
@@ -67,6 +86,12 @@ pub(crate) fn streamed(mut answer: Answer, events: UnboundedReceiver<Event>) -> 
         (header::HeaderName::from_static("x-accel-buffering"), "no"),
     ];
     (headers, Body::new(body)).into_response()
+}
+
+fn every(period: Duration) -> Interval {
+    let mut ticks = interval_at(Instant::now() + period, period);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    ticks
 }
 
 fn broken_off() -> ApiError {
@@ -83,26 +108,43 @@ struct EventBody {
     ticks: Interval,
     /// Something was sent since the last tick.
     spoke: bool,
+    /// The session waits for a lost machine to be replaced.
+    paused: bool,
     /// Written but not sent.
     pending: BytesMut,
     /// The last event is written.
     ended: bool,
+    /// Says that this answer is under way.
+    _entry: Entry,
 }
 
 impl EventBody {
     fn write(&mut self, event: Option<Event>) {
         match event {
-            Some(Event::Delta { text, logprobs }) if text.is_empty() && logprobs.is_empty() => {}
-            Some(Event::Delta { text, logprobs }) => match &self.text_chunk {
-                Some(chunk) => chunk.write(&text, &mut self.pending),
-                None => self.answer.write_delta(&text, &logprobs, &mut self.pending),
-            },
+            Some(Event::Token { text, logprob, .. }) => self.write_text(&text, logprob.as_slice()),
+            Some(Event::Text { text }) => self.write_text(&text, &[]),
+            Some(Event::Paused { why }) => {
+                write_comment("paused: ", &why, &mut self.pending);
+                (self.paused, self.ticks) = (true, every(PAUSED_KEEP_ALIVE));
+            }
+            Some(Event::Resumed) => {
+                write_comment("resumed", "", &mut self.pending);
+                (self.paused, self.ticks) = (false, every(KEEP_ALIVE));
+            }
             Some(Event::Done { reason, usage }) => {
                 self.answer.write_end(reason, usage, &mut self.pending);
                 self.ended = true;
             }
             Some(Event::Failed(failure)) => self.write_error(&failure.into()),
             None => self.write_error(&broken_off()),
+        }
+    }
+
+    fn write_text(&mut self, text: &str, logprobs: &[TokenLogprob]) {
+        match &self.text_chunk {
+            _ if text.is_empty() && logprobs.is_empty() => {}
+            Some(chunk) => chunk.write(text, &mut self.pending),
+            None => self.answer.write_delta(text, logprobs, &mut self.pending),
         }
     }
 
@@ -113,15 +155,21 @@ impl EventBody {
         self.ended = true;
     }
 
-    /// Completes at a tick before which nothing was sent for a whole interval.
+    /// Completes at a tick before which nothing was sent for a whole interval, and in a pause at each.
     fn poll_silence(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         loop {
             ready!(self.ticks.poll_tick(cx));
-            if !std::mem::take(&mut self.spoke) {
+            if !std::mem::take(&mut self.spoke) || self.paused {
                 return Poll::Ready(());
             }
         }
     }
+}
+
+/// A comment of server-sent events, which ends where its line does: whatever `text` has, it makes no event.
+fn write_comment(kind: &str, text: &str, out: &mut BytesMut) {
+    let line = text.chars().take(MAX_REASON_CHARS).map(|c| if c.is_control() { ' ' } else { c });
+    out.extend_from_slice(format!(": {kind}{}\n\n", line.collect::<String>()).as_bytes());
 }
 
 impl http_body::Body for EventBody {
@@ -142,7 +190,7 @@ impl http_body::Body for EventBody {
                 return Poll::Ready(None);
             }
             ready!(this.poll_silence(cx));
-            this.pending.extend_from_slice(b": keep-alive\n\n");
+            this.pending.extend_from_slice(if this.paused { b": still paused\n\n" } else { b": keep-alive\n\n" });
         } else {
             this.spoke = true;
         }
@@ -152,6 +200,8 @@ impl http_body::Body for EventBody {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use brigade_node::serving::{FinishReason, Usage};
     use http_body_util::BodyExt;
     use tokio::sync::mpsc;
@@ -159,6 +209,7 @@ mod tests {
 
     use super::*;
     use crate::answer::Kind;
+    use crate::gate::Gate;
 
     fn plain() -> Answer {
         Answer {
@@ -174,17 +225,26 @@ mod tests {
     }
 
     fn delta(text: &str) -> Event {
-        Event::Delta { text: text.to_owned(), logprobs: Vec::new() }
+        Event::Token { position: 0, token: 1, text: text.to_owned(), logprob: None }
+    }
+
+    fn body(events: UnboundedReceiver<Event>) -> Body {
+        streamed(plain(), events, Arc::new(Gate::default()).enter().unwrap()).into_body()
+    }
+
+    /// The next frame that is sent, as text.
+    async fn next(body: &mut Body) -> String {
+        let frame = body.frame().await.unwrap().unwrap().into_data().unwrap();
+        String::from_utf8(frame.to_vec()).unwrap()
     }
 
     #[tokio::test(start_paused = true)]
     async fn silence_is_filled_with_comments() {
         let (sender, events) = mpsc::unbounded_channel();
-        let mut body = streamed(plain(), events).into_body();
+        let mut body = body(events);
         for _ in 0..3 {
             let before = Instant::now();
-            let frame = body.frame().await.unwrap().unwrap().into_data().unwrap();
-            assert_eq!(frame, ": keep-alive\n\n");
+            assert_eq!(next(&mut body).await, ": keep-alive\n\n");
             assert!(before.elapsed() >= KEEP_ALIVE);
         }
         drop(sender);
@@ -202,17 +262,60 @@ mod tests {
             sleep(2 * KEEP_ALIVE).await;
             sender.send(Event::Done { reason: FinishReason::Stop, usage: Usage::default() }).unwrap();
         });
-        let text = streamed(plain(), events).into_body().collect().await.unwrap().to_bytes();
+        let text = body(events).collect().await.unwrap().to_bytes();
         let text = String::from_utf8(text.to_vec()).unwrap();
         let (spoken, rest) = text.split_once(": keep-alive\n\n").unwrap();
         assert_eq!(spoken.matches("data: ").count(), 4, "{text}");
         assert!(!rest.contains("keep-alive"), "{text}");
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn a_pause_is_told_at_once_and_every_two_seconds() {
+        let (sender, events) = mpsc::unbounded_channel();
+        let mut body = body(events);
+        sender.send(delta("a")).unwrap();
+        assert!(next(&mut body).await.starts_with("data: "));
+        sender.send(Event::Paused { why: "w1 is\r\ndata: lost\n\n".to_owned() }).unwrap();
+        let begin = Instant::now();
+        assert_eq!(next(&mut body).await, ": paused: w1 is  data: lost  \n\n", "no reason makes an event");
+        assert_eq!(begin.elapsed(), Duration::ZERO);
+        for n in 1..4 {
+            assert_eq!(next(&mut body).await, ": still paused\n\n");
+            assert_eq!(begin.elapsed().as_secs(), (n * PAUSED_KEEP_ALIVE).as_secs());
+        }
+        for event in [Event::Resumed, delta("b"), Event::Text { text: "c".to_owned() }] {
+            sender.send(event).unwrap();
+        }
+        let text = next(&mut body).await;
+        assert!(text.starts_with(": resumed\n\ndata: ") && text.matches("data: ").count() == 2, "{text}");
+        let begin = Instant::now();
+        assert_eq!(next(&mut body).await, ": keep-alive\n\n");
+        assert!(begin.elapsed() >= KEEP_ALIVE);
+    }
+
+    #[tokio::test]
+    async fn a_reason_has_an_end() {
+        let mut out = BytesMut::new();
+        write_comment("paused: ", &"é".repeat(10_000), &mut out);
+        assert_eq!(out.len(), ": paused: \n\n".len() + 2 * MAX_REASON_CHARS);
+    }
+
+    #[tokio::test]
+    async fn a_whole_answer_only_waits() {
+        let (sender, events) = mpsc::unbounded_channel();
+        let (done, why) = (Event::Done { reason: FinishReason::Stop, usage: Usage::default() }, String::new());
+        for event in [delta("a"), Event::Paused { why }, Event::Resumed, Event::Text { text: "b".to_owned() }, done] {
+            sender.send(event).unwrap();
+        }
+        let answer = whole(plain(), events).await.unwrap().into_body().collect().await.unwrap().to_bytes();
+        let answer: serde_json::Value = serde_json::from_slice(&answer).unwrap();
+        assert_eq!(answer["choices"][0]["text"], "ab");
+    }
+
     #[tokio::test]
     async fn a_sent_buffer_is_used_again() {
         let (sender, events) = mpsc::unbounded_channel();
-        let mut body = streamed(plain(), events).into_body();
+        let mut body = body(events);
         let mut places = std::collections::BTreeSet::new();
         for _ in 0..100 {
             sender.send(delta("token")).unwrap();
@@ -229,9 +332,8 @@ mod tests {
             sender.send(delta(text)).unwrap();
         }
         sender.send(Event::Done { reason: FinishReason::Stop, usage: Usage::default() }).unwrap();
-        let mut body = streamed(plain(), events).into_body();
-        let frame = body.frame().await.unwrap().unwrap().into_data().unwrap();
-        let text = String::from_utf8(frame.to_vec()).unwrap();
+        let mut body = body(events);
+        let text = next(&mut body).await;
         assert_eq!(text.matches("data: ").count(), 4, "{text}");
         assert!(text.ends_with("data: [DONE]\n\n"));
         assert!(body.frame().await.is_none());
@@ -242,7 +344,7 @@ mod tests {
         let (sender, events) = mpsc::unbounded_channel();
         sender.send(delta("half")).unwrap();
         drop(sender);
-        let text = streamed(plain(), events).into_body().collect().await.unwrap().to_bytes();
+        let text = body(events).collect().await.unwrap().to_bytes();
         let text = String::from_utf8(text.to_vec()).unwrap();
         assert!(text.contains(r#"data: {"error":{"#) && !text.contains("[DONE]"), "{text}");
 

@@ -8,7 +8,7 @@ use std::io::{Read, Write};
 use std::time::{Duration, Instant};
 
 use brigade_api::ApiOptions;
-use brigade_node::serving::{Failure, FinishReason, Readiness, SubmitError, TokenLogprob};
+use brigade_node::serving::{Event, Failure, FinishReason, Readiness, SubmitError, TokenLogprob};
 use common::{DEADLINE, House, Reply, Script, delta, done};
 use serde_json::{Value, json};
 
@@ -144,7 +144,7 @@ fn absent_seeds_differ() {
 fn log_probabilities_come_where_asked() {
     let house = House::open();
     let token = TokenLogprob { token: 65, bytes: b"A".to_vec(), logprob: -0.5, top: vec![(65, b"A".to_vec(), -0.5)] };
-    let event = brigade_node::serving::Event::Delta { text: "A".to_owned(), logprobs: vec![token] };
+    let event = Event::Token { position: 0, token: 65, text: "A".to_owned(), logprob: Some(token) };
     for _ in 0..2 {
         house.script(Script::Events(vec![event.clone(), done(FinishReason::Stop)]));
     }
@@ -191,7 +191,7 @@ fn an_answer_that_breaks_off_says_so() {
         (Failure::TimedOut { after: Duration::from_millis(1500) }, 504),
         (Failure::Engine("no".into()), 500),
     ] {
-        let events = vec![delta("half"), brigade_node::serving::Event::Failed(failure)];
+        let events = vec![delta("half"), Event::Failed(failure)];
         house.script(Script::Events(events.clone()));
         house.script(Script::Events(events));
         let reply = house.post(CHAT, &hello());
@@ -210,7 +210,7 @@ fn a_client_that_leaves_cancels_its_session() {
         house.mock.held.lock().unwrap().clear();
         house.script(Script::Hold(vec![delta("a")]));
         let stream = house.send("POST", CHAT, &[("Content-Type", "application/json")], &body.to_string());
-        house.wait_until_held();
+        house.wait_until_held(1);
         drop(stream);
         house.wait_until_cancelled();
     }
@@ -392,6 +392,29 @@ fn models_and_state_are_told() {
     assert_eq!(reply.status, 503);
     assert_eq!(reply.json()["reason"], "layers 4..8 have no node");
     assert_eq!(house.get("/health").status, 200);
+    // Requests are taken, so a balancer has no reason to send them elsewhere.
+    *house.mock.readiness.lock().unwrap() = Readiness::Recovering("w1 is lost".into());
+    let reply = house.get("/ready");
+    assert_eq!((reply.status, reply.json()), (200, json!({"status": "recovering", "reason": "w1 is lost"})));
+    assert_eq!(house.post(CHAT, &hello()).status, 200);
+}
+
+#[test]
+fn a_stream_that_is_paused_says_so_and_goes_on() {
+    let house = House::open();
+    let why = "w1 is lost".to_owned();
+    let events = [delta("a"), Event::Paused { why }, Event::Resumed, delta("b"), done(FinishReason::Stop)];
+    for body in [streamed(hello(), false), hello()] {
+        house.script(Script::Events(events.to_vec()));
+        let text = house.post(CHAT, &body).body;
+        let find = |what: &str| text.find(what).unwrap_or_else(|| panic!("{what} is not in {text}"));
+        if body["stream"] == true {
+            let places = ["\"a\"", "\n\n: paused: w1 is lost\n\n", ": resumed\n\n", "\"b\"", "[DONE]"].map(find);
+            assert!(places.is_sorted(), "{text}");
+        } else {
+            assert!(find("\"ab\"") > 0 && !text.contains("paused"), "{text}");
+        }
+    }
 }
 
 #[test]
@@ -436,12 +459,39 @@ fn nonsense_harms_nobody() {
 }
 
 #[test]
+fn draining_refuses_completions_and_lets_those_under_way_end() {
+    let house = House::open();
+    let answers: Vec<_> = [streamed(hello(), false), hello()]
+        .map(|body| {
+            house.script(Script::Hold(vec![delta("a")]));
+            house.send("POST", CHAT, &[("Content-Type", "application/json")], &body.to_string())
+        })
+        .into();
+    house.wait_until_held(2);
+    assert_eq!(house.server.n_answering(), 2);
+    house.server.drain();
+    let refused = house.post(CHAT, &hello());
+    refused.check_error(503, None, Some("service_unavailable"));
+    assert!(refused.body.contains("the server is stopping") && refused.header("retry-after").is_some(), "{refused:?}");
+    let ready = house.get("/ready");
+    assert_eq!((ready.status, &ready.json()["status"]), (503, &json!("stopping")));
+    assert_eq!((house.get("/health").status, house.get("/brigade/v1/status").status), (200, 200));
+    for sender in house.mock.held.lock().unwrap().drain(..) {
+        sender.send(done(FinishReason::Stop)).unwrap();
+    }
+    for answer in answers {
+        assert_eq!(Reply::read(answer).status, 200);
+    }
+    house.wait_until_answering(0);
+}
+
+#[test]
 fn stopping_lets_answers_end_but_not_for_ever() {
     let house = House::open();
     house.script(Script::Hold(vec![delta("a")]));
     let body = streamed(hello(), false).to_string();
     let stream = house.send("POST", CHAT, &[("Content-Type", "application/json")], &body);
-    house.wait_until_held();
+    house.wait_until_held(1);
     let addr = house.addr();
     let House { mock, server } = house;
     let begin = Instant::now();

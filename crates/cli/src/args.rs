@@ -9,6 +9,10 @@ use brigade_node::PrefixCache;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{ArgAction, Args, Parser, Subcommand};
 
+use crate::values::{
+    listen_address, named_size, node_name, prefix_cache, request_timeout, temperature, ticket_ttl, wait,
+};
+
 /// Pools the machines you own and serves one language model that none of them can hold.
 #[derive(Debug, Parser)]
 #[command(name = "brigade", version, max_term_width = 110, disable_help_subcommand = true)]
@@ -31,6 +35,8 @@ pub enum Verb {
     Serve(ServeArgs),
     /// Give this machine's memory and cores to a coordinator
     Join(JoinArgs),
+    /// Ask the worker that runs here to hand its layers over and end
+    Leave(LeaveArgs),
     /// Ask the model something; without a prompt, talk to it line by line
     Chat(ChatArgs),
     /// Show nodes, their stages and layers, memory and speed
@@ -75,17 +81,9 @@ pub struct NodeArgs {
     pub memory: Option<ByteSize>,
 }
 
-/// `brigade serve`
-#[derive(Debug, Args)]
-pub struct ServeArgs {
-    /// The model, a GGUF file (of a split one, any part) [default: abacus, a tiny model inside this program]
-    #[arg(value_name = "MODEL", env = "BRIGADE_MODEL")]
-    pub model: Option<PathBuf>,
-    #[command(flatten)]
-    pub node: NodeArgs,
-    /// Port of the HTTP endpoint; 0 picks one and prints it
-    #[arg(long, default_value_t = 8080, env = "BRIGADE_PORT")]
-    pub port: u16,
+/// Where a node's HTTP endpoint listens, and whom it lets in.
+#[derive(Debug, Clone, Args)]
+pub struct HttpArgs {
     /// Address of the HTTP endpoint; anything but loopback needs an API key
     #[arg(long, value_name = "IP", default_value = "127.0.0.1", env = "BRIGADE_BIND")]
     pub bind: IpAddr,
@@ -98,6 +96,21 @@ pub struct ServeArgs {
     /// Name under which clients without a key may know this machine, such as tower.lan; may be given several times
     #[arg(long, value_name = "NAME", env = "BRIGADE_HOST_NAME", value_delimiter = ',')]
     pub host_name: Vec<String>,
+}
+
+/// `brigade serve`
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    /// The model, a GGUF file (of a split one, any part) [default: abacus, a tiny model inside this program]
+    #[arg(value_name = "MODEL", env = "BRIGADE_MODEL")]
+    pub model: Option<PathBuf>,
+    #[command(flatten)]
+    pub node: NodeArgs,
+    /// Port of the HTTP endpoint; 0 picks one and prints it
+    #[arg(long, default_value_t = 8080, env = "BRIGADE_PORT")]
+    pub port: u16,
+    #[command(flatten)]
+    pub http: HttpArgs,
     /// Tokens of one session, prompt and answer together [default: what the model was trained for, at most 4096]
     #[arg(long, value_name = "N", env = "BRIGADE_CONTEXT", value_parser = clap::value_parser!(u32).range(1..=16_777_216))]
     pub context: Option<u32>,
@@ -122,6 +135,18 @@ pub struct ServeArgs {
     /// Disk on this node for idle sessions whose memory others need; used as far as all nodes give some
     #[arg(long, value_name = "SIZE", default_value = "0B", env = "BRIGADE_KV_SPILL")]
     pub kv_spill: ByteSize,
+    /// How many nodes hold each worker's layers: 1, or 2, where another worker stands by with the weights loaded
+    #[arg(long, value_name = "N", default_value_t = 1, env = "BRIGADE_REDUNDANCY", value_parser = clap::value_parser!(u32).range(1..=2))]
+    pub redundancy: u32,
+    /// Let the nodes that stand by compute along, so that nothing is computed again after a loss; wants --redundancy 2
+    #[arg(long, env = "BRIGADE_SHADOW")]
+    pub shadow: bool,
+    /// How long answers wait for machines when the model fits no more on those that are left
+    #[arg(long, value_name = "TIME", default_value = "30s", env = "BRIGADE_WAIT_FOR_CAPACITY", value_parser = wait)]
+    pub wait_for_capacity: Duration,
+    /// How long running answers may go on once this process is asked to end
+    #[arg(long, value_name = "TIME", default_value = "30s", env = "BRIGADE_DRAIN_TIMEOUT", value_parser = wait)]
+    pub drain_timeout: Duration,
     /// How long the printed ticket admits nodes, for example 30m or 2h
     #[arg(long, value_name = "TIME", default_value = "1h", env = "BRIGADE_TICKET_TTL", value_parser = ticket_ttl)]
     pub ticket_ttl: Duration,
@@ -150,6 +175,27 @@ pub struct JoinArgs {
     /// Disk for idle sessions whose memory others need; used as far as all nodes give some
     #[arg(long, value_name = "SIZE", default_value = "0B", env = "BRIGADE_KV_SPILL")]
     pub kv_spill: ByteSize,
+    /// How long this node may take to hand its layers over once it is asked to end, and as long for its own clients
+    #[arg(long, value_name = "TIME", default_value = "30s", env = "BRIGADE_DRAIN_TIMEOUT", value_parser = wait)]
+    pub drain_timeout: Duration,
+    /// Answer HTTP on this port too; 0 picks one and prints it [default: no endpoint]
+    #[arg(long, env = "BRIGADE_PORT")]
+    pub port: Option<u16>,
+    /// How long requests of this endpoint wait for a coordinator when theirs is lost
+    #[arg(long, value_name = "TIME", default_value = "30s", env = "BRIGADE_WAIT_FOR_CAPACITY", value_parser = wait)]
+    pub wait_for_capacity: Duration,
+    #[command(flatten)]
+    pub http: HttpArgs,
+}
+
+/// `brigade leave`
+#[derive(Debug, Args)]
+pub struct LeaveArgs {
+    #[command(flatten)]
+    pub state: StateArgs,
+    /// How long to wait for its end
+    #[arg(long, value_name = "TIME", default_value = "60s", env = "BRIGADE_TIMEOUT", value_parser = wait)]
+    pub timeout: Duration,
 }
 
 /// Which endpoint to talk to.
@@ -312,62 +358,6 @@ pub struct BenchArgs {
     pub json: bool,
 }
 
-/// A month: beyond it a ticket is no ticket but an open door. The endpoint makes none that lives longer.
-const TICKET_TTL_MAX: Duration = Duration::from_secs(31 * 24 * 3600);
-
-fn ticket_ttl(text: &str) -> Result<Duration, String> {
-    let ttl = humantime::parse_duration(text).map_err(|_| "write a time such as 30m, 1h or 2days".to_owned())?;
-    if ttl < Duration::from_secs(1) || ttl > TICKET_TTL_MAX {
-        return Err("a ticket lives from 1s to 31days".to_owned());
-    }
-    Ok(ttl)
-}
-
-/// A day: who waits longer for one request has forgotten it.
-const REQUEST_TIMEOUT_MAX: Duration = Duration::from_secs(24 * 3600);
-
-fn request_timeout(text: &str) -> Result<Duration, String> {
-    let timeout = humantime::parse_duration(text).map_err(|_| "write a time such as 90s or 10m".to_owned())?;
-    if timeout < Duration::from_millis(100) || timeout > REQUEST_TIMEOUT_MAX {
-        return Err("a request takes from 100ms to 1day".to_owned());
-    }
-    Ok(timeout)
-}
-
-fn temperature(text: &str) -> Result<f32, String> {
-    // NaN and infinities lie in no range.
-    let number = text.parse().ok().filter(|number| (0.0..=2.0).contains(number));
-    number.ok_or_else(|| "write a number from 0 to 2".to_owned())
-}
-
-fn prefix_cache(text: &str) -> Result<PrefixCache, String> {
-    match text {
-        "full" => Ok(PrefixCache::Full),
-        "exact" => Ok(PrefixCache::Exact),
-        "off" => Ok(PrefixCache::Off),
-        _ => Err("write full, exact or off".to_owned()),
-    }
-}
-
-fn node_name(text: &str) -> Result<String, String> {
-    let n = text.chars().count();
-    if n == 0 || n > 64 || text.chars().any(char::is_control) {
-        return Err("a name has 1 to 64 printable characters".to_owned());
-    }
-    Ok(text.to_owned())
-}
-
-/// `IP:PORT`, or `:PORT` for all addresses.
-fn listen_address(text: &str) -> Result<SocketAddr, String> {
-    let whole = if text.starts_with(':') { format!("[::]{text}") } else { text.to_owned() };
-    whole.parse().map_err(|_| "write IP:PORT, for example 192.168.1.5:7411, [::]:0 or :7411".to_owned())
-}
-
-fn named_size(text: &str) -> Result<(String, ByteSize), String> {
-    let (name, size) = text.split_once('=').ok_or("write NAME=SIZE, for example tower=16GiB")?;
-    Ok((node_name(name)?, size.parse().map_err(|error: brigade_base::ByteSizeError| error.to_string())?))
-}
-
 impl StateArgs {
     /// The state directory: as given, else where the system keeps a user's state.
     pub fn dir(&self) -> PathBuf {
@@ -431,20 +421,5 @@ mod tests {
             command.get_subcommands().for_each(check);
         }
         check(&Cli::command());
-    }
-
-    #[test]
-    fn addresses_and_times_are_read() {
-        assert_eq!(listen_address(":7411").unwrap().to_string(), "[::]:7411");
-        assert!(listen_address("tower").is_err());
-        assert_eq!(ticket_ttl("90m"), Ok(Duration::from_secs(5400)));
-        assert!(ticket_ttl("0s").is_err() && ticket_ttl("9y").is_err());
-        assert_eq!(request_timeout("90s"), Ok(Duration::from_secs(90)));
-        assert!(request_timeout("0s").is_err() && request_timeout("2days").is_err() && request_timeout("").is_err());
-        assert_eq!((temperature("0"), temperature("2")), (Ok(0.0), Ok(2.0)));
-        for wrong in ["nan", "inf", "-1", "2.1", "warm", ""] {
-            assert!(temperature(wrong).is_err(), "{wrong}");
-        }
-        assert_eq!(named_size("a=2GiB"), Ok(("a".into(), ByteSize::gib(2))));
     }
 }

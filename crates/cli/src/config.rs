@@ -219,6 +219,22 @@ mod tests {
     }
 
     #[test]
+    fn settings_of_failures_are_flags_variables_and_keys_as_all_others() {
+        let args =
+            serve("redundancy = 2\n[serve]\nshadow = true\nwait-for-capacity = '2m'", &["--drain-timeout", "0s"]);
+        assert_eq!((args.redundancy, args.shadow), (2, true));
+        assert_eq!((args.wait_for_capacity.as_secs(), args.drain_timeout.as_secs()), (120, 0));
+        let args = serve("", &[]);
+        assert_eq!((args.redundancy, args.shadow), (1, false));
+        assert_eq!((args.wait_for_capacity.as_secs(), args.drain_timeout.as_secs()), (30, 30));
+        assert!(resolve("redundancy = 3", &["brigade", "serve"]).is_err());
+        let Verb::Join(join) = resolve("", &["brigade", "join"]).unwrap().verb else { panic!() };
+        assert_eq!((join.port, join.drain_timeout.as_secs()), (None, 30));
+        let Verb::Join(join) = resolve("[join]\nport = 0", &["brigade", "join"]).unwrap().verb else { panic!() };
+        assert_eq!(join.port, Some(0));
+    }
+
+    #[test]
     fn a_key_that_only_some_verbs_have_as_a_flag_stands_in_their_tables() {
         let error = resolve("model = 'm.gguf'", &["brigade", "join"]).unwrap_err();
         assert!(error.contains("put it under [bench] or [join]"), "{error}");
@@ -253,7 +269,7 @@ mod tests {
     fn what_is_not_known_is_named() {
         assert!(resolve("paralel = 2", &["brigade", "serve"]).unwrap_err().contains("paralel"));
         assert!(resolve("[srve]\nport = 2", &["brigade", "serve"]).unwrap_err().contains("srve"));
-        assert!(resolve("[join]\nport = 2", &["brigade", "serve"]).unwrap_err().contains("port"));
+        assert!(resolve("[chat]\nport = 2", &["brigade", "serve"]).unwrap_err().contains("port"));
         assert!(resolve("port = 70000", &["brigade", "serve"]).is_err());
         assert!(resolve("port = {}", &["brigade", "serve"]).is_err());
     }

@@ -48,6 +48,11 @@ impl Note {
         Ok(NoteGuard(path))
     }
 
+    /// Removes the note that a killed coordinator left.
+    pub fn remove(state_dir: &Path) {
+        let _ = std::fs::remove_file(Self::path(state_dir));
+    }
+
     /// Reads the note of the coordinator that runs with this state directory.
     pub fn find(state_dir: &Path) -> Result<Self, Failure> {
         if state_dir.is_file() {

@@ -1,7 +1,8 @@
 //! The `brigade` command: arguments in, one verb run, an exit code out.
 //!
-//! Each verb is a module with one `run`; what they have in common is in [`args`], [`config`] and [`endpoint`]. A verb
-//! that fails says so in one line on standard error; a reader that closes our output early is no failure.
+//! Each verb is a module with one `run`; what they have in common is in [`args`], [`config`], [`endpoint`] and
+//! [`ending`]. A verb that fails says so in one line on standard error; a reader that closes our output early is no
+//! failure.
 
 mod args;
 mod bench;
@@ -9,17 +10,24 @@ mod chat;
 mod config;
 mod doctor;
 mod embedded;
+mod ending;
 mod endpoint;
 mod error;
 mod files;
+mod http;
 mod inspect;
 mod join;
+mod leave;
+mod model;
+mod node_note;
 mod output;
 mod plan;
 mod progress;
+mod running;
 mod serve;
 mod status;
 mod ticket;
+mod values;
 
 use std::process::ExitCode;
 
@@ -36,6 +44,7 @@ fn main() -> ExitCode {
     let result = match args.verb {
         Verb::Serve(args) => serve::run(&args),
         Verb::Join(args) => join::run(&args),
+        Verb::Leave(args) => leave::run(&args),
         Verb::Chat(args) => chat::run(&args),
         Verb::Status(args) => status::run(&args),
         Verb::Inspect(args) => inspect::run(&args),

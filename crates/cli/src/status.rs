@@ -1,19 +1,12 @@
 //! `brigade status`: the cluster as its coordinator sees it.
 
-use std::path::Path;
-
 use brigade_base::ByteSize;
-use rustix::io::Errno;
-use rustix::process::{Pid, test_kill_process};
 use serde_json::Value;
 
 use crate::args::StatusArgs;
 use crate::endpoint::Endpoint;
 use crate::error::Failure;
-use crate::{files, output};
-
-/// Largest note of a worker: a few texts of a few kilobytes.
-const MAX_NOTE_BYTES: u64 = 1 << 20;
+use crate::{node_note, output};
 
 /// Prints the status once.
 pub fn run(args: &StatusArgs) -> Result<(), Failure> {
@@ -22,27 +15,12 @@ pub fn run(args: &StatusArgs) -> Result<(), Failure> {
         Ok(endpoint) => endpoint,
         // On a worker's machine there is no endpoint, but there is something to tell.
         Err(failure) => {
-            let worker = worker(&state_dir)?.ok_or(failure)?;
+            let worker = node_note::find(&state_dir)?.ok_or(failure)?.note;
             return if args.json { output::json(&worker) } else { output::text(&describe_worker(&worker)) };
         }
     };
     let status = endpoint.get("/brigade/v1/status")?;
-    if args.json { output::json(&status) } else { print(&status) }
-}
-
-/// What the worker that runs with this state directory notes; `None` if there is no note.
-fn worker(state_dir: &Path) -> Result<Option<Value>, Failure> {
-    let Ok(text) = files::read_text(&crate::join::status_file(state_dir), MAX_NOTE_BYTES) else { return Ok(None) };
-    let Ok(worker) = serde_json::from_str::<Value>(&text) else { return Ok(None) };
-    let pid = worker.get("pid").and_then(Value::as_i64).and_then(|pid| Pid::from_raw(pid.try_into().ok()?));
-    // A process of another user may not be asked, but it is there.
-    match pid.map(test_kill_process) {
-        Some(Ok(()) | Err(Errno::PERM)) => Ok(Some(worker)),
-        _ => Err(Failure::run(format!(
-            "no worker runs with the state directory {}: the last one was killed; start `brigade join` again",
-            state_dir.display()
-        ))),
-    }
+    if args.json { output::json(&status) } else { output::text(&describe(&status)) }
 }
 
 fn text<'a>(value: &'a Value, key: &str) -> &'a str {
@@ -57,55 +35,103 @@ fn size(value: &Value, key: &str) -> ByteSize {
     ByteSize(value.get(key).and_then(Value::as_u64).unwrap_or(0))
 }
 
-fn layers(value: &Value) -> String {
-    match value.get("layers").and_then(Value::as_array).map(Vec::as_slice) {
-        Some([start, end]) => format!("{start}..{end}"),
-        _ => "-".to_owned(),
+/// A range of layers, as JSON has it.
+fn range(value: &Value) -> Option<String> {
+    match value.as_array().map(Vec::as_slice) {
+        Some([start, end]) => Some(format!("{start}..{end}")),
+        _ => None,
     }
 }
 
-fn print(status: &Value) -> Result<(), Failure> {
-    output::line(format_args!("{}: {}", text(status, "model"), text(status, "state")))?;
-    output::line(format_args!(
-        "{} of {} sessions run, {} wait; {:.1} tokens/s, {} tokens since the start; {:.0} us per hop; {:.0} % of KV cache",
-        number(status, "running"),
-        number(status, "parallel"),
-        number(status, "waiting"),
-        number(status, "tokens_per_second"),
-        number(status, "tokens_generated"),
-        number(status, "hop_us_p50"),
-        100.0 * number(status, "kv_tokens") / number(status, "kv_capacity").max(1.0),
-    ))?;
-    output::line("")?;
-    output::line(format_args!(
-        "{:<20} {:<11} {:>7} {:<9} {:>10} {:>10} {:>10} {:>7} {:>8} {:>6} {:>8}",
-        "node", "role", "layers", "state", "stage", "resident", "offered", "threads", "pass ms", "busy", "rtt ms"
-    ))?;
-    for node in status.get("nodes").and_then(Value::as_array).into_iter().flatten() {
-        let state = if text(node, "state") == "loading" {
-            format!("{:.0} %", 100.0 * number(node, "loaded"))
-        } else {
-            text(node, "state").to_owned()
+fn layers(value: &Value) -> String {
+    value.get("layers").and_then(range).unwrap_or_else(|| "-".to_owned())
+}
+
+/// Layers for which a node stands by; empty where it does not.
+fn standby(value: &Value) -> String {
+    let all = value.get("standby").and_then(Value::as_array).into_iter().flatten();
+    all.filter_map(range).collect::<Vec<_>>().join(",")
+}
+
+fn describe(status: &Value) -> String {
+    let mut lines = vec![
+        format!("{}: {}", text(status, "model"), text(status, "state")),
+        format!(
+            "{} of {} sessions run, {} wait; {:.1} tokens/s, {} tokens since the start; {:.0} us per hop; {:.0} % of KV cache",
+            number(status, "running"),
+            number(status, "parallel"),
+            number(status, "waiting"),
+            number(status, "tokens_per_second"),
+            number(status, "tokens_generated"),
+            number(status, "hop_us_p50"),
+            100.0 * number(status, "kv_tokens") / number(status, "kv_capacity").max(1.0),
+        ),
+    ];
+    lines.extend(recoveries(status));
+    lines.push(String::new());
+    lines.push(format!(
+        "{:<20} {:<11} {:>7} {:>9} {:<9} {:>10} {:>10} {:>10} {:>7} {:>8} {:>6} {:>8}",
+        "node",
+        "role",
+        "layers",
+        "stands by",
+        "state",
+        "stage",
+        "resident",
+        "offered",
+        "threads",
+        "pass ms",
+        "busy",
+        "rtt ms"
+    ));
+    let nodes = status.get("nodes").and_then(Value::as_array);
+    lines.extend(nodes.into_iter().flatten().map(describe_node));
+    lines.push(String::new());
+    lines.join("\n")
+}
+
+fn describe_node(node: &Value) -> String {
+    let state = if text(node, "state") == "loading" {
+        format!("{:.0} %", 100.0 * number(node, "loaded"))
+    } else {
+        text(node, "state").to_owned()
+    };
+    let standby = standby(node);
+    format!(
+        "{:<20} {:<11} {:>7} {:>9} {:<9} {:>10} {:>10} {:>10} {:>7} {:>8.2} {:>4.0} % {:>8.2}",
+        text(node, "name"),
+        text(node, "role"),
+        layers(node),
+        if standby.is_empty() { "-" } else { &standby },
+        state,
+        size(node, "memory_stage").to_string(),
+        size(node, "memory_resident").to_string(),
+        size(node, "memory_offered").to_string(),
+        number(node, "threads"),
+        number(node, "pass_ms"),
+        100.0 * number(node, "busy"),
+        number(node, "rtt_ms"),
+    )
+}
+
+/// How often the model was placed anew after a loss, and the last time of it; `None` if it never was.
+fn recoveries(status: &Value) -> Option<String> {
+    let n = status.get("recoveries").and_then(Value::as_u64).filter(|n| *n > 0)?;
+    let times = if n == 1 { "once".to_owned() } else { format!("{n} times") };
+    let last = status.get("last_recovery").filter(|last| last.is_object()).map(|last| {
+        let pause = match number(last, "pause_ms") {
+            ms if ms > 0.0 => format!("answers paused for {:.1} s", ms / 1000.0),
+            _ => "answers are paused".to_owned(),
         };
-        output::line(format_args!(
-            "{:<20} {:<11} {:>7} {:<9} {:>10} {:>10} {:>10} {:>7} {:>8.2} {:>4.0} % {:>8.2}",
-            text(node, "name"),
-            text(node, "role"),
-            layers(node),
-            state,
-            size(node, "memory_stage").to_string(),
-            size(node, "memory_resident").to_string(),
-            size(node, "memory_offered").to_string(),
-            number(node, "threads"),
-            number(node, "pass_ms"),
-            100.0 * number(node, "busy"),
-            number(node, "rtt_ms"),
-        ))?;
-    }
-    Ok(())
+        format!(", last because {}; {pause}", text(last, "reason"))
+    });
+    Some(format!("recovered {times}{}", last.unwrap_or_default()))
 }
 
 fn describe_worker(worker: &Value) -> String {
+    if text(worker, "role") == "coordinator" {
+        return "this node coordinates, and has no endpoint to ask; start it with --port to give it one\n".to_owned();
+    }
     let connected = worker.get("connected").and_then(Value::as_bool).unwrap_or(false);
     let link = if connected { "connected" } else { "looking for it" };
     let model = text(worker, "model");
@@ -115,6 +141,10 @@ fn describe_worker(worker: &Value) -> String {
         format!("state   {}", text(worker, "state")),
         format!("layers  {}{of}{model}", layers(worker)),
     ];
+    let standby = standby(worker);
+    if !standby.is_empty() {
+        lines.push(format!("standby {standby}"));
+    }
     if let Some(trouble) = worker.get("trouble").and_then(Value::as_str) {
         lines.push(format!("trouble {trouble}"));
     }
@@ -128,17 +158,27 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn a_worker_that_was_killed_runs_no_more() {
-        let dir = tempfile::tempdir().unwrap();
-        let note = |pid: u32| std::fs::write(dir.path().join("worker.json"), json!({"pid": pid}).to_string()).unwrap();
-        assert_eq!(worker(dir.path()).unwrap(), None);
-        note(std::process::id());
-        assert!(worker(dir.path()).unwrap().is_some());
-        // Beyond the highest process number of any system.
-        for pid in [0, i32::MAX as u32, u32::MAX] {
-            note(pid);
-            assert!(worker(dir.path()).unwrap_err().to_string().contains("no worker runs"), "{pid}");
-        }
+    fn losses_and_who_stands_by_are_shown_where_there_are_any() {
+        let mut status = json!({"model": "m", "state": "ready", "nodes": [
+            {"name": "w0", "role": "worker", "layers": [0, 4], "standby": [[4, 6], [6, 8]], "state": "ready"},
+            {"name": "w1", "role": "worker", "layers": [4, 8], "standby": [], "state": "leaving"},
+        ]});
+        let shown = describe(&status);
+        let row = |name: &str| {
+            let line = shown.lines().find(|line| line.starts_with(name)).unwrap();
+            line.split_whitespace().map(str::to_owned).collect::<Vec<_>>()
+        };
+        assert_eq!(row("w0")[2..5], ["0..4", "4..6,6..8", "ready"]);
+        assert_eq!(row("w1")[2..5], ["4..8", "-", "leaving"]);
+        assert!(!shown.contains("recovered"), "{shown}");
+        status["recoveries"] = json!(1);
+        assert!(describe(&status).contains("\nrecovered once\n"));
+        status["recoveries"] = json!(2);
+        status["last_recovery"] = json!({"reason": "w2 is lost", "pause_ms": 640.0});
+        let shown = describe(&status);
+        assert!(shown.contains("\nrecovered 2 times, last because w2 is lost; answers paused for 0.6 s\n"), "{shown}");
+        status["last_recovery"]["pause_ms"] = json!(0);
+        assert!(describe(&status).contains("w2 is lost; answers are paused\n"));
     }
 
     #[test]
@@ -149,5 +189,9 @@ mod tests {
         let runs = json!({"coordinator": "c", "connected": true, "model": "m", "layers": [0, 4], "state": "running"});
         let text = describe_worker(&runs);
         assert!(text.contains("c, connected\n") && text.contains("layers  0..4 of m\n"), "{text}");
+        assert!(!text.contains("standby"), "{text}");
+        let stands_by = json!({"coordinator": "c", "connected": true, "model": "m", "standby": [[0, 4]]});
+        let text = describe_worker(&stands_by);
+        assert!(text.contains("layers  - of m\nstandby 0..4\n"), "{text}");
     }
 }

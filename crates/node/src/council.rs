@@ -161,6 +161,29 @@ impl CouncilHost {
         inner.introduced == Some(node) || inner.council.charter().is_some_and(|charter| charter.voter(node).is_some())
     }
 
+    /// Tells who takes this node for the coordinator who it is instead, and ends the link.
+    pub fn refuse(&self, link: &dyn Link) {
+        let refusal = lock(&self.inner).council.refusal();
+        if let Some(message) = refusal {
+            let _ = link.send(kind::COUNCIL, &[&message.encode()]);
+        }
+        link.close();
+    }
+
+    /// Takes a message that came on another link than the council's own.
+    pub fn receive(self: &Arc<Self>, peer: NodeId, bytes: &[u8]) {
+        match CouncilMessage::decode(bytes) {
+            Ok(message) => self.handle(Input::Message(peer, message)),
+            Err(error) => tracing::warn!(peer = %peer.short(), %error, "a council message cannot be read"),
+        }
+    }
+
+    /// Whether another node coordinates, as far as this one knows.
+    pub fn follows(&self) -> bool {
+        let inner = lock(&self.inner);
+        !inner.council.is_coordinator() && inner.council.incumbent().is_some()
+    }
+
     /// Reads a peer's messages until its link ends. Answers go the same way where the peer has no address.
     pub fn converse(self: &Arc<Self>, link: &Arc<TcpLink>) {
         link.set_frame_limit(MAX_COUNCIL_BYTES);

@@ -29,7 +29,7 @@ pub(crate) struct Shared {
     wait_for_capacity: Duration,
     open: Arc<Open>,
     node: NodeId,
-    card: ModelCard,
+    pub(crate) card: ModelCard,
     parallel: u32,
 }
 
@@ -46,7 +46,7 @@ impl Shared {
         let vocabulary = model.vocabulary();
         let text = |token: Option<Token>| token.and_then(|t| vocabulary.text_of(t)).unwrap_or_default();
         let card = ModelCard {
-            name: model.name().to_owned(),
+            name: options.model_name.clone().unwrap_or_else(|| model.name().to_owned()),
             id: model.id(),
             created: seconds_since_1970(),
             context,

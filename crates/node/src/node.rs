@@ -98,7 +98,7 @@ impl Node {
     /// # Errors
     /// If its key, address, state or settings cannot be used.
     pub fn serve(model: LocalModel, options: CoordinatorOptions) -> Result<Self, NodeError> {
-        let settings = DeploymentSettings::of(&options, model.header_hash());
+        let settings = DeploymentSettings::of(&options, &model);
         let mut problem = None;
         let (site, roles) = Site::take(&options.state_dir, options.listen, |me, addresses, stored| {
             let same = |bytes: &[u8]| {
@@ -158,6 +158,7 @@ impl Node {
         })?;
         let coordinator_options = CoordinatorOptions {
             state_dir: options.state_dir.clone(),
+            model_name: None,
             name: options.name.clone(),
             listen: options.listen,
             memory: options.memory,

@@ -61,6 +61,7 @@ pub fn rehearse(
     let tickets = TicketBook::open(state_dir).map_err(|error| state(&error))?;
     let options = CoordinatorOptions {
         state_dir: state_dir.to_owned(),
+        model_name: None,
         name: "rehearsal".to_owned(),
         listen: ([127, 0, 0, 1], 0).into(),
         memory: ByteSize(0),

@@ -10,7 +10,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 
 use brigade_base::NodeId;
-use brigade_net::{Hello, Identity, Listener, Purpose, Refusal, TcpLink, advertised_addrs};
+use brigade_net::{Hello, Identity, Listener, Members, Purpose, Refusal, TcpLink, advertised_addrs};
 use brigade_protocol::council::Stored;
 
 use crate::council::{CouncilHost, RoleChange};
@@ -64,9 +64,10 @@ impl Site {
         let stored = enter(identity.node_id(), &link_addresses, stored);
         let (roles, changes) = channel();
         let council = CouncilHost::start(Arc::clone(&identity), state_dir, stored, roles)?;
-        let gate = Arc::new(Gate { keeper: Mutex::new(None), council: Arc::clone(&council) });
-        let doorway = Doorway::open(listener, Arc::clone(&gate) as Arc<dyn Doorkeeper>);
         let state_dir = state_dir.to_owned();
+        let gate = Gate { keeper: Mutex::new(None), council: Arc::clone(&council), state_dir: state_dir.clone() };
+        let gate = Arc::new(gate);
+        let doorway = Doorway::open(listener, Arc::clone(&gate) as Arc<dyn Doorkeeper>);
         let site = Self { identity, state_dir, link_addresses, council, gate, _doorway: doorway, _lock: state_lock };
         Ok((site, changes))
     }
@@ -100,6 +101,8 @@ impl Drop for Keeping {
 struct Gate {
     keeper: Mutex<Option<Arc<dyn Doorkeeper>>>,
     council: Arc<CouncilHost>,
+    /// Has the members whom this node admitted when it coordinated last.
+    state_dir: PathBuf,
 }
 
 impl Gate {
@@ -111,10 +114,16 @@ impl Gate {
 impl Doorkeeper for Gate {
     fn admit(&self, hello: &Hello, peer: NodeId) -> Result<(), Refusal> {
         let is_voter = self.council.admits(peer);
-        if hello.purpose == Purpose::Council && is_voter {
-            return Ok(());
+        let wants_coordinator = matches!(hello.purpose, Purpose::Control | Purpose::Requests);
+        let members = || Members::open(&self.state_dir).is_ok_and(|members| members.contains(&peer));
+        let is_member = || is_voter || members();
+        match hello.purpose {
+            Purpose::Council if is_voter => return Ok(()),
+            // Told below who coordinates instead.
+            _ if wants_coordinator && self.council.follows() && is_member() => return Ok(()),
+            _ => {}
         }
-        // Between two parts, and to a voter while another node coordinates: come again rather than give up.
+        // Between two parts, a voter is to come again rather than to give up.
         let answer = self.keeper().ok_or(Refusal::Busy).and_then(|keeper| keeper.admit(hello, peer));
         match answer {
             Err(Refusal::NotExpected(_) | Refusal::NotAMember) if is_voter => Err(Refusal::Busy),
@@ -125,6 +134,7 @@ impl Doorkeeper for Gate {
     fn enter(&self, hello: Hello, link: Arc<TcpLink>) {
         match (hello.purpose, self.keeper()) {
             (Purpose::Council, _) => self.council.converse(&link),
+            (Purpose::Control | Purpose::Requests, _) if self.council.follows() => self.council.refuse(&*link),
             (_, Some(keeper)) => keeper.enter(hello, link),
             (_, None) => brigade_net::Link::close(&*link),
         }

@@ -4,9 +4,9 @@
 //! that a stage cannot carry out for want of disk is marked as failed and the pass goes on; a step or a row that counts
 //! on tokens which are not here means that the stages no longer agree, and ends the ring.
 //!
-//! A pass counts as applied once it is noted so ([`note_applied`](PassRunner::note_applied)). What a pass left behind that never was, because the
-//! ring ended, is forgotten when the stage comes to [`rest`](PassRunner::rest); what is left then is that of all passes
-//! up to the one applied last, so the next placement can go on from there.
+//! A pass counts as applied once that is noted ([`PassRunner::note_applied`]). What is left of one that never was,
+//! because the ring ended, is forgotten when the stage comes to rest ([`PassRunner::rest`]). Then the slots hold what
+//! all passes up to the one applied last have left, and the next placement can go on from there.
 //!
 //! [`PassRunner`] owns the stage, its saved sessions ([`Images`]), and the buffers of both.
 

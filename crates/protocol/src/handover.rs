@@ -247,7 +247,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_bytes_panic(messages in prop::collection::vec((0x20u8..0x27, prop::collection::vec(any::<u8>(), 0..20)), 0..9)) {
+        fn no_bytes_panic(
+            messages in prop::collection::vec((0x20u8..0x27, prop::collection::vec(any::<u8>(), 0..20)), 0..9),
+        ) {
             let _ = take(&messages);
         }
     }

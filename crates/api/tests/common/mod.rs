@@ -46,7 +46,7 @@ pub enum Script {
 }
 
 pub fn delta(text: &str) -> Event {
-    Event::Delta { text: text.to_owned(), logprobs: Vec::new() }
+    Event::Token { position: 0, token: 1, text: text.to_owned(), logprob: None }
 }
 
 pub fn done(reason: FinishReason) -> Event {
@@ -138,6 +138,8 @@ impl Serving for Mock {
             kv_tokens: 0,
             kv_capacity: 0,
             uptime_s: 9,
+            recoveries: 0,
+            last_recovery: None,
             nodes: Vec::new(),
         }
     }
@@ -250,10 +252,19 @@ impl House {
         }
     }
 
-    /// Waits until a session is held.
-    pub fn wait_until_held(&self) {
+    /// Waits until no more than `n` completions are under way.
+    pub fn wait_until_answering(&self, n: usize) {
         let deadline = std::time::Instant::now() + DEADLINE;
-        while self.mock.held.lock().unwrap().is_empty() {
+        while self.server.n_answering() > n {
+            assert!(std::time::Instant::now() < deadline, "{} answers do not end", self.server.n_answering());
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Waits until `n` sessions are held.
+    pub fn wait_until_held(&self, n: usize) {
+        let deadline = std::time::Instant::now() + DEADLINE;
+        while self.mock.held.lock().unwrap().len() < n {
             assert!(std::time::Instant::now() < deadline, "no session began");
             std::thread::sleep(Duration::from_millis(2));
         }

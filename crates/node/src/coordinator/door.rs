@@ -18,7 +18,7 @@ use crate::weights::serve_weights;
 /// Lets in workers that are members or bring a ticket, the data link of the last worker, and members that want weights
 /// or have requests.
 pub(super) struct Door {
-    pub(super) members: Mutex<Members>,
+    pub(super) members: Arc<Mutex<Members>>,
     pub(super) shared: Arc<Shared>,
     pub(super) model: Arc<LocalModel>,
     pub(super) events: Sender<Event>,

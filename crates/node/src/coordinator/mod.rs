@@ -60,6 +60,8 @@ pub const MAX_WAITING: usize = 256;
 pub struct CoordinatorOptions {
     /// Keys, membership, tickets, hashes of models.
     pub state_dir: PathBuf,
+    /// The name that requests use; `None` takes the file's.
+    pub model_name: Option<String>,
     /// Name for people.
     pub name: String,
     /// Where its links listen.
@@ -174,10 +176,13 @@ impl Coordinator {
         let tickets = TicketBook::open(&site.state_dir).map_err(|e| state(e.to_string()))?;
         let mut members = Members::open(&site.state_dir).map_err(|e| state(e.to_string()))?;
         let me = site.identity.node_id();
-        // Those who vote were admitted by the coordinator before.
-        for voter in charter.electorate().filter(|voter| voter.node != me) {
-            members.admit(voter.node, &voter.name, seconds_since_1970()).map_err(|e| state(e.to_string()))?;
+        // Those who vote or were members were admitted by the coordinator before.
+        let known = DeploymentSettings::decode(&charter.settings).map(|settings| settings.members).unwrap_or_default();
+        let voters = charter.electorate().map(|voter| (voter.node, voter.name.clone()));
+        for (node, name) in voters.chain(known).filter(|(node, _)| *node != me) {
+            members.admit(node, &name, seconds_since_1970()).map_err(|e| state(e.to_string()))?;
         }
+        let members = Arc::new(Mutex::new(members));
         let context = context_of(&model, options.context)?;
         let profile = model.profile();
         if let Some(split) = &options.split {
@@ -209,20 +214,21 @@ impl Coordinator {
         let shared = Arc::new(shared);
         let handle = Arc::new(Handle::new(Arc::clone(&shared), Arc::clone(&model), Arc::clone(&meter)));
         let keeper = site.keep(Arc::new(Door {
-            members: Mutex::new(members),
+            members: Arc::clone(&members),
             shared: Arc::clone(&shared),
             model: Arc::clone(&model),
             events: events.clone(),
             handle: Arc::clone(&handle) as Arc<dyn Coordinating>,
             vocabulary: OnceLock::new(),
         }));
+        let settings_of_all = DeploymentSettings::of(&options, &model);
         let (connections, connected) = channel();
         let watch = Arc::new(Watch::default());
         let mut owner = Owner {
             muster: Muster::new(&settings, charter),
             cluster: Cluster::new(settings.clone()),
             settings,
-            voters: Voters::new(me, &options, addresses, charter, model.header_hash()),
+            voters: Voters::new(me, &options, addresses, charter, settings_of_all, members),
             council: Arc::clone(&site.council),
             had_quorum: true,
             header: model.file().catalog().header_bytes(true),

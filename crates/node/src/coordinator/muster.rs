@@ -2,14 +2,17 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use brigade_base::{Hash, NodeId};
+use brigade_base::NodeId;
+use brigade_net::Members;
 use brigade_protocol::cluster::Settings;
 use brigade_protocol::control::Offer;
 use brigade_protocol::council::{Charter, Proposal, Voter};
 
 use super::{CoordinatorOptions, DeploymentSettings};
+use crate::threads::lock;
 
 /// A worker that is away for so long votes no more, where the others can agree on that. Longer than a restart of its
 /// machine; until then it counts as one that may come back.
@@ -22,8 +25,8 @@ const PATIENCE: Duration = Duration::from_millis(1_000);
 /// The nodes that vote.
 pub(super) struct Voters {
     own: Voter,
-    header_hash: Hash,
-    settings: Vec<u8>,
+    settings: DeploymentSettings,
+    members: Arc<Mutex<Members>>,
     /// The others, and since when they are away.
     others: BTreeMap<NodeId, (Voter, Option<Instant>)>,
     changed: bool,
@@ -36,15 +39,16 @@ impl Voters {
         options: &CoordinatorOptions,
         addresses: &[SocketAddr],
         charter: &Charter,
-        header_hash: Hash,
+        settings: DeploymentSettings,
+        members: Arc<Mutex<Members>>,
     ) -> Self {
         let addresses = addresses.iter().map(ToString::to_string).collect();
         let now = Instant::now();
         let others = charter.electorate().filter(|voter| voter.node != me);
         Self {
             own: Voter { node: me, name: options.name.clone(), addresses, may_lead: true },
-            header_hash,
-            settings: DeploymentSettings::of(options, header_hash).encode(),
+            settings,
+            members,
             others: others.map(|voter| (voter.node, (voter.clone(), Some(now)))).collect(),
             changed: true,
         }
@@ -52,7 +56,7 @@ impl Voters {
 
     /// A worker is here.
     pub(super) fn came(&mut self, node: NodeId, offer: &Offer) {
-        let may_lead = offer.own_copy == Some(self.header_hash);
+        let may_lead = offer.own_copy == Some(self.settings.header_hash);
         let voter = Voter { node, name: offer.name.clone(), addresses: offer.addresses.clone(), may_lead };
         let before = self.others.insert(node, (voter.clone(), None));
         self.changed |= before.is_none_or(|(before, _)| before != voter);
@@ -76,7 +80,8 @@ impl Voters {
             return None;
         }
         let others = self.others.values().map(|(voter, _)| voter.clone()).collect();
-        Proposal::new(self.own.clone(), others, self.settings.clone())
+        let settings = self.settings.clone().with_members(&lock(&self.members)).encode();
+        Proposal::new(self.own.clone(), others, settings)
             .inspect_err(|error| tracing::warn!(%error, "some nodes do not vote"))
             .ok()
     }

@@ -363,7 +363,9 @@ impl Owner {
                 Action::StopRing { reason, .. } => {
                     tracing::info!(reason, "the ring is stopped");
                     self.tail_wanted = None;
-                    self.shared.not_ready(reason);
+                    self.shared.not_ready(reason.clone());
+                    // Before its links close, which would look like the reason.
+                    self.shared.submissions.tell(Happening::Stopped(reason));
                     self.stop_ring();
                 }
                 Action::Released { node } => self.send(node, ToWorker::Released),
@@ -380,7 +382,7 @@ impl Owner {
     /// Orders with all that a worker needs to know: what the state machine says in names.
     fn assign(&self, epoch: Epoch, revision: u32, orders: &[Order]) -> Result<Assign, StageViewError> {
         let model = ModelRef {
-            name: self.model.name().to_owned(),
+            name: self.shared.card.name.clone(),
             header_hash: self.model.header_hash(),
             header: self.header.clone(),
             context: self.context,

@@ -2,17 +2,26 @@
 
 use std::time::Duration;
 
-use brigade_base::Hash;
+use brigade_base::{Hash, NodeId};
+use brigade_net::Members;
 use brigade_protocol::schedule::PrefixCache;
 use serde::{Deserialize, Serialize};
 
 use super::CoordinatorOptions;
+use crate::model::LocalModel;
+
+/// Most members that a charter names; with names they stay below its 64 KiB of settings. Others need a ticket after a
+/// takeover.
+const MAX_MEMBERS: usize = 256;
 
 /// Travels as JSON in the charter.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct DeploymentSettings {
     /// Hash of the model's header.
     pub header_hash: Hash,
+    model_name: String,
+    /// Nodes that may come in without a ticket, those too that have no vote, and their names.
+    pub members: Vec<(NodeId, String)>,
     context: Option<u32>,
     parallel: u32,
     nodes_wanted: usize,
@@ -25,9 +34,11 @@ pub(crate) struct DeploymentSettings {
 }
 
 impl DeploymentSettings {
-    pub(crate) fn of(options: &CoordinatorOptions, header_hash: Hash) -> Self {
+    pub(crate) fn of(options: &CoordinatorOptions, model: &LocalModel) -> Self {
         Self {
-            header_hash,
+            header_hash: model.header_hash(),
+            model_name: options.model_name.clone().unwrap_or_else(|| model.name().to_owned()),
+            members: Vec::new(),
             context: options.context,
             parallel: options.parallel,
             nodes_wanted: options.nodes_wanted,
@@ -38,6 +49,13 @@ impl DeploymentSettings {
             shadow: options.shadow,
             wait_for_capacity: options.wait_for_capacity,
         }
+    }
+
+    /// The same with the members that there are.
+    pub(crate) fn with_members(mut self, members: &Members) -> Self {
+        let known = members.iter().map(|member| (member.node, member.name.chars().take(32).collect()));
+        self.members = known.take(MAX_MEMBERS).collect();
+        self
     }
 
     /// As bytes for a charter.
@@ -54,6 +72,7 @@ impl DeploymentSettings {
     /// The options of the next coordinator: `own` says what is its own.
     pub(crate) fn into_options(self, own: CoordinatorOptions) -> CoordinatorOptions {
         CoordinatorOptions {
+            model_name: Some(self.model_name),
             context: self.context,
             parallel: self.parallel,
             // One is lost, or there would be no next coordinator; those that come in time are waited for anyway.

@@ -31,7 +31,7 @@ impl Owner {
         nodes.push(self.own_status(n_workers));
         *lock(&self.shared.status) = ClusterStatus {
             coordinator: self.identity.node_id(),
-            model: self.model.name().to_owned(),
+            model: self.shared.card.name.clone(),
             model_id: self.model.id(),
             n_layers: self.model.architecture().n_layers,
             state: phase,

@@ -17,8 +17,10 @@ pub enum Happening {
     Submission(Box<Submission>),
     /// The last worker's link has one more frame, or has ended.
     Frame,
-    /// There is a connection, or something to look at.
+    /// There is a connection.
     Wake,
+    /// The ring is about to be stopped, for this reason.
+    Stopped(String),
     /// Send nothing more until the next ring; it is told when nothing is on its way.
     Drain,
     /// The thread is to end; this is what callers hear.

@@ -184,6 +184,8 @@ pub struct Ring<T> {
     /// The owner loop wants to know when none is on its way.
     drains: bool,
     lost: Option<Lost>,
+    /// Why the ring is stopped.
+    stopped: Option<String>,
     scheduler: Scheduler,
     sent: VecDeque<Sent>,
     answers: HashMap<SessionId, Answer>,
@@ -227,6 +229,7 @@ impl<T: Tail> Ring<T> {
             holds_back: false,
             drains: false,
             lost: None,
+            stopped: None,
             scheduler: Scheduler::new(limits),
             sent: VecDeque::new(),
             answers: HashMap::new(),
@@ -282,6 +285,7 @@ impl<T: Tail> Ring<T> {
         // Where all stages go on, they have computed before; a row would cost a session what its slot holds.
         let token = connection.held.is_none().then(|| self.model.vocabulary().bos().unwrap_or(0));
         self.connection = Some(connection);
+        self.stopped = None;
         (self.holds_back, self.drains) = (true, false);
         let probe = self.scheduler.probe(token);
         self.send(probe)?;
@@ -305,7 +309,7 @@ impl<T: Tail> Ring<T> {
         self.sent.clear();
         self.watch.set(None);
         let why = match &end {
-            RingEnd::Stopped => "the model is placed anew".to_owned(),
+            RingEnd::Stopped => self.stopped.take().unwrap_or_else(|| "the model is placed anew".to_owned()),
             RingEnd::Broke(why) => why.clone(),
         };
         if self.lost.is_none() {
@@ -359,6 +363,7 @@ impl<T: Tail> Ring<T> {
             Happening::Submission(submission) => self.begin(*submission),
             Happening::Drain => (self.holds_back, self.drains) = (true, true),
             Happening::Stop(failure) => return Err(Interrupt::Stop(failure)),
+            Happening::Stopped(why) => self.stopped = Some(why),
             Happening::Frame | Happening::Wake => {}
         }
         Ok(())

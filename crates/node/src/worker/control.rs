@@ -90,6 +90,11 @@ impl Control {
                     self.council.heard(link.peer());
                     ToWorker::decode(&buf)
                 }
+                // It does not coordinate any more, and says who does.
+                Ok(kind::COUNCIL) => {
+                    self.council.receive(link.peer(), &buf);
+                    return close(&*link, "another node coordinates now".to_owned());
+                }
                 Ok(other) => return close(&*link, format!("the coordinator sent a frame of unknown kind {other:#x}")),
                 Err(error) => return close(&*link, error.to_string()),
             };

@@ -13,8 +13,8 @@ use crate::threads::lock;
 /// Largest frame of hidden states: a full batch of the widest model.
 const MAX_DATA_BYTES: usize = brigade_net::MAX_FRAME;
 
-/// Lets in those who feed this worker's stages, and nobody else. Which stage a link is for it says itself, and the owner
-/// compares that with its orders.
+/// Lets in those who feed this worker's stages, and nobody else. Which stage a link is for it says itself, and the
+/// owner compares that with its orders.
 pub(super) struct DataDoor {
     /// Who is expected now; the owner keeps it up to date.
     pub(super) peers: Arc<Mutex<Vec<NodeId>>>,

@@ -6,8 +6,8 @@
 //!   link is lost, for as long as the worker runs; the stages stop meanwhile, and after a while their memory is free.
 //! - A *loader thread* gathers and verifies weights and loads a stage, one at a time.
 //! - *Dialing threads* reach the stages behind; the node's [`Site`] takes the links of those before.
-//! - A *stage thread* owns a stage while it serves or stands by, see [`crate::stage_thread`]; a *handover thread*, while
-//!   what its slots hold moves to or from another node.
+//! - A *stage thread* owns a stage while it serves or stands by, see [`crate::stage_thread`]; a *handover thread*,
+//!   while what its slots hold moves to or from another node.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;

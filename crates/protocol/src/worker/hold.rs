@@ -90,6 +90,11 @@ impl Hold {
         self.key == *key && !matches!(self.state, State::Loading { given_up: true })
     }
 
+    /// Whether a node may bring it a link with such a feed.
+    pub(super) fn takes(&self, peer: NodeId, stage: u32, feed: Feed) -> bool {
+        self.want.as_ref().is_some_and(|want| want.stage == stage && want.source(feed) == Some(peer))
+    }
+
     pub(super) fn is_loading(&self) -> bool {
         matches!(self.state, State::Loading { .. })
     }

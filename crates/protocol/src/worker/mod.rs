@@ -58,6 +58,7 @@ struct Current {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Inbound {
     link: LinkId,
+    peer: NodeId,
     stage: u32,
     feed: Feed,
 }
@@ -179,6 +180,7 @@ impl Stages {
         let mut before: Vec<_> = self.holds.iter_mut().map(|hold| hold.want.take()).collect();
         let model = model.map(Arc::new);
         for order in stages {
+            let serial = self.next_id();
             let Some(model) = &model else { break };
             let key = StageKey::of(model, &order);
             let found = self.holds.iter().position(|hold| hold.want.is_none() && hold.can_be(&key));
@@ -187,13 +189,13 @@ impl Stages {
                 if !matches!(order.role, StageRole::HandOver { .. }) {
                     let id = HoldId(self.next_id());
                     let load = Load { id, key: key.clone(), model: Arc::clone(model), tensors: order.tensors.clone() };
-                    self.holds.push(Hold::queued(key, load, Want::new(order), deployment));
+                    self.holds.push(Hold::queued(key, load, Want::new(serial, order), deployment));
                 }
                 continue;
             };
             let earlier =
                 before.get_mut(at).filter(|_| same.is_some()).and_then(|want| want.take_if(|w| w.is_like(&order)));
-            let want = earlier.unwrap_or_else(|| Want::new(order.clone()));
+            let want = earlier.unwrap_or_else(|| Want::new(serial, order.clone()));
             self.holds[at].want = Some(want);
             self.change_shadow(at, &order);
         }
@@ -226,8 +228,7 @@ impl Stages {
     fn close_unexpected(&mut self) {
         let Self { inbound, holds, actions, .. } = self;
         inbound.retain(|inbound| {
-            let is_wanted =
-                |hold: &Hold| hold.want.as_ref().is_some_and(|want| want.takes(inbound.stage, inbound.feed));
+            let is_wanted = |hold: &Hold| hold.takes(inbound.peer, inbound.stage, inbound.feed);
             let keep = holds.iter().any(is_wanted);
             if !keep {
                 actions.push(Action::Close(inbound.link));
@@ -238,10 +239,7 @@ impl Stages {
 
     fn came_in(&mut self, link: LinkId, peer: NodeId, attach: Attach) {
         let is_current = |now: Current| (now.deployment, now.epoch) == (attach.deployment, attach.epoch);
-        let is_expected = |hold: &Hold| {
-            let want = hold.want.as_ref();
-            want.is_some_and(|want| want.takes(attach.stage, attach.feed) && want.source(attach.feed) == Some(peer))
-        };
+        let is_expected = |hold: &Hold| hold.takes(peer, attach.stage, attach.feed);
         if !self.current.is_some_and(is_current) || !self.holds.iter().any(is_expected) {
             return self.actions.push(Action::Close(link));
         }
@@ -249,7 +247,7 @@ impl Stages {
         if let Some(earlier) = self.take_inbound(attach.stage, attach.feed) {
             self.actions.push(Action::Close(earlier));
         }
-        self.inbound.push(Inbound { link, stage: attach.stage, feed: attach.feed });
+        self.inbound.push(Inbound { link, peer, stage: attach.stage, feed: attach.feed });
     }
 
     fn take_inbound(&mut self, stage: u32, feed: Feed) -> Option<LinkId> {
@@ -340,7 +338,7 @@ impl Stages {
         let State::Busy(busy) = mem::replace(&mut hold.state, State::Resting) else { return };
         hold.held = held;
         let (Some(want), Some(current)) = (&mut hold.want, self.current) else { return };
-        if busy.epoch != current.epoch || busy.stopping.is_some() {
+        if busy.serial != want.serial || busy.stopping.is_some() {
             return;
         }
         match busy.job {
@@ -430,7 +428,7 @@ impl Stages {
         let Some(want) = &mut hold.want else { return };
         match &mut hold.state {
             State::Queued(_) | State::Loading { .. } => {}
-            State::Busy(busy) if !busy.fits(want, hold.kv_of, &current) => {
+            State::Busy(busy) if !busy.fits(want) => {
                 if busy.stopping.is_none() {
                     // What has arrived at a stage that stood by is worth having.
                     let drains =
@@ -468,7 +466,7 @@ impl Stages {
             StageRole::HandOver { .. } => {
                 let until = *want.handover_until.get_or_insert(now + HANDOVER);
                 if let Some(link) = want.next.take_link() {
-                    self.start(at, current, Job::Sending);
+                    self.start(at, Job::Sending);
                     self.actions.push(Action::Send { id, link, within: until - now });
                 } else {
                     self.dial(at, now, current);
@@ -479,7 +477,7 @@ impl Stages {
                 if let Some(upstream) = upstream
                     && let Some(inbound) = self.take_inbound(stage, Feed::Shadow)
                 {
-                    self.start(at, current, Job::StandingBy { upstream });
+                    self.start(at, Job::StandingBy { upstream });
                     self.actions.push(Action::StandBy { id, attach: attach(Feed::Shadow), inbound });
                 }
             }
@@ -487,33 +485,36 @@ impl Stages {
                 if kv_from.is_some() && !self.holds[at].takes_over(now) {
                     if let Some(link) = self.take_inbound(stage, Feed::Handover) {
                         let within = self.holds[at].begin_takeover().map_or(HANDOVER, |until| until - now);
-                        self.start(at, current, Job::Receiving);
+                        self.start(at, Job::Receiving);
                         self.actions.push(Action::Receive { id, link, within });
                     }
                     return;
                 }
                 self.report(at, current);
                 self.dial(at, now, current);
-                self.serve(at, current, attach(Feed::Passes));
+                self.serve(at, attach(Feed::Passes));
             }
         }
     }
 
     /// Begins to serve, if both neighbours' links are up.
-    fn serve(&mut self, at: usize, current: Current, attach: Attach) {
+    fn serve(&mut self, at: usize, attach: Attach) {
         let Some(outbound) = self.holds[at].want.as_ref().and_then(|want| want.next.link()) else { return };
         let Some(inbound) = self.take_inbound(attach.stage, Feed::Passes) else { return };
         let hold = &mut self.holds[at];
         let Some(want) = &mut hold.want else { return };
         want.next = Out::Over;
         let (id, shadow) = (hold.id, want.shadow.take_link());
-        self.start(at, current, Job::Serving { shadow });
+        self.start(at, Job::Serving { shadow });
         self.actions.push(Action::Serve { id, attach, inbound, outbound });
         self.actions.extend(shadow.map(|link| Action::Shadow(id, Some(link))));
     }
 
-    fn start(&mut self, at: usize, current: Current, job: Job) {
-        self.holds[at].state = State::Busy(hold::Busy { job, epoch: current.epoch, stopping: None });
+    fn start(&mut self, at: usize, job: Job) {
+        let hold = &mut self.holds[at];
+        if let Some(want) = &hold.want {
+            hold.state = State::Busy(hold::Busy { job, serial: want.serial, stopping: None });
+        }
     }
 
     /// Tells once in an epoch that a stage is loaded, and what its slots hold.

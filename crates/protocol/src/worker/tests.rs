@@ -434,6 +434,18 @@ fn a_broken_ring_is_told_unless_only_a_link_closed() {
 }
 
 #[test]
+fn a_stage_with_other_neighbours_is_begun_anew_in_the_same_epoch_too() {
+    let (mut worker, id) = Worker::serving(1, vec![serve(0)]);
+    let role = StageRole::Serve { upstream: node(7), downstream: peer(2), shadow: None, kv_from: None };
+    worker.assign(1, 1, vec![order(0, role)]);
+    worker.ends(id, End::Closed, Some(held(3)));
+    assert_eq!((worker.actions.remove(0), worker.actions.remove(0)), (Action::Stop(id), loaded(1, 0, Some(held(3)))));
+    worker.answer(2, attach(1, 1, Feed::Passes), true);
+    worker.comes(7, attach(1, 0, Feed::Passes));
+    assert!(worker.actions().iter().any(|action| matches!(action, Action::Serve { .. })));
+}
+
+#[test]
 fn an_answer_to_a_dial_of_the_past_is_closed() {
     let mut worker = Worker::new();
     worker.assign(1, 0, vec![serve(0)]);
@@ -656,7 +668,9 @@ fn any_order(stage: u32, kind: u8) -> StageOrder {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
     #[test]
-    fn whatever_happens_nothing_is_used_twice_and_all_is_freed(steps in prop::collection::vec(any::<[u8; 4]>(), 0..80)) {
+    fn whatever_happens_nothing_is_used_twice_and_all_is_freed(
+        steps in prop::collection::vec(any::<[u8; 4]>(), 0..80),
+    ) {
         let (mut stages, mut world, mut now) = (Stages::new(), World::default(), Instant::now());
         let (mut epoch, mut revision, mut link) = (1, 0, 0);
         let mut feed = |world: &mut World, now, input| {
@@ -673,7 +687,8 @@ proptest! {
             let input = match what % 11 {
                 0 | 1 => {
                     (epoch, revision) = if a % 2 == 0 { (epoch + 1, 0) } else { (epoch, revision + 1) };
-                    let stages = (0..u32::from(b % 3)).map(|stage| any_order(stage, c.wrapping_add(stage as u8 * b))).collect();
+                    let order = |stage| any_order(stage, c.wrapping_add(stage as u8 * b));
+                    let stages = (0..u32::from(b % 3)).map(order).collect();
                     Input::Assign(Box::new(assign(epoch, revision, stages)))
                 }
                 2 => Input::Join { deployment: DEPLOYMENT, epoch: Epoch(epoch) },

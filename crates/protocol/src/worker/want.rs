@@ -88,11 +88,6 @@ impl Want {
             }
     }
 
-    /// Whether a link with such an `Attach` is expected.
-    pub(super) fn takes(&self, stage: u32, feed: Feed) -> bool {
-        self.stage == stage && self.source(feed).is_some()
-    }
-
     /// Who brings a link with such a feed.
     pub(super) fn source(&self, feed: Feed) -> Option<NodeId> {
         match (&self.role, feed) {

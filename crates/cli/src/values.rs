@@ -1,0 +1,103 @@
+//! What flags take: each function reads one value from text, or says how to write it.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use brigade_base::ByteSize;
+use brigade_node::PrefixCache;
+
+/// A month: beyond it a ticket is no ticket but an open door. The endpoint makes none that lives longer.
+const TICKET_TTL_MAX: Duration = Duration::from_secs(31 * 24 * 3600);
+
+/// How long a ticket lives.
+pub fn ticket_ttl(text: &str) -> Result<Duration, String> {
+    let ttl = humantime::parse_duration(text).map_err(|_| "write a time such as 30m, 1h or 2days".to_owned())?;
+    if ttl < Duration::from_secs(1) || ttl > TICKET_TTL_MAX {
+        return Err("a ticket lives from 1s to 31days".to_owned());
+    }
+    Ok(ttl)
+}
+
+/// A day: who waits longer for one request has forgotten it.
+const REQUEST_TIMEOUT_MAX: Duration = Duration::from_secs(24 * 3600);
+
+/// How long a request may take.
+pub fn request_timeout(text: &str) -> Result<Duration, String> {
+    let timeout = humantime::parse_duration(text).map_err(|_| "write a time such as 90s or 10m".to_owned())?;
+    if timeout < Duration::from_millis(100) || timeout > REQUEST_TIMEOUT_MAX {
+        return Err("a request takes from 100ms to 1day".to_owned());
+    }
+    Ok(timeout)
+}
+
+/// A day: who waits longer for a machine to come back, or for the last answers to end, has forgotten it.
+const WAIT_MAX: Duration = Duration::from_secs(24 * 3600);
+
+/// How long to wait for something; 0s does not.
+pub fn wait(text: &str) -> Result<Duration, String> {
+    let wait = humantime::parse_duration(text).map_err(|_| "write a time such as 30s or 5m, or 0s".to_owned())?;
+    if wait > WAIT_MAX {
+        return Err("this waits at most 1day".to_owned());
+    }
+    Ok(wait)
+}
+
+/// A sampling temperature.
+pub fn temperature(text: &str) -> Result<f32, String> {
+    // NaN and infinities lie in no range.
+    let number = text.parse().ok().filter(|number| (0.0..=2.0).contains(number));
+    number.ok_or_else(|| "write a number from 0 to 2".to_owned())
+}
+
+/// What the prefix cache may use.
+pub fn prefix_cache(text: &str) -> Result<PrefixCache, String> {
+    match text {
+        "full" => Ok(PrefixCache::Full),
+        "exact" => Ok(PrefixCache::Exact),
+        "off" => Ok(PrefixCache::Off),
+        _ => Err("write full, exact or off".to_owned()),
+    }
+}
+
+/// A name for people.
+pub fn node_name(text: &str) -> Result<String, String> {
+    let n = text.chars().count();
+    if n == 0 || n > 64 || text.chars().any(char::is_control) {
+        return Err("a name has 1 to 64 printable characters".to_owned());
+    }
+    Ok(text.to_owned())
+}
+
+/// `IP:PORT`, or `:PORT` for all addresses.
+pub fn listen_address(text: &str) -> Result<SocketAddr, String> {
+    let whole = if text.starts_with(':') { format!("[::]{text}") } else { text.to_owned() };
+    whole.parse().map_err(|_| "write IP:PORT, for example 192.168.1.5:7411, [::]:0 or :7411".to_owned())
+}
+
+/// A name and a size, as `tower=16GiB`.
+pub fn named_size(text: &str) -> Result<(String, ByteSize), String> {
+    let (name, size) = text.split_once('=').ok_or("write NAME=SIZE, for example tower=16GiB")?;
+    Ok((node_name(name)?, size.parse().map_err(|error: brigade_base::ByteSizeError| error.to_string())?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_and_times_are_read() {
+        assert_eq!(listen_address(":7411").unwrap().to_string(), "[::]:7411");
+        assert!(listen_address("tower").is_err());
+        assert_eq!(ticket_ttl("90m"), Ok(Duration::from_secs(5400)));
+        assert!(ticket_ttl("0s").is_err() && ticket_ttl("9y").is_err());
+        assert_eq!(request_timeout("90s"), Ok(Duration::from_secs(90)));
+        assert!(request_timeout("0s").is_err() && request_timeout("2days").is_err() && request_timeout("").is_err());
+        assert_eq!((wait("0s"), wait("5m")), (Ok(Duration::ZERO), Ok(Duration::from_secs(300))));
+        assert!(wait("2days").is_err() && wait("-1s").is_err() && wait("soon").is_err());
+        assert_eq!((temperature("0"), temperature("2")), (Ok(0.0), Ok(2.0)));
+        for wrong in ["nan", "inf", "-1", "2.1", "warm", ""] {
+            assert!(temperature(wrong).is_err(), "{wrong}");
+        }
+        assert_eq!(named_size("a=2GiB"), Ok(("a".into(), ByteSize::gib(2))));
+    }
+}
