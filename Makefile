@@ -5,7 +5,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help deps build demo test lint bench dist clean
+.PHONY: help deps build demo test lint bench chaos sim dist clean
 
 # Build products lie outside the working tree, so that several trees share them. Override it as you like.
 export CARGO_TARGET_DIR ?= $(HOME)/.cache/brigade/target
@@ -51,6 +51,12 @@ lint: deps ## Check format, clippy, the house rules and (with cargo-deny) licenc
 
 bench: build ## Compare a cluster with one process; ARGS="..." goes to the benchmark
 	cargo xtask bench cluster $(ARGS)
+
+chaos: build ## Break nodes and links a hundred times under load; ARGS="..." goes to the test
+	cargo xtask chaos $(ARGS)
+
+sim: ## Simulate clusters without end, one for each seed, until one fails; ARGS="..." goes to the simulator
+	cargo run --release -p brigade-sim -- --forever $(ARGS)
 
 dist: deps ## Build a program for other machines of this kind and pack it into dist/
 	RUSTFLAGS= cargo build --locked --profile dist -p brigade

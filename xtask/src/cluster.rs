@@ -105,11 +105,15 @@ pub fn nodes(status: &Value) -> &[Value] {
 
 fn node(brigade: &Path, verb: &str, k: usize, state_dir: &Path, ticket: &Path, spec: &ClusterSpec) -> Command {
     let name = &spec.names[k];
-    let mut command = on_cores(brigade, spec.pin.then_some((k, spec.threads)));
+    let mut command = without_settings(on_cores(brigade, spec.pin.then_some((k, spec.threads))));
     command.arg(verb).args(["--name", name, "--listen", "127.0.0.1:0", "--threads", &spec.threads.to_string()]);
     command.arg("--state-dir").arg(state_dir.join(name)).arg("--ticket-file").arg(ticket);
+    command
+}
+
+/// The command without what is set for a real node in the environment; its filter of log lines stays.
+pub fn without_settings(mut command: Command) -> Command {
     for (key, _) in std::env::vars_os() {
-        // What is set for a real node must not reach these; its filter of log lines may.
         if key.to_string_lossy().starts_with("BRIGADE_") && key != "BRIGADE_LOG" {
             command.env_remove(key);
         }

@@ -22,6 +22,14 @@ pub struct Endpoint {
     agent: ureq::Agent,
 }
 
+/// What a stream of events is made of.
+pub enum Part<'a> {
+    /// A line that clients skip.
+    Comment(&'a str),
+    /// A chunk of the answer.
+    Chunk(&'a Value),
+}
+
 /// An answer that was streamed.
 #[derive(Debug, Default)]
 pub struct Answer {
@@ -88,6 +96,25 @@ impl Endpoint {
         body: &Value,
         mut on_text: impl FnMut(&str) -> Outcome<ControlFlow<()>>,
     ) -> Outcome<Answer> {
+        let mut answer = Answer::default();
+        let on_part = |part: Part<'_>| match part {
+            Part::Comment(_) => Ok(ControlFlow::Continue(())),
+            Part::Chunk(chunk) => {
+                let piece = answer.add(chunk);
+                if piece.is_empty() { Ok(ControlFlow::Continue(())) } else { on_text(&piece) }
+            }
+        };
+        self.stream_parts(path, body, on_part)?;
+        Ok(answer)
+    }
+
+    /// Hands out all parts of a streamed answer as they come, to its end mark or until `on_part` breaks.
+    pub fn stream_parts(
+        &self,
+        path: &str,
+        body: &Value,
+        mut on_part: impl FnMut(Part<'_>) -> Outcome<ControlFlow<()>>,
+    ) -> Outcome {
         let url = format!("{}{path}", self.base);
         let failed = |error: &dyn std::fmt::Display| Failure::said(format!("{url}: {error}"));
         let mut response = self.agent.post(&url).send_json(body).map_err(|error| failed(&error))?;
@@ -96,7 +123,6 @@ impl Endpoint {
             return Err(failed(&format!("{}: {text}", response.status())));
         }
         let mut reader = BufReader::new(response.into_body().into_reader());
-        let mut answer = Answer::default();
         let mut line = Vec::new();
         loop {
             line.clear();
@@ -105,17 +131,21 @@ impl Endpoint {
                 return Err(failed(&"the answer broke off"));
             }
             let text = String::from_utf8_lossy(&line);
-            let Some(data) = text.strip_prefix("data:").map(str::trim) else { continue };
-            if data == "[DONE]" {
-                return Ok(answer);
-            }
-            let chunk: Value = serde_json::from_str(data).map_err(|error| failed(&error))?;
-            if let Some(message) = chunk["error"]["message"].as_str() {
-                return Err(failed(&message));
-            }
-            let piece = answer.add(&chunk);
-            if !piece.is_empty() && on_text(&piece)?.is_break() {
-                return Ok(answer);
+            let flow = if let Some(comment) = text.strip_prefix(':') {
+                on_part(Part::Comment(comment.trim()))?
+            } else {
+                let Some(data) = text.strip_prefix("data:").map(str::trim) else { continue };
+                if data == "[DONE]" {
+                    return Ok(());
+                }
+                let chunk: Value = serde_json::from_str(data).map_err(|error| failed(&error))?;
+                if let Some(message) = chunk["error"]["message"].as_str() {
+                    return Err(failed(&message));
+                }
+                on_part(Part::Chunk(&chunk))?
+            };
+            if flow.is_break() {
+                return Ok(());
             }
         }
     }

@@ -5,14 +5,17 @@
 //! - [`demo`] shows a model on three nodes, and proves its answers.
 //! - [`bench`] measures. It and the demo run real `brigade` processes through [`cluster`] and [`processes`], and
 //!   compare them with [`whole`], the same model in one process.
+//! - [`chaos`] kills, freezes and cuts off nodes under load, and compares every answer with the undisturbed one.
 
 mod bench;
+mod chaos;
 mod cluster;
 mod demo;
 mod failure;
 mod http;
 mod output;
 mod processes;
+mod random;
 mod synth;
 mod tidy;
 mod whole;
@@ -41,6 +44,8 @@ enum Task {
     /// Measure
     #[command(subcommand)]
     Bench(bench::Bench),
+    /// Break nodes and links at random under load, and compare every answer with the undisturbed one
+    Chaos(chaos::ChaosArgs),
 }
 
 /// The repository.
@@ -55,6 +60,7 @@ fn main() -> ExitCode {
         Task::Synth(args) => synth::run(&args),
         Task::Demo => demo::run(),
         Task::Bench(bench) => bench::run(&bench),
+        Task::Chaos(args) => chaos::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

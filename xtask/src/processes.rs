@@ -8,11 +8,12 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdout, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
@@ -47,6 +48,8 @@ pub struct Processes {
 struct Held {
     running: Vec<Running>,
     dir: Option<TempDir>,
+    /// Small disks in the directory.
+    mounts: Vec<PathBuf>,
     /// Set by the signal handler: nothing is started any more.
     interrupted: bool,
 }
@@ -73,7 +76,7 @@ impl Processes {
             let mut held = lock(&on_signal);
             held.interrupted = true;
             held.end();
-            held.dir = None;
+            held.clean();
             output::error("interrupted");
             std::process::exit(INTERRUPTED);
         };
@@ -86,6 +89,65 @@ impl Processes {
         lock(&self.held).running.iter().find(|running| running.name == name).map(|running| running.child.id())
     }
 
+    /// Sends a signal to a running child.
+    pub fn signal(&self, name: &str, signal: Signal) -> Outcome {
+        let held = lock(&self.held);
+        let child = held.running.iter().find(|running| running.name == name);
+        let child = child.ok_or_else(|| Failure::said(format!("{name} does not run")))?;
+        let sent = kill_process(Pid::from_child(&child.child), signal);
+        sent.map_err(|error| Failure::said(format!("{name} cannot be sent a signal: {error}")))
+    }
+
+    /// Ends a child without warning; that it failed is no failure. False if it does not run.
+    pub fn kill(&self, name: &str) -> bool {
+        self.take(name).is_some_and(|mut running| {
+            let _ = running.child.kill();
+            running.child.wait().is_ok()
+        })
+    }
+
+    /// How a child ended that does so by itself; it is killed if it does not `within` that time.
+    pub fn ended(&self, name: &str, within: Duration) -> Outcome<ExitStatus> {
+        let failed = |why: &dyn std::fmt::Display| Failure::said(format!("{name} {why}"));
+        let mut running = self.take(name).ok_or_else(|| failed(&"does not run"))?;
+        let deadline = Instant::now() + within;
+        loop {
+            match running.child.try_wait() {
+                Ok(Some(status)) => return Ok(status),
+                Ok(None) if Instant::now() < deadline => std::thread::sleep(POLL),
+                Ok(None) => {
+                    let _ = running.child.kill();
+                    let _ = running.child.wait();
+                    return Err(failed(&format!("did not end within {within:?}{}", log_tail(&running.log))));
+                }
+                Err(error) => return Err(failed(&error)),
+            }
+        }
+    }
+
+    fn take(&self, name: &str) -> Option<Running> {
+        let mut held = lock(&self.held);
+        let at = held.running.iter().position(|running| running.name == name)?;
+        Some(held.running.swap_remove(at))
+    }
+
+    /// Makes `dir`, which is inside of this one's directory, a disk of its own with so many bytes, in memory. False
+    /// where the system does not let us: anything but Linux, and anyone but root.
+    pub fn small_disk(&self, dir: &Path, n_bytes: u64) -> bool {
+        let options = std::ffi::CString::new(format!("size={n_bytes},mode=700")).unwrap_or_default();
+        let made = std::fs::create_dir_all(dir).is_ok()
+            && mount("brigade", dir, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, options.as_c_str()).is_ok();
+        if made {
+            lock(&self.held).mounts.push(dir.to_owned());
+        }
+        made
+    }
+
+    /// Why a child ended that nobody has ended, if one did.
+    pub fn failed(&self) -> Option<String> {
+        lock(&self.held).failed()
+    }
+
     /// Where children keep their state.
     pub fn dir(&self) -> &Path {
         &self.dir
@@ -95,7 +157,8 @@ impl Processes {
     pub fn start(&self, name: &str, mut command: Command) -> Outcome<Lines> {
         let failed = |error| Failure::Io { what: format!("{name} cannot be started"), source: error };
         let log = self.dir.join(format!("{name}.log"));
-        let stderr = File::create(&log).map_err(failed)?;
+        // A child that is started again goes on in the same file.
+        let stderr = File::options().create(true).append(true).open(&log).map_err(failed)?;
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(stderr);
         let mut held = lock(&self.held);
         if held.interrupted {
@@ -140,11 +203,19 @@ impl Drop for Processes {
     fn drop(&mut self) {
         let mut held = lock(&self.held);
         held.end();
-        held.dir = None;
+        held.clean();
     }
 }
 
 impl Held {
+    /// Removes the directory. What cannot be removed is in the system's directory for such things.
+    fn clean(&mut self) {
+        for path in self.mounts.drain(..) {
+            let _ = unmount(&path, UnmountFlags::DETACH);
+        }
+        self.dir = None;
+    }
+
     fn end(&mut self) {
         for running in &self.running {
             // It fails if the child has ended already.
@@ -250,6 +321,11 @@ mod tests {
         let error = deaf.wait_for("more", within, |_| None::<()>).unwrap_err().to_string();
         assert!(error.contains("failing ended"), "{error}");
         let pid = Pid::from_child(&lock(&processes.held).running[0].child);
+        assert!(processes.ended("failing", within).is_ok_and(|status| status.code() == Some(3)));
+        assert!(processes.ended("failing", within).is_err() && processes.failed().is_none());
+        processes.start("victim", shell("exec sleep 600")).unwrap();
+        processes.signal("victim", Signal::STOP).unwrap();
+        assert!(processes.kill("victim") && !processes.kill("victim") && processes.failed().is_none());
         drop(processes);
         assert!(rustix::process::test_kill_process(pid).is_err(), "the deaf child lives on");
         assert!(!dir.exists());

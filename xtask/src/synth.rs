@@ -20,6 +20,7 @@ use clap::{Args, ValueEnum};
 
 use crate::failure::{Failure, Outcome};
 use crate::output::line;
+use crate::random::Random;
 
 /// Rows of a pool: a prime, so that it is out of step with heads and vocabularies, and large enough for most tensors to
 /// have full rank.
@@ -316,7 +317,7 @@ fn pools(tensors: &[Tensor], seed: u64) -> Outcome<Pools> {
         let rows = if tensor.dims.len() == 1 {
             vec![1.0; width as usize]
         } else {
-            let mut random = Random(seed ^ (width << 32) ^ u64::from(tensor.ty.id()));
+            let mut random = Random::new(seed ^ (width << 32) ^ u64::from(tensor.ty.id()));
             let deviation = 1.0 / (width as f32).sqrt();
             (0..width as usize * POOL_ROWS).map(|_| random.normal() * deviation).collect()
         };
@@ -357,26 +358,6 @@ fn fill(
         at = 0;
     }
     Ok(())
-}
-
-/// SplitMix64 (Steele, Lea and Flood, 2014).
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// Nearly normal with deviation 1: the sum of four uniform numbers of variance 1/12 each, scaled.
-    fn normal(&mut self) -> f32 {
-        let bits = self.next();
-        let sum: f32 = (0..4).map(|k| f32::from((bits >> (16 * k)) as u16) / 65_536.0).sum();
-        (sum - 2.0) * 3f32.sqrt()
-    }
 }
 
 #[cfg(test)]

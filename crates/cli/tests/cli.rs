@@ -17,7 +17,7 @@ fn parsed(args: &[&str]) -> Value {
 
 #[test]
 fn every_verb_explains_itself() {
-    for verb in ["serve", "join", "chat", "status", "inspect", "plan", "ticket", "doctor", "bench"] {
+    for verb in ["serve", "join", "leave", "chat", "status", "inspect", "plan", "ticket", "doctor", "bench"] {
         for help in ["--help", "-h"] {
             assert!(run(&[verb, help]).ok().contains(&format!("Usage: brigade {verb}")), "{verb}");
         }
@@ -89,11 +89,13 @@ fn status_and_doctor_show_the_cluster() {
         (measured && status["running"] == 0).then_some(status)
     });
     let expected = json!({
-        "model": "abacus", "n_layers": 8, "state": "ready", "epoch": 1, "context": 1024, "parallel": 4, "waiting": 0,
+        "model": "abacus", "n_layers": 8, "state": "ready", "context": 1024, "parallel": 4, "waiting": 0,
     });
     for (key, value) in expected.as_object().unwrap() {
         assert_eq!(&status[key], value, "{key}");
     }
+    // The upper half is the coordinator's term.
+    assert_eq!(status["epoch"].as_u64().unwrap(), 1);
     assert_eq!((id_len(&status["coordinator"]), id_len(&status["model_id"])), (64, 64), "{status}");
     assert!(status["tokens_generated"].as_u64().unwrap() >= 6 && status["tokens_per_second"].as_f64().unwrap() > 0.0);
     let nodes = status["nodes"].as_array().unwrap();
@@ -141,7 +143,26 @@ fn status_knows_a_worker_that_was_killed() {
     let mut cluster = Cluster::of(2);
     cluster.workers[0].kill();
     let ended = run(&["status", "--state-dir", cluster.state_dir("w0").to_str().unwrap()]);
-    assert!(ended.code == Some(1) && ended.stderr.contains("no worker runs with"), "{ended:?}");
+    assert!(ended.code == Some(1) && ended.stderr.contains("no node runs with"), "{ended:?}");
+}
+
+#[test]
+fn a_worker_that_is_asked_to_leave_ends_and_others_have_its_layers() {
+    let mut cluster = Cluster::of(3);
+    let [coordinator, worker] = ["a", "w0"].map(|node| cluster.state_dir(node));
+    let leave = |dir: &std::path::Path| run(&["leave", "--state-dir", dir.to_str().unwrap(), "--timeout", "15s"]);
+    let refused = leave(&coordinator);
+    assert!(refused.code == Some(1) && refused.stderr.contains("is the coordinator"), "{refused:?}");
+    assert!(cluster.coordinator.ended().is_none());
+
+    let said = leave(&worker).ok();
+    assert!(said.contains("was asked to leave\nit has left after "), "{said}");
+    assert_eq!(cluster.workers[0].wait().code(), Some(0));
+    assert_eq!(cluster.workers[0].stderr(), "");
+    cluster.wait_placed_on(&["a", "w1"]);
+    cluster.check_answer();
+    let refused = leave(&worker);
+    assert!(refused.code == Some(1) && refused.stderr.contains("no node runs with"), "{refused:?}");
 }
 
 #[test]

@@ -1,4 +1,5 @@
-//! A context of llama.cpp and what it points to: compute threads, the signals of a run, and the hook where a pass stops.
+//! A context of llama.cpp and what it points to: compute threads, the signals of a run, and the hook where a pass
+//! stops.
 //!
 //! The context owns all of it and calls back only while it decodes, for which its owner needs `&mut`.
 

@@ -62,6 +62,7 @@ impl Shared {
             model_id: card.id,
             n_layers: model.architecture().n_layers,
             state: starting.clone(),
+            term: 0,
             epoch: 0,
             context,
             parallel: options.parallel,

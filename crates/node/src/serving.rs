@@ -299,7 +299,9 @@ pub struct ClusterStatus {
     pub n_layers: u32,
     /// `ready`, or what is missing.
     pub state: String,
-    /// Rises with each placement.
+    /// Rises with each node that begins to coordinate.
+    pub term: u64,
+    /// Rises with each placement of that one.
     pub epoch: u64,
     /// Tokens of one session.
     pub context: u32,

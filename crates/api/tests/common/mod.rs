@@ -125,6 +125,7 @@ impl Serving for Mock {
             model_id: self.card.id,
             n_layers: 8,
             state: "ready".to_owned(),
+            term: 1,
             epoch: 3,
             context: self.card.context,
             parallel: 4,

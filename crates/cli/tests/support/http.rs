@@ -106,7 +106,9 @@ impl Endpoint {
         body["stream"] = true.into();
         let response = self.send(path, &body.to_string());
         assert_eq!(response.status(), 200);
-        Stream { lines: Box::new(BufReader::new(response.into_body().into_reader())) }
+        let request_id = response.headers()["x-request-id"].to_str().unwrap().to_owned();
+        let lines = Box::new(BufReader::new(response.into_body().into_reader()));
+        Stream { request_id, lines, comments: Vec::new() }
     }
 }
 
@@ -120,7 +122,11 @@ fn reply(mut response: ureq::http::Response<ureq::Body>) -> Reply {
 
 /// An answer on its way.
 pub struct Stream {
+    /// The header `x-request-id`.
+    pub request_id: String,
     lines: Box<dyn BufRead + Send>,
+    /// The lines so far that clients skip.
+    pub comments: Vec<String>,
 }
 
 /// One event of a stream.
@@ -139,22 +145,50 @@ pub enum Event {
 impl Stream {
     /// The next event.
     pub fn event(&mut self) -> Event {
-        let mut line = String::new();
         loop {
-            line.clear();
-            match self.lines.read_line(&mut line) {
-                Ok(0) | Err(_) => return Event::BrokeOff,
-                Ok(_) => {}
-            }
-            match line.trim_end().strip_prefix("data: ") {
-                Some("[DONE]") => return Event::Done,
-                Some(data) => {
-                    let value: Value = serde_json::from_str(data).unwrap();
-                    return if value.get("error").is_some() { Event::Error(value) } else { Event::Chunk(value) };
-                }
-                None => {}
+            if let Some(event) = self.read_line() {
+                return event;
             }
         }
+    }
+
+    /// Reads a line, which may be an event.
+    fn read_line(&mut self) -> Option<Event> {
+        let mut line = String::new();
+        match self.lines.read_line(&mut line) {
+            Ok(0) | Err(_) => return Some(Event::BrokeOff),
+            Ok(_) => {}
+        }
+        let line = line.trim_end();
+        if let Some(comment) = line.strip_prefix(": ") {
+            self.comments.push(comment.to_owned());
+        }
+        match line.strip_prefix("data: ")? {
+            "[DONE]" => Some(Event::Done),
+            data => {
+                let value: Value = serde_json::from_str(data).unwrap();
+                Some(if value.get("error").is_some() { Event::Error(value) } else { Event::Chunk(value) })
+            }
+        }
+    }
+
+    /// Whether it has said that it waits for a machine that was lost.
+    pub fn has_paused(&self) -> bool {
+        self.comments.iter().any(|comment| comment.starts_with("paused: "))
+    }
+
+    /// The text until it says that, if it has not yet.
+    #[track_caller]
+    pub fn until_pause(&mut self) -> String {
+        let mut text = String::new();
+        while !self.has_paused() {
+            match self.read_line() {
+                None => {}
+                Some(Event::Chunk(chunk)) => text.push_str(chunk_text(&chunk)),
+                Some(end) => panic!("the stream ended without a pause after {text:?}: {end:?}"),
+            }
+        }
+        text
     }
 
     /// All text up to the first event that is no chunk, and that event.

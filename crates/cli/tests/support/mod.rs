@@ -3,7 +3,7 @@
 //! - [`Setup`] says how many nodes and with which flags; [`Cluster`] owns their processes and state directories.
 //! - [`Process`] is one of them: dropping it ends it, and if the test has failed shows what it said.
 //! - [`http`] talks to the endpoint, [`metrics`] reads what it counts, [`oracle`] knows the right answers.
-//! - [`fake`] is a server that is none.
+//! - [`fake`] is a server that is none, [`proxy`] a network that can be broken.
 //!
 //! Nothing here waits for a fixed time: [`eventually`] polls a condition until a deadline.
 #![allow(dead_code, unused_imports, reason = "each test binary uses a part")]
@@ -14,17 +14,20 @@ pub mod http;
 pub mod metrics;
 pub mod oracle;
 mod process;
+pub mod proxy;
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use brigade_net::{Address, Ticket};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 pub use http::{Endpoint, Event, Reply, Stream};
 pub use metrics::Metrics;
 pub use process::{Ended, Process, run, run_with_input};
+pub use proxy::Proxy;
 
 /// How long a condition may take on a machine that is busy with other tests.
 pub const PATIENCE: Duration = Duration::from_secs(30);
@@ -63,12 +66,13 @@ pub struct Setup {
     serve: Vec<String>,
     join: Vec<String>,
     key: Option<String>,
+    is_cuttable: bool,
 }
 
 impl Setup {
     /// `n_nodes`, the coordinator counted, that share the layers of abacus evenly.
     pub fn of(n_nodes: usize) -> Self {
-        Self { n_nodes, layers: None, serve: Vec::new(), join: Vec::new(), key: None }
+        Self { n_nodes, layers: None, serve: Vec::new(), join: Vec::new(), key: None, is_cuttable: false }
     }
 
     /// Pins the split instead.
@@ -115,13 +119,24 @@ impl Setup {
         self.serve(&["--kv-spill", size]).join(&["--kv-spill", size])
     }
 
+    /// A second holder of each worker's layers.
+    pub fn redundant(self) -> Self {
+        self.serve(&["--redundancy", "2"])
+    }
+
+    /// Links of workers that can be broken: see [`Cluster::links_of`].
+    pub fn cuttable(mut self) -> Self {
+        self.is_cuttable = true;
+        self
+    }
+
     /// Starts the coordinator alone, which need not become ready.
     pub fn start_coordinator(self) -> Cluster {
         let dir = tempfile::tempdir().unwrap();
         let coordinator = serve(&self, dir.path(), "127.0.0.1:0");
         let endpoint = Endpoint::new(&url(&coordinator), self.key.clone());
         let links = links(&coordinator);
-        Cluster { coordinator, workers: Vec::new(), endpoint, links, setup: self, dir }
+        Cluster { coordinator, workers: Vec::new(), endpoint, links, proxies: Vec::new(), setup: self, dir }
     }
 
     /// Starts all nodes and waits until the model is ready.
@@ -156,6 +171,26 @@ fn links(coordinator: &Process) -> SocketAddr {
     coordinator.line("links ").trim().parse().unwrap()
 }
 
+/// Proxies that all links of a worker go through.
+pub struct Links {
+    /// In front of the worker, at an address that is this worker's alone.
+    pub inbound: Proxy,
+    /// In front of the coordinator. It dials from that address, so that others look for the worker there.
+    pub outbound: Proxy,
+}
+
+impl Links {
+    /// Of worker `i`, to a coordinator.
+    fn of(i: usize, coordinator: SocketAddr) -> Self {
+        let ip = Ipv4Addr::new(127, 0, 1, u8::try_from(i + 1).unwrap());
+        let listener = TcpListener::bind((ip, 0)).unwrap();
+        let behind = SocketAddr::from((Ipv4Addr::LOCALHOST, listener.local_addr().unwrap().port()));
+        let inbound = Proxy::between(listener, behind, None).unwrap();
+        let outbound = Proxy::start((Ipv4Addr::LOCALHOST, 0).into(), coordinator, Some(ip.into())).unwrap();
+        Self { inbound, outbound }
+    }
+}
+
 /// A coordinator `a` and its workers `w0`, `w1`, ...
 pub struct Cluster {
     pub coordinator: Process,
@@ -163,6 +198,7 @@ pub struct Cluster {
     pub endpoint: Endpoint,
     /// Where the coordinator takes links.
     pub links: SocketAddr,
+    proxies: Vec<Links>,
     setup: Setup,
     dir: TempDir,
 }
@@ -201,7 +237,15 @@ impl Cluster {
     /// Another worker with further arguments; its number.
     pub fn join_with(&mut self, args: &[&str]) -> usize {
         let i = self.workers.len();
-        let ticket = self.dir.path().join("ticket");
+        let mut ticket = self.dir.path().join("ticket");
+        if self.setup.is_cuttable {
+            let links = Links::of(i, self.links);
+            let addrs = vec![Address::from(links.outbound.address())];
+            let text = Ticket { addrs, ..self.ticket().parse().unwrap() }.to_string();
+            ticket = self.dir.path().join(format!("w{i}.ticket"));
+            std::fs::write(&ticket, text).unwrap();
+            self.proxies.push(links);
+        }
         let process = self.worker(i, &[&["--ticket-file", ticket.to_str().unwrap()], args].concat());
         self.workers.push(process);
         i
@@ -222,9 +266,24 @@ impl Cluster {
         let name = format!("w{i}");
         let state = self.state_dir(&name);
         let own = ["join", "--state-dir", state.to_str().unwrap(), "--name", &name, "--threads", "1"];
-        let listen = ["--listen", "127.0.0.1:0"];
+        let port = self.proxies.get(i).map_or(0, |links| links.inbound.address().port());
+        let listen = ["--listen", &format!("127.0.0.1:{port}")];
         let further: Vec<&str> = self.setup.join.iter().map(String::as_str).collect();
         Process::spawn(&name, self.dir.path(), &[&own[..], &listen, &further, args].concat())
+    }
+
+    /// The links of worker `i`, where they can be broken.
+    pub fn links_of(&self, i: usize) -> &Links {
+        &self.proxies[i]
+    }
+
+    /// Asks worker `i` to leave, and waits until it has.
+    #[track_caller]
+    pub fn leave(&mut self, i: usize) {
+        let state = self.state_dir(&format!("w{i}"));
+        run(&["leave", "--state-dir", state.to_str().unwrap()]).ok();
+        assert_eq!(self.workers[i].wait().code(), Some(0));
+        assert_eq!(self.workers[i].stderr(), "");
     }
 
     /// Ends worker `i` without a goodbye.
@@ -277,10 +336,29 @@ impl Cluster {
         status["nodes"].as_array().unwrap().iter().filter_map(stage).collect()
     }
 
+    /// What the endpoint says of itself: `ready`, `recovering` or `not_ready`.
+    pub fn readiness(&self) -> String {
+        self.endpoint.get("/ready").body["status"].as_str().unwrap().to_owned()
+    }
+
     /// Waits until requests are answered.
     #[track_caller]
     pub fn wait_ready(&self) {
-        eventually("readiness", || (self.endpoint.get("/ready").status == 200).then_some(()));
+        eventually("readiness", || (self.readiness() == "ready").then_some(()));
+    }
+
+    /// A node as the status shows it, if it does.
+    pub fn node(&self, name: &str) -> Option<Value> {
+        self.status()["nodes"].as_array().unwrap().iter().find(|node| node["name"] == name).cloned()
+    }
+
+    /// Waits until a worker is here and has no layers.
+    #[track_caller]
+    pub fn wait_spare(&self, name: &str) {
+        eventually(&format!("{name} as a spare one"), || {
+            let node = self.node(name)?;
+            (node["connected"] == true && node["state"] == "idle" && node["layers"].is_null()).then_some(())
+        });
     }
 
     /// Waits until the endpoint says that it is not ready for a reason with these words.
@@ -299,7 +377,7 @@ impl Cluster {
         eventually(&format!("a placement on {nodes:?}"), || {
             let mut found: Vec<String> = self.placement().into_iter().map(|(name, _)| name).collect();
             found.sort();
-            (found == nodes && self.endpoint.get("/ready").status == 200).then_some(())
+            (found == nodes && self.readiness() == "ready").then_some(())
         });
     }
 

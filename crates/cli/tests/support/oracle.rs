@@ -5,13 +5,13 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use brigade_base::Token;
-use brigade_engine::{Input, Row, Stage, StageOptions, Vocabulary};
+use brigade_engine::{Input, Row, Sampler, Sampling, Stage, StageOptions, Vocabulary};
 use brigade_gguf::{ModelFile, vocabulary_header};
 
 use super::{MAX_ANSWER, abacus};
 
 /// Tokens of one session: what abacus was trained for.
-const CONTEXT: u32 = 1024;
+pub const CONTEXT: u32 = 1024;
 
 /// What a session yields.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -113,6 +113,29 @@ impl Oracle {
     /// The likeliest continuation of `prompt`, of whose tokens the first `n_kept` are not computed again: they are as
     /// the last call left them, in the batch shapes that it had.
     pub fn go_on(&mut self, prompt: &[Token], n_kept: u32, max_tokens: u32, ignore_end: bool) -> Answer {
+        self.choose_with(|logits, _| likeliest(logits), prompt, n_kept, max_tokens, ignore_end)
+    }
+
+    /// The continuation of `prompt` by exactly `n` tokens that are drawn.
+    pub fn sample(&mut self, prompt: &[Token], n: u32, sampling: &Sampling) -> Answer {
+        let mut sampler = Sampler::new(sampling, self.stage.n_vocab()).unwrap();
+        let draw = |logits: &[f32], position| {
+            let token = sampler.sample(logits, position);
+            sampler.accept(token);
+            token
+        };
+        self.choose_with(draw, prompt, 0, n, true)
+    }
+
+    /// The continuation of `prompt` by the tokens that `choose` takes, given logits and a position.
+    fn choose_with(
+        &mut self,
+        mut choose: impl FnMut(&[f32], u32) -> Token,
+        prompt: &[Token],
+        n_kept: u32,
+        max_tokens: u32,
+        ignore_end: bool,
+    ) -> Answer {
         self.stage.truncate(0, n_kept).unwrap();
         let mut logits = Vec::new();
         let mut new = &prompt[n_kept as usize..];
@@ -125,14 +148,14 @@ impl Oracle {
         }
         let mut answer = Answer::default();
         let finish = loop {
-            let (token, logprob) = likeliest(&logits);
+            let token = choose(&logits, self.stage.len(0));
             answer.n_generated += 1;
             if self.vocabulary.is_end(token) && !ignore_end {
                 break "stop";
             }
             let (own, top) = brigade_engine::log_probabilities(&logits, token, 5);
             answer.tokens.push(token);
-            answer.logprobs.push(logprob);
+            answer.logprobs.push(logprob(&logits, token));
             answer.printed.push((own, top.into_iter().map(|(_, logprob)| logprob).collect()));
             if answer.n_generated >= max_tokens as usize {
                 break "length";
@@ -153,9 +176,14 @@ impl Oracle {
     }
 }
 
-/// The likeliest token and the logarithm of its probability.
-fn likeliest(logits: &[f32]) -> (Token, f64) {
-    let best = (1..logits.len()).fold(0, |best, i| if logits[i] > logits[best] { i } else { best });
-    let sum: f64 = logits.iter().map(|&logit| (f64::from(logit) - f64::from(logits[best])).exp()).sum();
-    (best as Token, -sum.ln())
+/// The likeliest token, the lowest id among equals.
+fn likeliest(logits: &[f32]) -> Token {
+    (1..logits.len()).fold(0, |best, i| if logits[i] > logits[best] { i } else { best }) as Token
+}
+
+/// The logarithm of a token's probability.
+fn logprob(logits: &[f32], token: Token) -> f64 {
+    let max = logits[likeliest(logits) as usize];
+    let sum: f64 = logits.iter().map(|&logit| (f64::from(logit) - f64::from(max)).exp()).sum();
+    f64::from(logits[token as usize]) - f64::from(max) - sum.ln()
 }

@@ -214,7 +214,12 @@ impl Owner {
                 self.workers.remove(&id);
                 self.voters.went(id, false);
                 if let Some(member) = self.cluster.members().iter().find(|m| m.id == id) {
-                    self.meter.gone(&member.offer.name);
+                    let name = &member.offer.name;
+                    self.meter.gone(name);
+                    if member.layers().is_some() {
+                        let trouble = format!("node {name} is gone ({reason})");
+                        self.shared.submissions.tell(Happening::Trouble(trouble));
+                    }
                 }
                 self.feed(Input::Gone(id, reason))
             }
@@ -365,7 +370,7 @@ impl Owner {
                     self.tail_wanted = None;
                     self.shared.not_ready(reason.clone());
                     // Before its links close, which would look like the reason.
-                    self.shared.submissions.tell(Happening::Stopped(reason));
+                    self.shared.submissions.tell(Happening::Trouble(reason));
                     self.stop_ring();
                 }
                 Action::Released { node } => self.send(node, ToWorker::Released),

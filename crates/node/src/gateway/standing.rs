@@ -272,6 +272,7 @@ impl Shared {
             model_id: card.id,
             n_layers: 0,
             state: String::new(),
+            term: 0,
             epoch: 0,
             context: card.context,
             parallel: 0,

@@ -193,6 +193,7 @@ pub struct LoadMetrics {
     pub image_tokens: Gauge,
     pub saves: Outcomes,
     pub restores: Outcomes,
+    pub term: Gauge,
     pub epoch: Gauge,
     pub uptime: Share,
 }
@@ -307,7 +308,8 @@ impl LoadMetrics {
                 "Times that a saved KV cache was to be taken back on all stages",
                 "Tokens that were taken back",
             ),
-            epoch: m.zero("epoch", "Rises with each placement of the model"),
+            term: m.zero("term", "Rises with each node that begins to coordinate"),
+            epoch: m.zero("epoch", "Rises with each placement of the model by the node that coordinates"),
             uptime: m.zero("uptime_seconds", "Time since the coordinator was started"),
         }
     }

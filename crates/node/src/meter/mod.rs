@@ -291,7 +291,8 @@ impl Meter {
     pub fn placed(&self, epoch: Epoch, stages: Vec<String>) {
         let now = Instant::now();
         let metrics = &self.metrics.ring;
-        self.metrics.load.epoch.set(epoch.0 as i64);
+        self.metrics.load.term.set(epoch.term() as i64);
+        self.metrics.load.epoch.set(epoch.number() as i64);
         metrics.begin_placement(stages.len());
         let stage = |(k, node): (usize, &String)| Stage {
             metrics: metrics.stage(k, node),
@@ -320,13 +321,11 @@ impl Meter {
     }
 
     /// A pass went around again, so long after a ring was lost.
-    pub fn recovered(&self, pause: Duration) {
+    pub fn recovered(&self, reason: &str, pause: Duration) {
         self.metrics.ring.pause.observe(pause.as_secs_f64());
         let mut inner = self.lock();
         inner.recoveries += 1;
-        if let Some(last) = &mut inner.last_recovery {
-            last.pause_ms = pause.as_secs_f32() * 1000.0;
-        }
+        inner.last_recovery = Some(Recovery { reason: reason.to_owned(), pause_ms: pause.as_secs_f32() * 1000.0 });
     }
 
     /// How often the answers went on in another ring.

@@ -19,8 +19,8 @@ pub enum Happening {
     Frame,
     /// There is a connection.
     Wake,
-    /// The ring is about to be stopped, for this reason.
-    Stopped(String),
+    /// What is wrong with the ring, as far as the owner loop knows: it is about to be stopped for it, or has broken.
+    Trouble(String),
     /// Send nothing more until the next ring; it is told when nothing is on its way.
     Drain,
     /// The thread is to end; this is what callers hear.

@@ -293,7 +293,7 @@ impl<T: Tail> Ring<T> {
         self.run_tail(&back)?;
         self.holds_back = false;
         if let Some(lost) = self.lost.take() {
-            self.meter.recovered(lost.at.elapsed());
+            self.meter.recovered(&lost.why, lost.at.elapsed());
             self.answers.values().for_each(|answer| answer.tell(Event::Resumed));
         }
         (self.tell)(News::WentAround(epoch));
@@ -363,7 +363,11 @@ impl<T: Tail> Ring<T> {
             Happening::Submission(submission) => self.begin(*submission),
             Happening::Drain => (self.holds_back, self.drains) = (true, true),
             Happening::Stop(failure) => return Err(Interrupt::Stop(failure)),
-            Happening::Stopped(why) => self.stopped = Some(why),
+            Happening::Trouble(why) => match &mut self.lost {
+                // Who is gone says more than which link closed.
+                Some(lost) if self.connection.is_none() => lost.why = why,
+                _ => self.stopped = Some(why),
+            },
             Happening::Frame | Happening::Wake => {}
         }
         Ok(())

@@ -53,6 +53,18 @@ impl Ring {
         Self { reasons: plan.explanation.clone(), seats, plan, is_makeshift }
     }
 
+    /// From now on a stage is a member's, which did not have it before.
+    fn seat(&mut self, stage: usize, member: &Member) {
+        let seat = &mut self.seats[stage];
+        (seat.holder, seat.standby) = (Some(member.id), None);
+        let planned = &mut self.plan.stages[stage];
+        (planned.node, planned.offered) = (member.id, member.offer.memory);
+        planned.name.clone_from(&member.offer.name);
+        if !self.reasons.iter().any(|reason| reason == MENDED) {
+            self.reasons.push(MENDED.to_owned());
+        }
+    }
+
     /// Layers of the coordinator's own stage.
     pub fn tail(&self) -> Option<LayerRange> {
         self.plan.stages.last().map(|stage| stage.layers)
@@ -140,22 +152,18 @@ impl Cluster {
                 seat.kv_from = Some(leaver.id);
             }
         }
-        for stage in 0..ring.seats.len() {
-            if ring.seats[stage].holder.is_none() {
-                let standby = ring.seats[stage].standby.take();
-                let id = match standby.filter(|&id| self.member(id).is_some_and(Member::is_here)) {
-                    Some(standby) => standby,
-                    None => self.stand_in(&ring, stage, |_| true)?,
-                };
-                let member = self.member(id)?;
-                ring.seats[stage].holder = Some(id);
-                let planned = &mut ring.plan.stages[stage];
-                (planned.node, planned.offered) = (id, member.offer.memory);
-                planned.name.clone_from(&member.offer.name);
-                if !ring.reasons.iter().any(|reason| reason == MENDED) {
-                    ring.reasons.push(MENDED.to_owned());
-                }
+        let vacant =
+            |ring: &Ring| (0..ring.seats.len()).filter(|&k| ring.seats[k].holder.is_none()).collect::<Vec<_>>();
+        // Those who stand by first: whoever stands in for another stage must have room beside what it then serves.
+        for stage in vacant(&ring) {
+            let standby = ring.seats[stage].standby;
+            if let Some(member) = standby.and_then(|id| self.member(id)).filter(|m| m.is_here()) {
+                ring.seat(stage, member);
             }
+        }
+        for stage in vacant(&ring) {
+            let id = self.stand_in(&ring, stage, |_| true)?;
+            ring.seat(stage, self.member(id)?);
         }
         self.drop_unwanted_standbys(&mut ring, None);
         Some(ring)

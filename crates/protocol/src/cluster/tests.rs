@@ -475,6 +475,24 @@ fn a_standby_takes_over_and_serves_at_once() {
 }
 
 #[test]
+fn who_stands_by_for_a_lost_stage_gets_no_other_one_without_room_for_both() {
+    let mut world = World::ready(Settings { redundancy: 2, ..settings(600, 3) }, &[2000, 2000]);
+    world.load_standbys();
+    world.gone(2);
+    world.make_ready();
+    assert_eq!(world.served()[..2], [(node(1), 4), (node(1), 4)]);
+    for n in [3, 4] {
+        world.tell(Input::Offer(node(n), offer(600)));
+    }
+    world.load_standbys();
+    assert_eq!(world.standing_by(), [(0, node(3)), (1, node(4))]);
+    world.gone(3);
+    world.gone(1);
+    let n_layers: u32 = world.served().iter().filter(|(id, _)| *id == node(4)).map(|(_, n)| n).sum();
+    assert!(n_layers <= 5, "600 MiB do not hold {n_layers} layers");
+}
+
+#[test]
 fn an_idle_worker_stands_by_first() {
     let settings = Settings { redundancy: 2, ..settings(600, 2) };
     let mut world = World::new(settings);
