@@ -124,7 +124,8 @@ fn check_stopped(cluster: &mut Cluster) {
 #[test]
 fn a_stopped_coordinator_takes_no_more_requests_and_ends_with_its_last_answer() {
     let mut cluster = Cluster::of(2);
-    let mut stream = cluster.stream("/v1/completions", &endless_body(&story(), LONG));
+    let story = story();
+    let mut stream = cluster.stream("/v1/completions", &endless_body(&story, LONG));
     let told = stream.chunks(3);
     cluster.coordinator.signal("TERM");
     eventually("refusals", || {
@@ -132,7 +133,7 @@ fn a_stopped_coordinator_takes_no_more_requests_and_ends_with_its_last_answer() 
         (reply.status == 503).then(|| assert_eq!(reply.message(), "the server is stopping", "{reply:?}"))
     });
     let (rest, end) = stream.rest();
-    assert_eq!((told + &rest, end), (oracle().generate(&story(), LONG, true).text.clone(), Event::Done));
+    assert_eq!((told + &rest, end), (oracle().generate(&story, LONG, true).text.clone(), Event::Done));
     check_stopped(&mut cluster);
 }
 

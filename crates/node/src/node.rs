@@ -20,10 +20,10 @@ use crate::council::RoleChange;
 use crate::gateway::{Coordinating, Gateway, GatewayOptions};
 use crate::known::KnownCoordinator;
 use crate::model::LocalModel;
-use brigade_protocol::schedule::PrefixCache;
 use crate::site::{Site, SiteError};
 use crate::threads::{lock, unique_number};
 use crate::worker::{Worker, WorkerError, WorkerOptions, WorkerStatus};
+use brigade_protocol::schedule::PrefixCache;
 
 /// How often it is looked whether a part has ended or the node is to stop.
 const POLL: Duration = Duration::from_millis(25);
@@ -143,9 +143,9 @@ impl Node {
     pub fn join(options: WorkerOptions, model: Option<LocalModel>) -> Result<Self, NodeError> {
         let known = match &options.ticket {
             Some(ticket) => KnownCoordinator::of(ticket),
-            None => KnownCoordinator::load(&options.state_dir)
-                .map_err(WorkerError::from)?
-                .ok_or(WorkerError::NoTicket)?,
+            None => {
+                KnownCoordinator::load(&options.state_dir).map_err(WorkerError::from)?.ok_or(WorkerError::NoTicket)?
+            }
         };
         let has_ticket = options.ticket.is_some();
         let (site, roles) = Site::take(&options.state_dir, options.listen, |me, _, stored| {
@@ -396,4 +396,3 @@ impl Runner {
         }
     }
 }
-

@@ -1,10 +1,13 @@
 //! Dialling another node and being let in.
 
 use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, SendError, channel};
 use std::time::Duration;
 
 use brigade_base::NodeId;
 use brigade_net::{Address, ConnectError, GreetError, Hello, Identity, Purpose, Refusal, TcpLink, TicketSecret, greet};
+
+use crate::threads::spawn;
 
 /// How long all addresses of a node together may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -27,6 +30,37 @@ impl ReachError {
             Self::Connect(_) => false,
             Self::Greet(GreetError::Refused(refusal)) => !matches!(refusal, Refusal::Busy | Refusal::Stopping),
             Self::Greet(_) => false,
+        }
+    }
+}
+
+/// How often it is looked whether a link is wanted still.
+const POLL: Duration = Duration::from_millis(25);
+
+/// Dials on a thread of its own, so that whoever waits can give it up: a machine that hangs takes seconds to say
+/// nothing. `None` if `is_wanted` ceased to hold before that was done, or the system gives no thread; what comes of it
+/// then goes to `discard`.
+pub fn while_wanted<T: Send + 'static>(
+    dial: impl FnOnce() -> T + Send + 'static,
+    is_wanted: impl Fn() -> bool,
+    discard: fn(T),
+) -> Option<T> {
+    let (tell, dialled) = channel();
+    let work = move || {
+        if let Err(SendError(result)) = tell.send(dial()) {
+            discard(result);
+        }
+    };
+    if let Err(error) = spawn("dial", work) {
+        tracing::error!(%error, "no thread to dial with");
+        std::thread::sleep(POLL);
+        return None;
+    }
+    loop {
+        match dialled.recv_timeout(POLL) {
+            Ok(result) => return Some(result),
+            Err(RecvTimeoutError::Timeout) if is_wanted() => {}
+            Err(_) => return None,
         }
     }
 }

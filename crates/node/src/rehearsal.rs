@@ -34,7 +34,13 @@ impl Tail for Stand {
         Ok(())
     }
 
-    fn run(&mut self, _pass: PassId, sets: &[RowSet], _hidden: &mut [f32], logits: &mut Vec<f32>) -> Result<(), PassError> {
+    fn run(
+        &mut self,
+        _pass: PassId,
+        sets: &[RowSet],
+        _hidden: &mut [f32],
+        logits: &mut Vec<f32>,
+    ) -> Result<(), PassError> {
         logits.clear();
         for set in sets.iter().filter(|set| set.n_outputs > 0) {
             let start = logits.len();
@@ -92,14 +98,8 @@ pub fn rehearse(
     let (happen, inbox) = channel();
     let submissions = Submissions::new(happen);
     let shared = Arc::new(Shared::new(&model, &identity, &options, context, tickets, &[], submissions));
-    let limits = Limits {
-        n_slots: parallel,
-        context,
-        chunk: CHUNK,
-        n_stages: 1,
-        cache: options.prefix_cache,
-        image_tokens: 0,
-    };
+    let limits =
+        Limits { n_slots: parallel, context, chunk: CHUNK, n_stages: 1, cache: options.prefix_cache, image_tokens: 0 };
     let (connections, connected) = channel();
     let connection = Connection {
         deployment: DeploymentId(1),

@@ -4,7 +4,7 @@
 //! It owns the [`Cluster`], the control links of the workers with their pulses (`worker_link.rs` there), its own stage,
 //! and the [`Ring`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use brigade_base::{ByteSize, DeploymentId, Epoch, Hash, LayerRange, NodeId, PassId, Token};
@@ -95,6 +95,8 @@ pub struct Coordinator {
     next_ping: Instant,
     n_pings: u64,
     had_quorum: bool,
+    inputs: VecDeque<Input>,
+    is_feeding: bool,
 }
 
 impl Coordinator {
@@ -124,6 +126,8 @@ impl Coordinator {
             next_ping: host.now(),
             n_pings: 0,
             had_quorum: true,
+            inputs: VecDeque::new(),
+            is_feeding: false,
         };
         if coordinator.muster.is_none() {
             coordinator.feed(host, Input::Tick);
@@ -442,36 +446,48 @@ impl Coordinator {
         }
     }
 
+    /// What comes of an action is told when all of them are done, as it is in a real node's loop.
     fn feed(&mut self, host: &mut Host<'_>, input: Input) {
-        if !matches!(input, Input::Tick) {
-            host.say(|| format!("{input:?}"));
+        self.inputs.push_back(input);
+        if std::mem::replace(&mut self.is_feeding, true) {
+            return;
         }
-        for action in self.cluster.handle(host.now(), input) {
-            host.say(|| format!("-> {action:?}"));
-            match action {
-                Action::Assign { node, epoch, revision, orders } => {
-                    let assign = self.assign(host, epoch, revision, &orders);
-                    self.send(host, node, &ToWorker::Assign(Box::new(assign)));
-                }
-                Action::LoadTail { epoch, stage, layers, keep_kv } => {
-                    self.ring.stop(host);
-                    self.tail_wanted = Some((epoch, stage, layers, keep_kv));
-                    self.load_tail(host);
-                }
-                Action::Join { node, epoch } => {
-                    self.send(host, node, &ToWorker::Join { deployment: self.settings.deployment, epoch });
-                }
-                Action::StartRing { epoch, first, last, n_stages, shadow, held } => {
-                    let with_addresses = |node: NodeId| (node, self.addresses(node));
-                    let (first, shadow) = (first.map(with_addresses), shadow.map(with_addresses));
-                    self.ring.start(host, Start { epoch, first, last, shadow, n_stages, held });
-                }
-                Action::Ready { .. } => {}
-                Action::Drain { epoch } => self.ring.drain(epoch),
-                Action::StopRing { .. } => self.ring.stop(host),
-                Action::Released { node } => self.send(host, node, &ToWorker::Released),
-                Action::GiveUp { reason } => panic!("the coordinator gives up: {reason}"),
+        while let Some(input) = self.inputs.pop_front() {
+            if !matches!(input, Input::Tick) {
+                host.say(|| format!("{input:?}"));
             }
+            for action in self.cluster.handle(host.now(), input) {
+                host.say(|| format!("-> {action:?}"));
+                self.act(host, action);
+            }
+        }
+        self.is_feeding = false;
+    }
+
+    fn act(&mut self, host: &mut Host<'_>, action: Action) {
+        match action {
+            Action::Assign { node, epoch, revision, orders } => {
+                let assign = self.assign(host, epoch, revision, &orders);
+                self.send(host, node, &ToWorker::Assign(Box::new(assign)));
+            }
+            Action::LoadTail { epoch, stage, layers, keep_kv } => {
+                self.ring.stop(host);
+                self.tail_wanted = Some((epoch, stage, layers, keep_kv));
+                self.load_tail(host);
+            }
+            Action::Join { node, epoch } => {
+                self.send(host, node, &ToWorker::Join { deployment: self.settings.deployment, epoch });
+            }
+            Action::StartRing { epoch, first, last, n_stages, shadow, held } => {
+                let with_addresses = |node: NodeId| (node, self.addresses(node));
+                let (first, shadow) = (first.map(with_addresses), shadow.map(with_addresses));
+                self.ring.start(host, Start { epoch, first, last, shadow, n_stages, held });
+            }
+            Action::Ready { .. } => {}
+            Action::Drain { epoch } => self.ring.drain(epoch),
+            Action::StopRing { .. } => self.ring.stop(host),
+            Action::Released { node } => self.send(host, node, &ToWorker::Released),
+            Action::GiveUp { reason } => panic!("the coordinator gives up: {reason}"),
         }
     }
 

@@ -87,7 +87,8 @@ impl Connector {
     /// Dials the first worker and waits for the last one.
     fn connect(&self) -> Result<Option<RingLinks>, String> {
         let Some(first) = &self.first else { return Ok(None) };
-        let first = self.dial(first, Feed::Passes).map_err(|why| format!("the first stage cannot be reached: {why}"))?;
+        let first =
+            self.dial(first, Feed::Passes).map_err(|why| format!("the first stage cannot be reached: {why}"))?;
         let shadow = self.shadow.as_ref().and_then(|shadow| match self.dial(shadow, Feed::Shadow) {
             Ok(link) => Shadow::new(link).ok(),
             Err(why) => {

@@ -19,9 +19,9 @@ use brigade_protocol::frame::{Attach, Feed};
 use brigade_protocol::schedule::Limits;
 
 use super::connector::{Connector, RingStopper};
+use super::muster::{Muster, Voters};
 use super::worker_link::{Pulse, WorkerLink, read_worker, with_seen_address, write_worker};
 use super::{CHUNK, CoordinatorError, CoordinatorOptions};
-use super::muster::{Muster, Voters};
 use crate::council::CouncilHost;
 use crate::handle::Shared;
 use crate::images::Images;

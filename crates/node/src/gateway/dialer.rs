@@ -14,6 +14,7 @@ use super::remote::Remote;
 use super::standing::{Lead, Shared};
 use super::wire;
 use crate::model::load_vocabulary;
+use crate::reach::while_wanted;
 
 /// First and longest pause before the coordinator is dialled again. Whoever waits for an answer notices the first ones,
 /// and a coordinator that stays away is news that somebody else brings.
@@ -23,7 +24,7 @@ const REDIAL: (Duration, Duration) = (Duration::from_millis(100), Duration::from
 const VOCABULARIES: &str = "vocabularies";
 
 /// Dials a node for its requests link.
-pub(super) type Dial = Box<dyn Fn(NodeId, &[String]) -> Result<Arc<dyn Link>, String> + Send>;
+pub(super) type Dial = Arc<dyn Fn(NodeId, &[String]) -> Result<Arc<dyn Link>, String> + Send + Sync>;
 
 /// What the thread owns.
 pub(super) struct Dialer {
@@ -40,7 +41,11 @@ impl Dialer {
         let (mut pause, mut before) = (REDIAL.0, 0);
         while let Some(target) = self.shared.wait_for_target() {
             let begin = Instant::now();
-            match (self.dial)(target.node, &target.addresses) {
+            let (dial, node, addresses) = (Arc::clone(&self.dial), target.node, target.addresses.clone());
+            let is_wanted = || self.shared.is_turn(target.turn);
+            let discard = |result: Result<Arc<dyn Link>, String>| drop(result.map(|link| link.close()));
+            let Some(dialled) = while_wanted(move || dial(node, &addresses), is_wanted, discard) else { continue };
+            match dialled {
                 Ok(link) => self.converse(target.turn, link),
                 Err(why) => self.lose(target.turn, &why),
             }

@@ -74,7 +74,7 @@ impl Gateway {
     /// If the system gives no thread.
     pub fn start(options: GatewayOptions) -> std::io::Result<Self> {
         let identity = options.identity;
-        let dial: Dial = Box::new(move |node, addresses| {
+        let dial: Dial = Arc::new(move |node, addresses| {
             let link = crate::reach::reach(&identity, node, addresses, Purpose::Requests, None);
             link.map(|link| link as Arc<dyn Link>).map_err(|error| error.to_string())
         });

@@ -199,6 +199,11 @@ impl Shared {
         drop(self.changed.wait_timeout_while(lock(&self.orders), pause, is_same));
     }
 
+    /// Whether a turn lasts still.
+    pub(super) fn is_turn(&self, turn: u64) -> bool {
+        lock(&self.orders).turn == turn
+    }
+
     /// Keeps the link of a turn, so that it ends with it. False if the turn is over.
     pub(super) fn hold(&self, turn: u64, link: &Arc<dyn Link>) -> bool {
         let mut orders = lock(&self.orders);

@@ -193,7 +193,7 @@ fn vocabulary() -> Vec<u8> {
 
 /// A gateway that reaches nobody.
 fn gateway(wait: Duration) -> Gateway {
-    let dial: Dial = Box::new(|_, _| Err("nobody is there".to_owned()));
+    let dial: Dial = Arc::new(|_, _| Err("nobody is there".to_owned()));
     Gateway::start_with(dial, PathBuf::new(), None, wait).unwrap()
 }
 

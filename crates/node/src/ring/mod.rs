@@ -71,7 +71,13 @@ pub trait Tail {
     ///
     /// # Errors
     /// If the stage does not hold what the pass builds on, or the engine fails.
-    fn run(&mut self, pass: PassId, sets: &[RowSet], hidden: &mut [f32], logits: &mut Vec<f32>) -> Result<(), PassError>;
+    fn run(
+        &mut self,
+        pass: PassId,
+        sets: &[RowSet],
+        hidden: &mut [f32],
+        logits: &mut Vec<f32>,
+    ) -> Result<(), PassError>;
 }
 
 impl Tail for LoadedStage {
@@ -79,7 +85,13 @@ impl Tail for LoadedStage {
         self.runner.apply(steps)
     }
 
-    fn run(&mut self, pass: PassId, sets: &[RowSet], hidden: &mut [f32], logits: &mut Vec<f32>) -> Result<(), PassError> {
+    fn run(
+        &mut self,
+        pass: PassId,
+        sets: &[RowSet],
+        hidden: &mut [f32],
+        logits: &mut Vec<f32>,
+    ) -> Result<(), PassError> {
         self.runner.run(sets, hidden, logits)?;
         self.runner.note_applied(pass);
         Ok(())
@@ -375,7 +387,9 @@ impl<T: Tail> Ring<T> {
 
     /// A frame or the end of the link while no pass is on its way.
     fn unasked(&self) -> Outcome {
-        let Some(links) = self.connection.as_ref().and_then(|connection| connection.links.as_ref()) else { return Ok(()) };
+        let Some(links) = self.connection.as_ref().and_then(|connection| connection.links.as_ref()) else {
+            return Ok(());
+        };
         match links.last.try_recv() {
             Ok(None) => Ok(()),
             Ok(Some(_)) => Err(broke("the last stage sent a frame that nobody asked for")),
@@ -402,7 +416,8 @@ impl<T: Tail> Ring<T> {
         };
         let wishes = Wishes { max_tokens, logprobs, ignore_end };
         let text = Assembler::new(stop);
-        let mut answer = Answer { wishes, events: events.clone(), sampler, text, usage, has_started: false, timeout, _open: open };
+        let mut answer =
+            Answer { wishes, events: events.clone(), sampler, text, usage, has_started: false, timeout, _open: open };
         let is_full = prompt.len() + told.len() >= self.scheduler.context() as usize;
         if let Some(end) = answer.retrace(&told, is_full, self.model.vocabulary()) {
             return meter.ended(id, end, Instant::now());

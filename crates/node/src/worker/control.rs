@@ -13,11 +13,15 @@ use super::owner::Event;
 use crate::activity::Activity;
 use crate::council::CouncilHost;
 use crate::known::KnownCoordinator;
+use crate::reach::{ReachError, while_wanted};
 use crate::system::resident_memory;
 use crate::threads::lock;
 
 /// First and longest pause before the coordinator is dialled again: soon for a restart, seldom for a night.
 const REDIAL: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(5));
+
+/// How often a thread that waits looks whether it should.
+const POLL: Duration = Duration::from_millis(25);
 
 /// Keeps the control link up.
 pub(super) struct Control {
@@ -40,7 +44,11 @@ impl Control {
         let mut was_connected = self.secret.is_none();
         while !self.stopping.load(Ordering::Relaxed) {
             let known = lock(&self.known).clone();
-            match known.dial(&self.identity, Purpose::Control, self.secret.as_ref()) {
+            let Some(dialled) = self.dial(&known) else {
+                pause = REDIAL.0;
+                continue;
+            };
+            match dialled {
                 Ok(link) => {
                     was_connected = true;
                     pause = REDIAL.0;
@@ -57,16 +65,24 @@ impl Control {
                 Err(error) => drop(self.events.send(Event::Unreachable(error.to_string()))),
             }
             let until = Instant::now() + pause;
-            let is_same = || lock(&self.known).node == known.node;
-            if !is_same() {
-                pause = REDIAL.0;
-                continue;
+            while Instant::now() < until && self.is_wanted(&known) {
+                std::thread::sleep(POLL);
             }
-            while Instant::now() < until && is_same() && !self.stopping.load(Ordering::Relaxed) {
-                std::thread::sleep(Duration::from_millis(50));
-            }
-            pause = (pause * 2).min(REDIAL.1);
+            let is_same = lock(&self.known).node == known.node;
+            pause = if is_same { (pause * 2).min(REDIAL.1) } else { REDIAL.0 };
         }
+    }
+
+    /// Dials a coordinator; `None` if another one is to be dialled, or none any more, before that is done.
+    fn dial(&self, known: &KnownCoordinator) -> Option<Result<Arc<TcpLink>, ReachError>> {
+        let (identity, to, secret) = (Arc::clone(&self.identity), known.clone(), self.secret.clone());
+        let dial = move || to.dial(&identity, Purpose::Control, secret.as_ref());
+        while_wanted(dial, || self.is_wanted(known), |result| drop(result.map(|link| link.close())))
+    }
+
+    /// Whether this is the coordinator to dial, still.
+    fn is_wanted(&self, known: &KnownCoordinator) -> bool {
+        lock(&self.known).node == known.node && !self.stopping.load(Ordering::Relaxed)
     }
 
     /// Offers this node and passes messages on until the link ends; returns why.

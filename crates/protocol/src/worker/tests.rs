@@ -271,6 +271,17 @@ fn a_link_that_is_not_expected_is_closed() {
 }
 
 #[test]
+fn a_link_that_waits_is_closed_with_its_epoch() {
+    let mut worker = Worker::new();
+    worker.assign(2, 0, vec![serve(3)]);
+    let link = worker.comes(1, attach(2, 3, Feed::Passes));
+    worker.assign(2, 1, vec![serve(3)]);
+    assert!(!worker.actions().contains(&Action::Close(link)), "the ring is the same");
+    worker.assign(3, 0, vec![serve(3)]);
+    assert!(worker.actions().contains(&Action::Close(link)));
+}
+
+#[test]
 fn a_kept_stage_keeps_its_slots_and_tells_what_they_hold() {
     let (mut worker, id) = Worker::serving(1, vec![serve(0)]);
     worker.assign(2, 0, vec![serve(0)]);

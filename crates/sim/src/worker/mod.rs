@@ -99,6 +99,8 @@ pub struct Worker {
     load_failures: u64,
     /// For the council, see [`Note`].
     pub notes: Vec<Note>,
+    inputs: VecDeque<Input>,
+    is_feeding: bool,
 }
 
 impl Worker {
@@ -122,6 +124,8 @@ impl Worker {
             progress: Progress::default(),
             load_failures,
             notes: Vec::new(),
+            inputs: VecDeque::new(),
+            is_feeding: false,
         };
         worker.wake(host);
         worker
@@ -344,43 +348,55 @@ impl Worker {
         self.feed(host, Input::Loaded(id, result));
     }
 
+    /// What comes of an action is told when all of them are done, as it is in a real node's loop.
     fn feed(&mut self, host: &mut Host<'_>, input: Input) {
-        if !matches!(input, Input::Tick) {
-            host.say(|| format!("{input:?}"));
+        self.inputs.push_back(input);
+        if std::mem::replace(&mut self.is_feeding, true) {
+            return;
         }
-        for action in self.stages.handle(host.now(), input) {
-            host.say(|| format!("-> {action:?}"));
-            match action {
-                Action::Tell(message) => self.tell(host, &message),
-                Action::Load(load) => self.load(host, load),
-                Action::Free(id) => self.free(host, id),
-                Action::Empty(id) => {
-                    if let Some(loaded) = self.memory.get_mut(&id) {
-                        assert!(matches!(loaded.job, Job::Rest), "a busy stage is emptied");
-                        loaded.stage.clear();
-                    }
+        while let Some(input) = self.inputs.pop_front() {
+            if input != Input::Tick {
+                host.say(|| format!("{input:?}"));
+            }
+            for action in self.stages.handle(host.now(), input) {
+                host.say(|| format!("-> {action:?}"));
+                self.act(host, action);
+            }
+        }
+        self.is_feeding = false;
+    }
+
+    fn act(&mut self, host: &mut Host<'_>, action: Action) {
+        match action {
+            Action::Tell(message) => self.tell(host, &message),
+            Action::Load(load) => self.load(host, load),
+            Action::Free(id) => self.free(host, id),
+            Action::Empty(id) => {
+                if let Some(loaded) = self.memory.get_mut(&id) {
+                    assert!(matches!(loaded.job, Job::Rest), "a busy stage is emptied");
+                    loaded.stage.clear();
                 }
-                Action::Dial(dial, peer, attach) => {
-                    let end = host.dial(peer.node, &peer.addresses, Purpose::Data);
-                    self.dials.insert(end, (dial, attach));
+            }
+            Action::Dial(dial, peer, attach) => {
+                let end = host.dial(peer.node, &peer.addresses, Purpose::Data);
+                self.dials.insert(end, (dial, attach));
+            }
+            Action::Close(link) => {
+                if let Some(end) = self.links.get(&link).copied() {
+                    self.close(host, end);
                 }
-                Action::Close(link) => {
-                    if let Some(end) = self.links.get(&link).copied() {
-                        self.close(host, end);
-                    }
-                }
-                Action::Serve { id, attach, inbound, outbound } => {
-                    self.run(host, id, attach, inbound, Some(outbound));
-                }
-                Action::StandBy { id, attach, inbound } => self.run(host, id, attach, inbound, None),
-                Action::Shadow(id, link) => self.shadow(host, id, link),
-                Action::Send { id, link, within } => self.send_slots(host, id, link, within),
-                Action::Receive { id, link, within } => self.receive_slots(host, id, link, within),
-                Action::Stop(id) => self.stop(host, id),
-                Action::End => {
-                    self.tell(host, &ToCoordinator::Goodbye { reason: "it has left".to_owned() });
-                    host.has_ended = true;
-                }
+            }
+            Action::Serve { id, attach, inbound, outbound } => {
+                self.run(host, id, attach, inbound, Some(outbound));
+            }
+            Action::StandBy { id, attach, inbound } => self.run(host, id, attach, inbound, None),
+            Action::Shadow(id, link) => self.shadow(host, id, link),
+            Action::Send { id, link, within } => self.send_slots(host, id, link, within),
+            Action::Receive { id, link, within } => self.receive_slots(host, id, link, within),
+            Action::Stop(id) => self.stop(host, id),
+            Action::End => {
+                self.tell(host, &ToCoordinator::Goodbye { reason: "it has left".to_owned() });
+                host.has_ended = true;
             }
         }
     }
