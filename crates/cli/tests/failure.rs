@@ -349,7 +349,7 @@ fn answers_end_with_a_clear_error_if_no_worker_comes_back_in_time() {
     let (rest, end) = telling.stream.rest();
     let Event::Error(error) = end else { panic!("{end:?}") };
     assert_eq!(error["error"]["code"], "service_unavailable", "{error}");
-    assert!(error["error"]["message"].as_str().unwrap().contains("1 more must join"), "{error}");
+    assert!(error["error"]["message"].as_str().unwrap().contains("within 2 s nothing took its place"), "{error}");
     assert_eq!(telling.stream.event(), Event::BrokeOff, "no end mark follows an error");
     let told = telling.text + &rest;
     assert!(ask.expected.text.starts_with(&told) && told.len() < ask.expected.text.len(), "{told:?}");

@@ -271,7 +271,8 @@ impl Inner {
     /// What is not on disk must not be said, so a node that cannot write ends.
     fn store(&self, stored: &Stored) {
         if let Err(error) = write_atomic(&self.path, &stored.encode(), 0o600) {
-            tracing::error!(path = %self.path.display(), %error, "what this node has agreed to cannot be stored; it ends");
+            let path = self.path.display();
+            tracing::error!(%path, %error, "what this node has agreed to cannot be stored; it ends");
             std::process::exit(1);
         }
     }

@@ -27,7 +27,7 @@ pub(crate) struct Shared {
     readiness: Mutex<State>,
     /// How long requests are taken while the model has no place.
     wait_for_capacity: Duration,
-    open: Arc<Open>,
+    pub(crate) open: Arc<Open>,
     node: NodeId,
     pub(crate) card: ModelCard,
     parallel: u32,

@@ -205,6 +205,7 @@ impl Node {
             front: Arc::clone(&front),
             view: Arc::clone(&part),
             stops: Arc::clone(&stops),
+            known: None,
             part: Running::Nothing,
         };
         if let Some(known) = known {
@@ -284,6 +285,8 @@ struct Runner {
     front: Arc<Gateway>,
     view: Arc<Mutex<PartView>>,
     stops: Arc<AtomicU32>,
+    /// The coordinator that it works for, or did last.
+    known: Option<KnownCoordinator>,
     part: Running,
 }
 
@@ -352,11 +355,19 @@ impl Runner {
 
     fn follow(&mut self, incumbent: Incumbent) -> Result<(), NodeError> {
         let Incumbent { peer, .. } = incumbent;
-        let known = KnownCoordinator { node: peer.node, addresses: peer.addresses };
+        let mut known = KnownCoordinator { node: peer.node, addresses: peer.addresses };
+        // An address that somebody gave by hand may lead through where the coordinator's own do not.
+        let by_hand = self.known.iter().filter(|before| before.node == known.node).flat_map(|before| &before.addresses);
+        for address in by_hand {
+            if !known.addresses.contains(address) {
+                known.addresses.push(address.clone());
+            }
+        }
         self.front.follow(Some((known.node, known.addresses.clone())));
         match &self.part {
             Running::Works(worker) => {
-                worker.follow(known);
+                worker.follow(known.clone());
+                self.known = Some(known);
                 Ok(())
             }
             Running::Coordinates(_) | Running::Nothing => {
@@ -367,6 +378,7 @@ impl Runner {
     }
 
     fn work(&mut self, known: KnownCoordinator, secret: Option<TicketSecret>) -> Result<(), NodeError> {
+        self.known = Some(known.clone());
         self.front.follow(Some((known.node, known.addresses.clone())));
         let own = self.model.as_ref().map(|model| Arc::clone(model.file()));
         let worker = Worker::start(&self.options.worker, own, &self.site, known, secret)?;

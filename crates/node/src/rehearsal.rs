@@ -5,7 +5,6 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
@@ -108,7 +107,7 @@ pub fn rehearse(
         links: None,
         limits,
         held: None,
-        stop: Arc::new(AtomicBool::new(false)),
+        stop: Arc::default(),
     };
     let (went, is_up) = channel();
     let ready = Arc::clone(&shared);

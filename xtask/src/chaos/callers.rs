@@ -56,6 +56,8 @@ struct Shared {
 struct Seen {
     /// For each caller the moments at which tokens came; the first is before the last fault.
     tokens: Vec<Vec<Instant>>,
+    /// When each caller last asked something.
+    asked: Vec<Option<Instant>>,
     /// When a stream first said that it pauses, since the last fault.
     paused: Option<Instant>,
     tally: Tally,
@@ -81,7 +83,8 @@ impl Seen {
 impl Callers {
     /// Starts `n` callers, who draw what they ask from `random`.
     pub fn start(n: u32, endpoint: &Endpoint, asks: Vec<Ask>, random: &mut Random) -> Outcome<Self> {
-        let seen = Seen { tokens: vec![Vec::new(); n as usize], ..Seen::default() };
+        let (tokens, asked) = (vec![Vec::new(); n as usize], vec![None; n as usize]);
+        let seen = Seen { tokens, asked, ..Seen::default() };
         let (is_over, is_abandoned) = (AtomicBool::new(false), AtomicBool::new(false));
         let shared = Shared { endpoint: endpoint.clone(), asks, is_over, is_abandoned, seen: Mutex::new(seen) };
         let shared = Arc::new(shared);
@@ -107,6 +110,11 @@ impl Callers {
     /// Whether every caller has had a token since `moment`.
     pub fn all_moved_since(&self, moment: Instant) -> bool {
         self.shared.seen().tokens.iter().all(|moments| moments.last().is_some_and(|last| *last > moment))
+    }
+
+    /// Whether every caller hears an answer that was asked for since `moment`.
+    pub fn all_asked_since(&self, moment: Instant) -> bool {
+        self.shared.seen().asked.iter().all(|asked| asked.is_some_and(|asked| asked > moment))
     }
 
     /// The longest time without a token in that time, of any caller.
@@ -149,6 +157,7 @@ impl Shared {
     fn call(&self, caller: usize, mut random: Random) {
         while !self.is_over.load(Ordering::Relaxed) {
             let ask = random.one_of(&self.asks);
+            self.seen().asked[caller] = Some(Instant::now());
             let told = ask.ask(&self.endpoint, |heard| self.hear(caller, &heard));
             if self.is_abandoned.load(Ordering::Relaxed) {
                 return;

@@ -109,8 +109,8 @@ pub struct Fault {
 }
 
 impl Fault {
-    /// Draws a fault of one of these kinds for `n_workers` workers.
-    pub fn draw(random: &mut Random, kinds: &[(Kind, u64)], n_workers: usize) -> Self {
+    /// Draws a fault of one of these kinds for one of `candidates`, which are some of `n_workers` workers.
+    pub fn draw(random: &mut Random, kinds: &[(Kind, u64)], candidates: &[usize], n_workers: usize) -> Self {
         let sum = kinds.iter().map(|(_, weight)| weight).sum();
         let mut at = random.within(0, sum);
         let drawn = kinds.iter().find(|(_, weight)| {
@@ -119,7 +119,7 @@ impl Fault {
             is_here
         });
         let kind = drawn.map_or(Kind::Nothing, |(kind, _)| *kind);
-        let first = random.within(0, n_workers as u64) as usize;
+        let first = *random.one_of(candidates);
         let other = (first + random.within(1, n_workers as u64) as usize) % n_workers;
         let victims = match kind {
             Kind::Nothing => vec![],
@@ -150,7 +150,7 @@ mod tests {
     fn all_kinds_are_drawn_and_follow_from_the_seed() {
         let draw = |seed| {
             let mut random = Random::new(seed);
-            (0..200).map(|_| Fault::draw(&mut random, &KINDS, 4)).collect::<Vec<_>>()
+            (0..200).map(|_| Fault::draw(&mut random, &KINDS, &[0, 2, 3], 4)).collect::<Vec<_>>()
         };
         let faults = draw(1);
         assert_eq!(format!("{faults:?}"), format!("{:?}", draw(1)));
@@ -161,6 +161,7 @@ mod tests {
         }
         for fault in &faults {
             assert!(fault.victims.iter().all(|victim| *victim < 4), "{fault:?}");
+            assert_ne!(fault.victims.first(), Some(&1), "no candidate");
             assert!(fault.victims.len() < 2 || fault.victims[0] != fault.victims[1], "{fault:?}");
         }
         assert!(Kind::parse("flood").is_err_and(|error| error.contains("full-disk")));
@@ -170,7 +171,7 @@ mod tests {
     fn kinds_that_are_left_out_are_not_drawn() {
         let mut random = Random::new(1);
         let kinds = [(Kind::Leave, 2), (Kind::Reset, 1)];
-        let drawn = (0..50).map(|_| Fault::draw(&mut random, &kinds, 1).kind);
+        let drawn = (0..50).map(|_| Fault::draw(&mut random, &kinds, &[0], 1).kind);
         assert!(drawn.into_iter().all(|kind| matches!(kind, Kind::Leave | Kind::Reset)));
     }
 }

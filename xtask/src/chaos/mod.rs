@@ -2,7 +2,8 @@
 //! under load, and every answer is compared with the undisturbed one.
 //!
 //! - [`asks`] draws requests, greedy and sampled, and has one whole process answer them before anything breaks.
-//! - [`nodes`] runs a coordinator, workers and a spare one, each worker behind a [`proxy`] and on a disk of its own.
+//! - [`nodes`] runs a coordinator, workers and a spare one, each worker with a disk and a [`network`] of its own, which
+//!   it leaves through a [`proxy`].
 //! - [`callers`] stream answers in a loop, and note when each token came.
 //! - [`faults`] draws what is broken; this file breaks it, measures, and waits until all is well before the next.
 //! - [`report`] has the table. Times are measured, never judged: the test fails if an answer is wrong or lost, if
@@ -11,6 +12,7 @@
 mod asks;
 mod callers;
 mod faults;
+mod network;
 mod nodes;
 #[path = "../../../crates/cli/tests/support/proxy.rs"]
 mod proxy;
@@ -53,6 +55,9 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Faults after which the coordinator's memory is taken for usual.
 const N_WARM: u32 = 5;
+
+/// One of so many faults befalls any worker, the others one that has a stage.
+const ONE_OF_ALL: u64 = 5;
 
 /// Wrong or lost answers after which a test ends early: what is broken so much need not be measured.
 const MAX_BAD_ANSWERS: u64 = 20;
@@ -123,7 +128,8 @@ fn measure(args: &ChaosArgs, brigade: &Path, processes: &Processes) -> Outcome<R
     };
     let nodes = Nodes::start(processes, &spec)?;
     let callers = Callers::start(args.streams, &nodes.endpoint, asks, &mut random)?;
-    let mut test = Test { processes, nodes, callers, random, kinds: kinds(args) };
+    let (kinds, calm_since) = (kinds(args), args.shadow.then(Instant::now));
+    let mut test = Test { processes, nodes, callers, random, kinds, calm_since };
     test.leave_out()?;
     test.begin()?;
     let (mut records, mut footprints) = (Vec::new(), Vec::new());
@@ -153,6 +159,8 @@ struct Test<'a> {
     callers: Callers,
     random: Random,
     kinds: Vec<(Kind, u64)>,
+    /// When the last fault was over, where some nodes compute along.
+    calm_since: Option<Instant>,
 }
 
 impl Test<'_> {
@@ -175,6 +183,7 @@ impl Test<'_> {
         loop {
             let status = self.nodes.endpoint.status()?;
             if self.nodes.are_whole(&status) && self.callers.all_moved_since(started) {
+                self.calm_since = self.calm_since.map(|_| Instant::now());
                 return Ok(());
             }
             self.check(started, &status)?;
@@ -182,11 +191,26 @@ impl Test<'_> {
         }
     }
 
+    /// Waits until those who compute along do so for all answers: they do for those that begin when they are there.
+    fn wait_for_shadows(&self) -> Outcome {
+        let Some(since) = self.calm_since else { return Ok(()) };
+        while !self.callers.all_asked_since(since) {
+            self.check(since, &Value::Null)?;
+            std::thread::sleep(POLL);
+        }
+        Ok(())
+    }
+
     /// Breaks something, mends it, and waits until all is well again.
     fn break_one(&mut self) -> Outcome<(Fault, Record)> {
+        self.wait_for_shadows()?;
         std::thread::sleep(Duration::from_millis(self.random.within(CALM_MS.0, CALM_MS.1)));
-        let fault = Fault::draw(&mut self.random, &self.kinds, self.nodes.n_workers());
-        let epoch = self.nodes.endpoint.status()?["epoch"].clone();
+        let before = self.nodes.endpoint.status()?;
+        let (serving, all) = (self.nodes.serving(&before), (0..self.nodes.n_workers()).collect::<Vec<_>>());
+        let is_any = serving.is_empty() || self.random.within(0, ONE_OF_ALL) == 0;
+        let candidates = if is_any { &all } else { &serving };
+        let fault = Fault::draw(&mut self.random, &self.kinds, candidates, all.len());
+        let hits_stage = fault.victims.iter().any(|victim| serving.contains(victim));
         self.callers.begin();
         let at = Instant::now();
         self.nodes.strike(&fault)?;
@@ -198,7 +222,7 @@ impl Test<'_> {
             }
             let status = self.nodes.endpoint.status()?;
             let now = Instant::now();
-            if self.nodes.shows(&status, &fault, &epoch) {
+            if self.nodes.shows(&status, &fault, &before["epoch"]) {
                 shown.get_or_insert(now);
             }
             let is_whole = at.elapsed() >= WATCH && self.nodes.are_whole(&status);
@@ -208,9 +232,11 @@ impl Test<'_> {
             self.check(at, &status)?;
             std::thread::sleep(POLL);
         };
+        self.calm_since = self.calm_since.map(|_| settled);
         let detected = self.callers.paused().into_iter().chain(shown).min().filter(|_| fault.is_noticed());
         let record = Record {
             kind: fault.kind,
+            hits_stage,
             detected_ms: detected.map(|detected| ms(detected - at)),
             pause_ms: ms(self.callers.pause(at, settled)),
             settled_ms: ms(settled - at),

@@ -1,24 +1,24 @@
 //! The nodes that faults befall: a coordinator, workers, and a spare one.
 //!
-//! Every link of a worker goes through a proxy of its own. The worker dials the coordinator through one, by a ticket
-//! with the proxy's address. This proxy dials from an address that belongs to this worker alone, and so the coordinator
-//! tells others to find the worker there, where the second proxy listens. Where the system has one loopback address
-//! only, links to workers are direct and cannot be cut.
+//! Each worker is in a [`Network`] of its own, from which only proxies lead to the others: one in front of the
+//! coordinator at the address that the coordinator has outside, and for each other worker one at that worker's. The
+//! coordinator sees a worker at an address of 127.0.1.0/24, since the worker's proxy dials from there, and tells others
+//! to find it at that address. So every link of a worker can be cut, and there is no way around.
 
 use std::fs::{self, File};
-use std::io::{ErrorKind, Write};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
+use std::io::{self, ErrorKind, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use brigade_net::{Address, Ticket};
 use rustix::process::Signal;
 use serde_json::Value;
 
 use super::asks::CONTEXT;
 use super::faults::{Fault, Kind, Links};
-use super::proxy::Proxy;
+use super::network::Network;
+use super::proxy::{Proxy, dial};
 use crate::cluster::{nodes, without_settings};
 use crate::failure::{Failure, Outcome};
 use crate::http::Endpoint;
@@ -76,11 +76,19 @@ struct Node {
     state_dir: PathBuf,
     ticket: PathBuf,
     listen: SocketAddr,
-    /// In front of the worker, where it has an address of its own.
-    inbound: Option<Proxy>,
+    links: Option<CutLinks>,
+    has_disk: bool,
+}
+
+/// Links that can be cut.
+struct CutLinks {
+    network: Network,
+    /// Where others find the worker.
+    seen_as: SocketAddr,
+    /// In front of the worker.
+    inbound: Proxy,
     /// In front of the coordinator.
     outbound: Proxy,
-    has_disk: bool,
 }
 
 impl<'a> Nodes<'a> {
@@ -94,10 +102,9 @@ impl<'a> Nodes<'a> {
         let links: SocketAddr = lines.wait_for("its address", START_TIMEOUT, address)?;
         let url = |line: &str| line.strip_prefix("serving ").map(str::to_owned);
         let url = lines.wait_for("its endpoint", START_TIMEOUT, url)?;
-        let ticket = fs::read_to_string(&ticket_file).map_err(Failure::io(ticket_file.display()))?;
-        let ticket: Ticket = ticket.parse().map_err(Failure::said)?;
-        let node = |k| Node::prepare(processes, &dir, k, links, &ticket);
-        let workers = (0..spec.workers + spec.spares).map(node).collect::<Outcome<_>>()?;
+        let node = |k| Node::prepare(processes, &dir, k, links, &ticket_file);
+        let workers = (0..spec.workers + spec.spares).map(node).collect::<Outcome<Vec<_>>>()?;
+        introduce(&workers).map_err(Failure::io("the links between workers"))?;
         let endpoint = Endpoint::new(&url);
         let nodes = Self { processes, brigade: spec.brigade, endpoint, redundancy: spec.redundancy, workers };
         for worker in &nodes.workers[..spec.workers] {
@@ -115,13 +122,20 @@ impl<'a> Nodes<'a> {
         self.workers.len()
     }
 
+    /// The numbers of those that have a stage, by a status.
+    pub fn serving(&self, status: &Value) -> Vec<usize> {
+        let serves =
+            |worker: &Node| nodes(status).iter().any(|node| node["name"] == worker.name && !node["layers"].is_null());
+        (0..self.workers.len()).filter(|worker| serves(&self.workers[*worker])).collect()
+    }
+
     /// Why a kind of fault cannot be brought about here.
     pub fn cannot(&self, kind: Kind) -> Option<&'static str> {
         let has_disks = self.workers.iter().all(|worker| worker.has_disk);
-        let is_cuttable = self.workers.iter().all(|worker| worker.inbound.is_some());
+        let are_cuttable = self.workers.iter().all(|worker| worker.links.is_some());
         match kind {
             Kind::FullDisk if !has_disks => Some("only root may make the small disks that it takes"),
-            Kind::Silence | Kind::Reset if !is_cuttable => Some("this system has a single loopback address"),
+            Kind::Silence | Kind::Reset if !are_cuttable => Some("only root may make the networks that it takes"),
             _ => None,
         }
     }
@@ -186,7 +200,11 @@ impl<'a> Nodes<'a> {
     }
 
     fn join(&self, worker: &Node) -> Outcome {
-        let mut command = without_settings(Command::new(self.brigade));
+        let command = match &worker.links {
+            Some(links) => links.network.command(self.brigade),
+            None => Command::new(self.brigade),
+        };
+        let mut command = without_settings(command);
         command.args(["join", "--name", &worker.name, "--threads", "1", "--kv-spill", KV_SPILL]);
         command.args(["--listen", &worker.listen.to_string()]);
         command.arg("--state-dir").arg(&worker.state_dir).arg("--ticket-file").arg(&worker.ticket);
@@ -223,34 +241,51 @@ fn wait_ready(lines: &Lines) -> Outcome {
 }
 
 impl Node {
-    /// Makes what worker `k` needs: a disk, its proxies, and a ticket with the address of one.
-    fn prepare(processes: &Processes, dir: &Path, k: usize, links: SocketAddr, ticket: &Ticket) -> Outcome<Self> {
+    /// Makes what worker `k` needs: a disk, a network, and the proxies in it.
+    fn prepare(processes: &Processes, dir: &Path, k: usize, coordinator: SocketAddr, ticket: &Path) -> Outcome<Self> {
         let name = format!("worker-{}", k + 1);
-        let state_dir = dir.join(&name);
+        let (state_dir, ticket) = (dir.join(&name), ticket.to_owned());
         let has_disk = processes.small_disk(&state_dir, DISK_BYTES);
-        let failed = |error| Failure::Io { what: format!("the links of {name}"), source: error };
         let loopback = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-        let own_ip = IpAddr::from([127, 0, 1, k as u8 + 1]);
-        let own = TcpListener::bind((own_ip, 0)).and_then(|listener| Ok((listener.local_addr()?.port(), listener)));
-        let (listen, inbound) = match own {
-            Ok((port, listener)) => {
-                let listen = loopback(port);
-                (listen, Some(Proxy::between(listener, listen, None).map_err(failed)?))
-            }
-            Err(_) => (loopback(0), None),
+        let Some(network) = Network::make(processes, &format!("network-{}", k + 1)) else {
+            return Ok(Self { name, state_dir, ticket, listen: loopback(0), links: None, has_disk });
         };
-        let source = inbound.is_some().then_some(own_ip);
-        let outbound = Proxy::start(loopback(0), links, source).map_err(failed)?;
-        let ticket = Ticket { addrs: vec![Address::from(outbound.address())], ..ticket.clone() };
-        let file = dir.join(format!("{name}.ticket"));
-        fs::write(&file, ticket.to_string()).map_err(failed)?;
-        Ok(Self { name, state_dir, ticket: file, listen, inbound, outbound, has_disk })
+        let links = CutLinks::make(network, Ipv4Addr::new(127, 0, 1, k as u8 + 1), coordinator);
+        let links = links.map_err(Failure::io(format!("the links of {name}")))?;
+        Ok(Self { name, state_dir, ticket, listen: loopback(links.seen_as.port()), links: Some(links), has_disk })
     }
 
-    fn proxies(&self, links: Links) -> impl Iterator<Item = &Proxy> {
-        let inbound = self.inbound.iter().filter(move |_| links != Links::Outbound);
-        inbound.chain(Some(&self.outbound).filter(move |_| links != Links::Inbound))
+    fn proxies(&self, which: Links) -> impl Iterator<Item = &Proxy> {
+        let inbound = self.links.iter().filter(move |_| which != Links::Outbound).map(|links| &links.inbound);
+        let outbound = self.links.iter().filter(move |_| which != Links::Inbound).map(|links| &links.outbound);
+        inbound.chain(outbound)
     }
+}
+
+impl CutLinks {
+    /// Of a worker in `network` that others are to find at `ip`.
+    fn make(network: Network, ip: Ipv4Addr, coordinator: SocketAddr) -> io::Result<Self> {
+        let front = TcpListener::bind((ip, 0))?;
+        let seen_as = front.local_addr()?;
+        let behind = SocketAddr::from((Ipv4Addr::LOCALHOST, seen_as.port()));
+        let inside = network.clone();
+        let inbound = Proxy::new(move || inside.enter().and_then(|()| dial(behind, None)));
+        inbound.listen(front)?;
+        let outbound = Proxy::new(move || dial(coordinator, Some(ip.into())));
+        outbound.listen(network.listen(coordinator)?)?;
+        Ok(Self { network, seen_as, inbound, outbound })
+    }
+}
+
+/// Lets workers find each other: in the network of each there is a way to all others.
+fn introduce(workers: &[Node]) -> io::Result<()> {
+    for links in workers.iter().filter_map(|worker| worker.links.as_ref()) {
+        let others = workers.iter().filter_map(|other| other.links.as_ref());
+        for other in others.filter(|other| other.seen_as != links.seen_as) {
+            links.inbound.listen(other.network.listen(links.seen_as)?)?;
+        }
+    }
+    Ok(())
 }
 
 /// Whether the coordinator counts on a worker.

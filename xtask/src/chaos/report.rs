@@ -27,6 +27,8 @@ const MAX_MORE_FILES: usize = 16;
 pub struct Record {
     /// What it was.
     pub kind: Kind,
+    /// Whether a worker with a stage was among those that it befell.
+    pub hits_stage: bool,
     /// From the fault until a stream or the status told of it, where there was something to notice.
     pub detected_ms: Option<f64>,
     /// The longest time without a token of any caller until all was well again.
@@ -39,9 +41,10 @@ impl Record {
     /// A line for whoever watches.
     pub fn words(&self, victims: &str) -> String {
         let of = if victims.is_empty() { String::new() } else { format!(" of {victims}") };
+        let idle = if victims.is_empty() || self.hits_stage { "" } else { " without a stage" };
         let noticed = self.detected_ms.map_or(String::new(), |ms| format!("detected after {ms:.0} ms, "));
         let (pause, settled) = (self.pause_ms, self.settled_ms / 1000.0);
-        format!("{}{of}: {noticed}pause {pause:.0} ms, settled after {settled:.1} s", self.kind)
+        format!("{}{of}{idle}: {noticed}pause {pause:.0} ms, settled after {settled:.1} s", self.kind)
     }
 }
 
@@ -137,7 +140,7 @@ impl Report {
     }
 
     fn pause_after_kill(&self) -> Option<f64> {
-        let kills = || self.records.iter().filter(|record| record.kind == Kind::Kill);
+        let kills = || self.records.iter().filter(|record| record.kind == Kind::Kill && record.hits_stage);
         kills().next().map(|_| quantile(kills().map(|record| record.pause_ms), 0.95))
     }
 
@@ -145,9 +148,11 @@ impl Report {
         let head = ["fault", "n", "detected p50, ms", "p95", "pause p50, ms", "p95", "longest", "settled p50, s"];
         let mut rows = vec![head.map(str::to_owned).to_vec()];
         for (kind, _) in KINDS {
-            rows.extend(self.row(kind.name(), |record| record.kind == kind));
+            let is_meant = |record: &Record| record.kind == kind && (record.hits_stage || kind == Kind::Nothing);
+            rows.extend(self.row(kind.name(), is_meant));
         }
-        rows.extend(self.row("all faults", |record| record.kind != Kind::Nothing));
+        rows.extend(self.row("all of these", |record| record.hits_stage));
+        rows.extend(self.row("without a stage", |record| !record.hits_stage && record.kind != Kind::Nothing));
         rows
     }
 
@@ -181,7 +186,10 @@ mod tests {
     use super::*;
 
     fn report(answers: Tally, footprints: &[(u64, usize)], sessions_left: u64) -> Report {
-        let record = |kind, detected_ms, pause_ms| Record { kind, detected_ms, pause_ms, settled_ms: 1500.0 };
+        let record = |kind, detected_ms, pause_ms| {
+            let hits_stage = pause_ms >= 10.0;
+            Record { kind, hits_stage, detected_ms, pause_ms, settled_ms: 1500.0 }
+        };
         Report {
             seed: 7,
             redundancy: 2,
@@ -190,6 +198,7 @@ mod tests {
                 record(Kind::Nothing, None, 9.0),
                 record(Kind::Kill, Some(2.0), 100.0),
                 record(Kind::Kill, Some(4.0), 300.0),
+                record(Kind::Kill, Some(8.0), 1.0),
                 record(Kind::Leave, None, 20.0),
             ],
             answers,
@@ -202,10 +211,11 @@ mod tests {
     fn each_kind_that_occurred_has_a_row() {
         let rows = report(Tally::default(), &[], 0).rows();
         let row = |name: &str| rows.iter().find(|row| row[0] == name).unwrap()[1..].join(" ");
-        assert_eq!(rows.len(), 5);
+        assert_eq!(rows.len(), 6);
         assert_eq!(row("nothing"), "1 - - 9 9 9 1.5");
         assert_eq!(row("kill"), "2 3 4 200 290 300 1.5");
-        assert_eq!(row("all faults"), "3 3 4 100 280 300 1.5");
+        assert_eq!(row("all of these"), "3 3 4 100 280 300 1.5");
+        assert_eq!(row("without a stage"), "1 8 8 1 1 1 1.5");
     }
 
     #[test]

@@ -47,7 +47,8 @@ fn test_modules_of(text: &Text) -> Vec<String> {
     let by_path = lines.iter().filter_map(|line| line.strip_prefix("#[path = \"")?.strip_suffix("\"]"));
     let by_name = lines.windows(2).filter(|pair| pair[0] == "#[cfg(test)]");
     let by_name = by_name.filter_map(|pair| pair[1].rsplit_once("mod ")?.1.strip_suffix(';'));
-    by_path.map(|file| format!("{dir}/{file}")).chain(by_name.map(|name| format!("{own_dir}/{name}.rs"))).collect()
+    let files = |name: &str| [format!("{own_dir}/{name}.rs"), format!("{own_dir}/{name}/mod.rs")];
+    by_path.map(|file| format!("{dir}/{file}")).chain(by_name.flat_map(files)).collect()
 }
 
 fn check_form(text: &Text, tests: &HashSet<String>, problems: &mut Vec<Problem>) {
@@ -160,8 +161,8 @@ mod tests {
             (path, "//! Head.\n#[cfg(test)]\nmod world;\nmod house;\n"),
             ("crates/base/src/a/b.rs", "//! Head.\n    #[cfg(test)]\n    pub(crate) mod c;\n"),
         ]));
-        let expected = ["crates/base/src/world.rs", "crates/base/src/a/b/c.rs"].map(str::to_owned);
-        assert_eq!(names, HashSet::from(expected));
+        let expected = ["world.rs", "world/mod.rs", "a/b/c.rs", "a/b/c/mod.rs"];
+        assert_eq!(names, HashSet::from(expected.map(|file| format!("crates/base/src/{file}"))));
     }
 
     #[test]

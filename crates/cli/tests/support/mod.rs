@@ -171,23 +171,30 @@ fn links(coordinator: &Process) -> SocketAddr {
     coordinator.line("links ").trim().parse().unwrap()
 }
 
-/// Proxies that all links of a worker go through.
+/// Proxies that a worker's links go through.
 pub struct Links {
     /// In front of the worker, at an address that is this worker's alone.
     pub inbound: Proxy,
     /// In front of the coordinator. It dials from that address, so that others look for the worker there.
     pub outbound: Proxy,
+    /// Where the worker listens.
+    listen: SocketAddr,
+    /// Where it finds the coordinator.
+    coordinator: SocketAddr,
 }
 
 impl Links {
     /// Of worker `i`, to a coordinator.
     fn of(i: usize, coordinator: SocketAddr) -> Self {
         let ip = Ipv4Addr::new(127, 0, 1, u8::try_from(i + 1).unwrap());
-        let listener = TcpListener::bind((ip, 0)).unwrap();
-        let behind = SocketAddr::from((Ipv4Addr::LOCALHOST, listener.local_addr().unwrap().port()));
-        let inbound = Proxy::between(listener, behind, None).unwrap();
-        let outbound = Proxy::start((Ipv4Addr::LOCALHOST, 0).into(), coordinator, Some(ip.into())).unwrap();
-        Self { inbound, outbound }
+        let [front, back] = [ip, Ipv4Addr::LOCALHOST].map(|ip| TcpListener::bind((ip, 0)).unwrap());
+        let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, front.local_addr().unwrap().port()));
+        let through = back.local_addr().unwrap();
+        let inbound = Proxy::new(move || proxy::dial(listen, None));
+        let outbound = Proxy::new(move || proxy::dial(coordinator, Some(ip.into())));
+        inbound.listen(front).unwrap();
+        outbound.listen(back).unwrap();
+        Self { inbound, outbound, listen, coordinator: through }
     }
 }
 
@@ -240,7 +247,7 @@ impl Cluster {
         let mut ticket = self.dir.path().join("ticket");
         if self.setup.is_cuttable {
             let links = Links::of(i, self.links);
-            let addrs = vec![Address::from(links.outbound.address())];
+            let addrs = vec![Address::from(links.coordinator)];
             let text = Ticket { addrs, ..self.ticket().parse().unwrap() }.to_string();
             ticket = self.dir.path().join(format!("w{i}.ticket"));
             std::fs::write(&ticket, text).unwrap();
@@ -266,8 +273,8 @@ impl Cluster {
         let name = format!("w{i}");
         let state = self.state_dir(&name);
         let own = ["join", "--state-dir", state.to_str().unwrap(), "--name", &name, "--threads", "1"];
-        let port = self.proxies.get(i).map_or(0, |links| links.inbound.address().port());
-        let listen = ["--listen", &format!("127.0.0.1:{port}")];
+        let listen = self.proxies.get(i).map_or("127.0.0.1:0".to_owned(), |links| links.listen.to_string());
+        let listen = ["--listen", &listen];
         let further: Vec<&str> = self.setup.join.iter().map(String::as_str).collect();
         Process::spawn(&name, self.dir.path(), &[&own[..], &listen, &further, args].concat())
     }

@@ -23,16 +23,17 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Bytes carried at once.
 const BUFFER_BYTES: usize = 64 << 10;
 
-/// A proxy that listens.
+/// Makes a connection to whoever is behind a proxy.
+type Dial = dyn Fn() -> io::Result<TcpStream> + Send + Sync;
+
+/// A proxy in front of something.
 pub struct Proxy {
-    address: SocketAddr,
     network: Arc<Network>,
 }
 
 /// What all connections of a proxy share.
 struct Network {
-    target: SocketAddr,
-    source: Option<IpAddr>,
+    dial: Box<Dial>,
     state: Mutex<State>,
     speaks: Condvar,
 }
@@ -49,39 +50,42 @@ struct Connection {
     is_reset: AtomicBool,
 }
 
+/// A connection to `target` that comes from `source`, if there is one.
+///
+/// # Errors
+/// If the target does not take it.
+pub fn dial(target: SocketAddr, source: Option<IpAddr>) -> io::Result<TcpStream> {
+    let socket = Socket::new(Domain::for_address(target), Type::STREAM, Some(Protocol::TCP))?;
+    if let Some(source) = source {
+        socket.bind(&SocketAddr::new(source, 0).into())?;
+    }
+    socket.connect_timeout(&target.into(), CONNECT_TIMEOUT)?;
+    Ok(socket.into())
+}
+
 impl Proxy {
-    /// Passes connections on from `listen` to `target`. The target sees them come from `source`, if there is one.
-    ///
-    /// # Errors
-    /// If nothing can listen there.
-    pub fn start(listen: SocketAddr, target: SocketAddr, source: Option<IpAddr>) -> io::Result<Self> {
-        Self::between(TcpListener::bind(listen)?, target, source)
+    /// A proxy in front of what `dial` leads to; it is called in a thread of its own for each connection.
+    pub fn new(dial: impl Fn() -> io::Result<TcpStream> + Send + Sync + 'static) -> Self {
+        let (state, speaks) = (Mutex::default(), Condvar::new());
+        Self { network: Arc::new(Network { dial: Box::new(dial), state, speaks }) }
     }
 
-    /// The same on a port that is taken already.
+    /// Carries connections that come in here, too.
     ///
     /// # Errors
     /// If no thread can be started.
-    pub fn between(listener: TcpListener, target: SocketAddr, source: Option<IpAddr>) -> io::Result<Self> {
-        let address = listener.local_addr()?;
-        let (state, speaks) = (Mutex::default(), Condvar::new());
-        let network = Arc::new(Network { target, source, state, speaks });
-        let shared = Arc::clone(&network);
-        std::thread::Builder::new().name("proxy".to_owned()).spawn(move || {
+    pub fn listen(&self, listener: TcpListener) -> io::Result<()> {
+        let network = Arc::clone(&self.network);
+        let accept = move || {
             for near in listener.incoming().flatten() {
-                let network = Arc::clone(&shared);
+                let network = Arc::clone(&network);
                 std::thread::spawn(move || {
                     // Whoever dialled sees that the connection ends at once.
                     let _ = network.carry(near);
                 });
             }
-        })?;
-        Ok(Self { address, network })
-    }
-
-    /// Where it listens.
-    pub fn address(&self) -> SocketAddr {
-        self.address
+        };
+        std::thread::Builder::new().name("proxy".to_owned()).spawn(accept).map(drop)
     }
 
     /// Lets nothing through from now on, or everything again, also what was held back.
@@ -115,7 +119,7 @@ impl Network {
     /// Carries a connection to its end.
     fn carry(self: Arc<Self>, near: TcpStream) -> io::Result<()> {
         self.wait_for_speech(|| false);
-        let far = self.dial()?;
+        let far = (self.dial)()?;
         for end in [&near, &far] {
             end.set_nodelay(true)?;
             end.set_write_timeout(Some(LOOK))?;
@@ -130,15 +134,6 @@ impl Network {
         self.carry_one_way(&connection, 0);
         let _ = back.join();
         Ok(())
-    }
-
-    fn dial(&self) -> io::Result<TcpStream> {
-        let socket = Socket::new(Domain::for_address(self.target), Type::STREAM, Some(Protocol::TCP))?;
-        if let Some(source) = self.source {
-            socket.bind(&SocketAddr::new(source, 0).into())?;
-        }
-        socket.connect_timeout(&self.target.into(), CONNECT_TIMEOUT)?;
-        Ok(socket.into())
     }
 
     /// Carries what comes in at one end to the other, until it ends or the connection is reset.

@@ -1,6 +1,5 @@
 //! Connects both ends of a ring, on a thread of its own, and hands it to the ring's thread.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -18,7 +17,7 @@ use crate::incoming::Incoming;
 use crate::loaded::LoadedStage;
 use crate::outgoing::{Outgoing, Shadow};
 use crate::reach::reach;
-use crate::ring::{Connection, Happening, News, RingEnd, RingLinks};
+use crate::ring::{Connection, Happening, News, RingEnd, RingLinks, Stop};
 use crate::threads::lock;
 
 /// How long the last worker's link may take after all stages have loaded.
@@ -27,15 +26,15 @@ const RING_TIMEOUT: Duration = Duration::from_secs(15);
 /// Ends a ring from outside.
 #[derive(Clone)]
 pub(super) struct RingStopper {
-    pub(super) stop: Arc<AtomicBool>,
+    pub(super) stop: Arc<Stop>,
     pub(super) canceller: brigade_engine::Canceller,
     pub(super) links: Arc<Mutex<Vec<Arc<dyn Link>>>>,
 }
 
 impl RingStopper {
     /// Ends it.
-    pub(super) fn stop(&self) {
-        self.stop.store(true, Ordering::Relaxed);
+    pub(super) fn stop(&self, why: &str) {
+        self.stop.set(why);
         self.canceller.cancel();
         lock(&self.links).iter().for_each(|link| link.close());
     }
@@ -66,7 +65,7 @@ impl Connector {
         let ended = |tail, end| drop(self.events.send(Event::Ring(News::Ended(self.epoch, Box::new(tail), end))));
         let links = match self.connect() {
             Ok(links) => links,
-            Err(_) if self.stopper.stop.load(Ordering::Relaxed) => return ended(tail, RingEnd::Stopped),
+            Err(_) if self.stopper.stop.is_set() => return ended(tail, RingEnd::Stopped),
             Err(why) => return ended(tail, RingEnd::Broke(why)),
         };
         let connection = Connection {
@@ -130,7 +129,7 @@ impl Connector {
     }
 
     fn check_stop(&self) -> Result<(), String> {
-        match self.stopper.stop.load(Ordering::Relaxed) {
+        match self.stopper.stop.is_set() {
             true => Err("it was stopped".to_owned()),
             false => Ok(()),
         }

@@ -43,6 +43,9 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// they move.
 const STILL: Duration = Duration::from_millis(4 * HEARTBEAT_MS);
 
+/// How long a worker that wants to end waits for its stages to be placed elsewhere although nothing is to be answered.
+const LINGER: Duration = Duration::from_secs(2);
+
 /// What an image has for each token beside its KV: position and session, twice as much as libllama writes.
 const IMAGE_TOKEN_BYTES: u64 = 32;
 
@@ -108,6 +111,8 @@ pub(super) struct Owner {
     pub(super) meter: Arc<Meter>,
     pub(super) events: Sender<Event>,
     pub(super) workers: HashMap<NodeId, WorkerLink>,
+    /// Those that want to end and were not told yet that they may, and since when.
+    pub(super) leavers: HashMap<NodeId, Instant>,
     pub(super) next_generation: u64,
     pub(super) tail: Tail,
     /// The tail that the present placement wants, until its loading begins.
@@ -123,6 +128,8 @@ pub(super) struct Owner {
     pub(super) ring_thread: Option<JoinHandle<()>>,
     /// What that thread waits for.
     pub(super) watch: Arc<Watch>,
+    /// What sessions that wait were told is missing.
+    pub(super) said_missing: String,
     /// The epoch of which it was said that it is slow.
     pub(super) said_slow: Option<Epoch>,
     pub(super) started: Instant,
@@ -170,9 +177,10 @@ impl Owner {
                 given_up = given_up.or(self.feed(stuck));
             }
             given_up = given_up.or(self.ask_council());
+            self.dismiss_leavers();
         };
         self.shared.stopping();
-        self.stop_ring();
+        self.stop_ring("the coordinator was stopped");
         // Callers hear the end before this process ends.
         self.shared.submissions.tell(Happening::Stop(Failure::Stopping));
         if let Some(thread) = self.ring_thread.take() {
@@ -201,6 +209,20 @@ impl Owner {
         self.feed(Input::Quorum(has_quorum))
     }
 
+    /// Lets those go that nobody can replace, if nobody waits for an answer either.
+    fn dismiss_leavers(&mut self) {
+        self.leavers.retain(|node, _| self.workers.contains_key(node));
+        let due: Vec<NodeId> =
+            self.leavers.iter().filter(|(_, since)| since.elapsed() >= LINGER).map(|(node, _)| *node).collect();
+        if due.is_empty() || self.shared.open.count() > 0 {
+            return;
+        }
+        for node in due {
+            self.leavers.remove(&node);
+            self.send(node, ToWorker::Released);
+        }
+    }
+
     /// Returns why the coordinator must give up, if it must.
     fn apply(&mut self, event: Event) -> Option<String> {
         match event {
@@ -217,8 +239,8 @@ impl Owner {
                     let name = &member.offer.name;
                     self.meter.gone(name);
                     if member.layers().is_some() {
-                        let trouble = format!("node {name} is gone ({reason})");
-                        self.shared.submissions.tell(Happening::Trouble(trouble));
+                        let gone = format!("node {name} is gone ({reason})");
+                        self.shared.submissions.tell(Happening::Gone(gone));
                     }
                 }
                 self.feed(Input::Gone(id, reason))
@@ -317,6 +339,7 @@ impl Owner {
             }
             ToCoordinator::Leave { reason } => {
                 tracing::info!(node = %id.short(), reason, "a worker wants to end");
+                self.leavers.entry(id).or_insert_with(Instant::now);
                 self.feed(Input::Leave(id, reason))
             }
             ToCoordinator::Goodbye { reason } => {
@@ -347,7 +370,7 @@ impl Owner {
                     Err(error) => given_up = Some(error.to_string()),
                 },
                 Action::LoadTail { epoch, stage, layers, keep_kv } => {
-                    self.stop_ring();
+                    self.stop_ring("the model is placed anew");
                     self.tail_share = 0.0;
                     self.tail_wanted = Some(TailWanted { epoch, stage, layers, keep_kv });
                 }
@@ -369,11 +392,12 @@ impl Owner {
                     tracing::info!(reason, "the ring is stopped");
                     self.tail_wanted = None;
                     self.shared.not_ready(reason.clone());
-                    // Before its links close, which would look like the reason.
-                    self.shared.submissions.tell(Happening::Trouble(reason));
-                    self.stop_ring();
+                    self.stop_ring(&reason);
                 }
-                Action::Released { node } => self.send(node, ToWorker::Released),
+                Action::Released { node } => {
+                    self.leavers.remove(&node);
+                    self.send(node, ToWorker::Released);
+                }
                 Action::GiveUp { reason } => given_up = Some(reason),
             }
         }
@@ -511,7 +535,7 @@ impl Owner {
         };
         self.meter.placed(epoch, self.ring_names());
         let stopper = RingStopper {
-            stop: Arc::new(AtomicBool::new(false)),
+            stop: Arc::default(),
             canceller: tail.runner.stage().canceller(),
             links: Arc::new(Mutex::new(Vec::new())),
         };
@@ -610,9 +634,9 @@ impl Owner {
     }
 
     /// Ends the ring, if there is one; its sessions wait for the next.
-    fn stop_ring(&mut self) {
+    fn stop_ring(&mut self, why: &str) {
         if let Some(stopper) = &self.ring_stop {
-            stopper.stop();
+            stopper.stop(why);
             self.shared.submissions.tell(Happening::Wake);
         }
         if let Tail::Loading(cancel) = &self.tail {

@@ -4,13 +4,14 @@ use brigade_base::{ByteSize, LayerRange};
 use brigade_protocol::cluster::{Member, MemberState, Phase, StageState};
 
 use super::owner::{Owner, Tail};
+use crate::ring::Happening;
 use crate::serving::{ClusterStatus, NodeStatus};
 use crate::system::resident_memory;
 use crate::threads::lock;
 
 impl Owner {
     /// Brings the status that callers see up to date.
-    pub(super) fn publish(&self) {
+    pub(super) fn publish(&mut self) {
         let phase = match self.cluster.phase() {
             Phase::Ready => "ready".to_owned(),
             Phase::Waiting(why) => format!("waiting: {why}"),
@@ -22,6 +23,14 @@ impl Owner {
         };
         if !matches!(self.cluster.phase(), Phase::Ready | Phase::Draining(_)) {
             self.shared.not_ready(phase.clone());
+        }
+        let missing = match self.cluster.phase() {
+            Phase::Waiting(why) => why.as_str(),
+            _ => "",
+        };
+        if missing != self.said_missing {
+            self.said_missing = missing.to_owned();
+            self.shared.submissions.tell(Happening::Missing(self.said_missing.clone()));
         }
         let load = self.meter.load_now();
         let (hop_us_p50, hop_us_p99) = self.meter.hop_us();

@@ -19,8 +19,10 @@ pub enum Happening {
     Frame,
     /// There is a connection.
     Wake,
-    /// What is wrong with the ring, as far as the owner loop knows: it is about to be stopped for it, or has broken.
-    Trouble(String),
+    /// A node of the ring that broke is gone.
+    Gone(String),
+    /// What is missing for another ring.
+    Missing(String),
     /// Send nothing more until the next ring; it is told when nothing is on its way.
     Drain,
     /// The thread is to end; this is what callers hear.
@@ -56,6 +58,11 @@ struct Counts {
 }
 
 impl Open {
+    /// How many are open.
+    pub fn count(&self) -> usize {
+        lock(&self.0).all
+    }
+
     /// Counts one more, unless `most` are open already and the tenant has [`RESERVED`] of its own.
     pub fn take(self: &Arc<Self>, tenant: TenantId, most: usize) -> Option<OpenCount> {
         let mut counts = lock(&self.0);

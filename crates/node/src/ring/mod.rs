@@ -16,9 +16,9 @@
 //! - What travels when is decided by [`Scheduler`]; what happened is told to the [`Meter`].
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use brigade_base::{DeploymentId, Epoch, PassId, SessionId};
@@ -123,7 +123,27 @@ pub struct Connection<T> {
     /// What all stages hold still; `None` if one of them holds nothing.
     pub held: Option<Held>,
     /// Tells it to end.
-    pub stop: Arc<AtomicBool>,
+    pub stop: Arc<Stop>,
+}
+
+/// Tells a ring to end, and why.
+#[derive(Debug, Default)]
+pub struct Stop {
+    is_set: AtomicBool,
+    why: OnceLock<String>,
+}
+
+impl Stop {
+    /// The ring is to end; the first reason counts.
+    pub fn set(&self, why: &str) {
+        self.why.get_or_init(|| why.to_owned());
+        self.is_set.store(true, Ordering::Release);
+    }
+
+    /// Whether it is to end.
+    pub fn is_set(&self) -> bool {
+        self.is_set.load(Ordering::Acquire)
+    }
 }
 
 /// What the ring's thread tells the owner loop.
@@ -179,6 +199,8 @@ struct Back {
 struct Lost {
     at: Instant,
     why: String,
+    /// What another one would take.
+    missing: String,
 }
 
 /// Sessions and the ring that carries them.
@@ -196,8 +218,6 @@ pub struct Ring<T> {
     /// The owner loop wants to know when none is on its way.
     drains: bool,
     lost: Option<Lost>,
-    /// Why the ring is stopped.
-    stopped: Option<String>,
     scheduler: Scheduler,
     sent: VecDeque<Sent>,
     answers: HashMap<SessionId, Answer>,
@@ -241,7 +261,6 @@ impl<T: Tail> Ring<T> {
             holds_back: false,
             drains: false,
             lost: None,
-            stopped: None,
             scheduler: Scheduler::new(limits),
             sent: VecDeque::new(),
             answers: HashMap::new(),
@@ -280,10 +299,11 @@ impl<T: Tail> Ring<T> {
         self.end_unwanted();
         if let Some(lost) = self.lost.as_ref().filter(|lost| lost.at.elapsed() >= self.wait_for_capacity) {
             let waited = self.wait_for_capacity.as_secs_f32();
-            let why = format!("{}, and within {waited} s nothing took its place", lost.why);
+            let missing = if lost.missing.is_empty() { "nothing took its place" } else { &lost.missing };
+            let why = format!("{}, and for {waited} s {missing}", lost.why);
             self.fail_all(&Failure::PlacementLost(why));
-            self.tell_load();
         }
+        self.tell_load();
         match self.connections.try_recv() {
             Ok(connection) => self.connect(connection),
             Err(_) => Ok(()),
@@ -297,7 +317,6 @@ impl<T: Tail> Ring<T> {
         // Where all stages go on, they have computed before; a row would cost a session what its slot holds.
         let token = connection.held.is_none().then(|| self.model.vocabulary().bos().unwrap_or(0));
         self.connection = Some(connection);
-        self.stopped = None;
         (self.holds_back, self.drains) = (true, false);
         let probe = self.scheduler.probe(token);
         self.send(probe)?;
@@ -316,25 +335,25 @@ impl<T: Tail> Ring<T> {
     fn disconnect(&mut self, end: RingEnd) {
         let Some(Connection { epoch, tail, links, stop, .. }) = self.connection.take() else { return };
         // Whoever stops a ring closes its links and cancels its stage, which then look broken.
-        let end = if stop.load(Ordering::Relaxed) { RingEnd::Stopped } else { end };
+        let end = if stop.is_set() { RingEnd::Stopped } else { end };
         drop(links);
         self.sent.clear();
         self.watch.set(None);
         let why = match &end {
-            RingEnd::Stopped => self.stopped.take().unwrap_or_else(|| "the model is placed anew".to_owned()),
+            RingEnd::Stopped => stop.why.get().cloned().unwrap_or_default(),
             RingEnd::Broke(why) => why.clone(),
         };
         if self.lost.is_none() {
             self.answers.values().for_each(|answer| answer.tell(Event::Paused { why: why.clone() }));
             self.meter.lost(&why);
-            self.lost = Some(Lost { at: Instant::now(), why });
+            self.lost = Some(Lost { at: Instant::now(), why, missing: String::new() });
         }
         self.tell_load();
         (self.tell)(News::Ended(epoch, Box::new(tail), end));
     }
 
     fn turn(&mut self) -> Outcome {
-        if self.connection.as_ref().is_some_and(|connection| connection.stop.load(Ordering::Relaxed)) {
+        if self.connection.as_ref().is_some_and(|connection| connection.stop.is_set()) {
             return Err(Interrupt::Ring(RingEnd::Stopped));
         }
         self.take_happenings()?;
@@ -375,11 +394,17 @@ impl<T: Tail> Ring<T> {
             Happening::Submission(submission) => self.begin(*submission),
             Happening::Drain => (self.holds_back, self.drains) = (true, true),
             Happening::Stop(failure) => return Err(Interrupt::Stop(failure)),
-            Happening::Trouble(why) => match &mut self.lost {
+            Happening::Gone(why) => {
                 // Who is gone says more than which link closed.
-                Some(lost) if self.connection.is_none() => lost.why = why,
-                _ => self.stopped = Some(why),
-            },
+                if let Some(lost) = self.lost.as_mut().filter(|_| self.connection.is_none()) {
+                    lost.why = why;
+                }
+            }
+            Happening::Missing(what) => {
+                if let Some(lost) = &mut self.lost {
+                    lost.missing = what;
+                }
+            }
             Happening::Frame | Happening::Wake => {}
         }
         Ok(())

@@ -1,8 +1,8 @@
 //! Which pass a ring waits for, and how long such passes take: what tells a stuck pass from a slow one.
 //!
 //! The ring's thread says what it waits for; the owner loop, which hears the heartbeats of all stages, asks whether it
-//! waits for too long. A pass is late when it takes four times as long as passes with as many rows did lately, and never
-//! before a second has passed; what has not been seen yet gets half a minute.
+//! waits for too long. A pass is late when it takes four times as long as passes with as many rows did lately, and
+//! never before a second has passed; what has not been seen yet gets half a minute.
 
 use std::sync::Mutex;
 use std::time::{Duration, Instant};

@@ -14,14 +14,16 @@
 //! - Every placement has a higher epoch than the one before; news of an older epoch are ignored.
 //! - After a loss the same cut is used where that is possible: only the lost stages change hands. Sessions outlive the
 //!   ring; what stages held of their KV cache is told with [`Action::StartRing`].
-//! - A node that comes while the model is placed changes nothing: it stays idle, or stands by, until somebody is lost,
-//!   even where more nodes were asked for than the ring has. A running answer is not disturbed for a better placement.
+//! - A node that comes while the model is placed does not change the cut: it stays idle, or stands by, until somebody is
+//!   lost, even where more nodes were asked for than the ring has. But where a worker serves several stages, because it
+//!   took over from one that was lost, one of them moves to a node that serves none, with what its slots hold.
 //! - Orders are derived from the ring and sent where they differ from those that a node has. So whatever changes the
 //!   ring need not think of who is to be told.
 //! - While nothing is placed for want of nodes, stages stay loaded for a while, so that a node that comes back finds
 //!   the ring as it was.
 
 mod member;
+mod moving;
 mod placing;
 mod ring;
 mod tend;
@@ -80,6 +82,8 @@ pub struct Cluster {
     is_placed: bool,
     tail: Tail,
     settle_until: Option<Instant>,
+    /// Ready since a moment ago: no stage moves before this time.
+    settled_at: Option<Instant>,
     /// Until when stages stay loaded while nothing is placed.
     parked_until: Option<Instant>,
     /// How often the ring broke since it was last ready.
@@ -105,6 +109,7 @@ impl Cluster {
             is_placed: false,
             tail: Tail::default(),
             settle_until: None,
+            settled_at: None,
             parked_until: None,
             n_breaks: 0,
             is_begun: false,
@@ -149,7 +154,8 @@ impl Cluster {
     pub fn next_tick(&self) -> Option<Instant> {
         let deadlines = |m: &Member| [m.private.no_standby_until, m.private.leave_until];
         let members = self.members.iter().flat_map(deadlines);
-        members.chain([self.settle_until, self.parked_until]).flatten().min()
+        let settled_at = self.settled_at.filter(|_| self.is_moving());
+        members.chain([self.settle_until, self.parked_until, settled_at]).flatten().min()
     }
 
     /// Takes note of what happened and says what to do, in this order.
@@ -316,6 +322,7 @@ impl Cluster {
             }
         }
         unfed.into_iter().for_each(|k| self.end_hand_over(k));
+        self.lost_while_moving(id);
         self.explain();
         served
     }
@@ -401,7 +408,9 @@ impl Cluster {
     fn ring_broke(&mut self, now: Instant, by: Option<NodeId>, reason: String, actions: &mut Vec<Action>) {
         let was_ready = matches!(self.phase, Phase::Ready | Phase::Draining(_));
         self.n_breaks = if was_ready { 0 } else { self.n_breaks + 1 };
-        if let Some(id) = by.filter(|&id| self.member(id).is_some_and(Member::serves_any))
+        // A ring that ran until a stage moved is whole without the node that it moved to.
+        let newcomer = self.ring.as_ref().and_then(|ring| ring.newcomer);
+        if let Some(id) = newcomer.or(by).filter(|&id| self.member(id).is_some_and(Member::serves_any))
             && self.n_breaks > MAX_BREAKS
         {
             self.n_breaks = 0;

@@ -68,7 +68,7 @@ impl Cluster {
             let before = std::mem::take(&mut member.stages);
             let id = member.id;
             for (k, seat) in ring.seats.iter().enumerate() {
-                if seat.holder == Some(id) || seat.standby == Some(id) {
+                if seat.holder == Some(id) || ring.stands_by(k, id) {
                     let same = before.iter().find(|stage| stage.layers == seat.layers);
                     member.stages.push(MemberStage {
                         stage: k as u32,
@@ -122,6 +122,7 @@ impl Cluster {
         actions.push(Action::Ready { epoch: self.epoch });
         let seats = self.ring.as_mut().map(|ring| ring.seats.as_mut_slice()).unwrap_or_default();
         seats.iter_mut().for_each(|seat| seat.handed_by = None);
+        self.note_ready();
         self.members.iter_mut().for_each(|m| m.private.is_relieved = false);
     }
 

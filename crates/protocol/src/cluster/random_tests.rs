@@ -249,6 +249,33 @@ impl World {
         }
     }
 
+    /// Assignments of this epoch.
+    fn n_assigned(&self) -> u32 {
+        self.here.values().map(|told| told.revision).sum()
+    }
+
+    /// Nothing happens for a while but what the cluster itself is up to.
+    fn rest(&mut self) {
+        for _ in 0..20 {
+            self.settle();
+            self.happen(&Event::Tick);
+        }
+        self.settle();
+    }
+
+    /// Nobody serves several stages while somebody with room for one of them serves none.
+    fn check_spread(&self, settings: &Settings) {
+        let served = |m: &Member| m.stages.iter().filter(|s| !s.is_standby).map(|s| s.layers).collect::<Vec<_>>();
+        let idle = self.cluster.members().iter().filter(|m| m.is_here() && !m.serves_any());
+        for (idle, burdened) in idle.flat_map(|m| self.cluster.members().iter().map(move |b| (m, b))) {
+            let layers = served(burdened);
+            for &layers in layers.iter().filter(|_| layers.len() > 1) {
+                let fits = idle.worker(vec![layers], vec![]).fits(&settings.model, &settings.demand);
+                assert!(!fits, "{layers} of {} could be on {}", burdened.id, idle.id);
+            }
+        }
+    }
+
     fn settle(&mut self) {
         // A hundred steps are more than all stages of all workers take, and a few placements more.
         let n_steps = (0..500).take_while(|_| self.go_on(0)).count();
@@ -263,7 +290,7 @@ fn check(redundancy: u32, shadow: bool, spread: bool, mib: u64, split: Option<Ve
     let is_pinned = split.is_some();
     (settings.demand.spread, settings.demand.split) = (spread, split);
     let mut world = World {
-        cluster: Cluster::new(settings),
+        cluster: Cluster::new(settings.clone()),
         now: Instant::now(),
         here: HashMap::new(),
         tail: None,
@@ -285,12 +312,12 @@ fn check(redundancy: u32, shadow: bool, spread: bool, mib: u64, split: Option<Ve
     for n in N_WORKERS + 1..N_WORKERS + 4 {
         world.happen(&Event::Offer { n, mib: 2000 });
     }
-    for _ in 0..20 {
-        world.settle();
-        world.happen(&Event::Tick);
-    }
-    world.settle();
+    world.rest();
     assert_eq!(world.cluster.phase(), &Phase::Ready);
+    world.check_spread(&settings);
+    let (epoch, n_assigned) = (world.cluster.epoch(), world.n_assigned());
+    world.rest();
+    assert_eq!((world.cluster.epoch(), world.n_assigned()), (epoch, n_assigned), "it comes to no rest");
     let leaving = world.cluster.members().iter().filter(|m| m.state == MemberState::Leaving);
     leaving.for_each(|m| assert!(world.released.contains(&m.id), "{} may not end", m.id));
 }

@@ -26,15 +26,29 @@ pub(super) struct Seat {
     pub kv_from: Option<NodeId>,
 }
 
+/// A stage that is to change hands, because its holder serves others too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Move {
+    pub stage: usize,
+    /// Who loads it, serves nothing yet, and is to serve it.
+    pub to: NodeId,
+    /// The next placement is made for it.
+    pub is_due: bool,
+}
+
 /// All stages.
 #[derive(Debug, Clone)]
 pub(super) struct Ring {
     /// The placement as others see it.
     pub plan: Plan,
     /// Why this placement, without those who stand by.
-    reasons: Vec<String>,
+    pub(super) reasons: Vec<String>,
     /// The workers' stages in ring order.
     pub seats: Vec<Seat>,
+    /// At most one stage moves at a time.
+    pub moving: Option<Move>,
+    /// The node that a stage has moved to, until the ring is ready with it.
+    pub newcomer: Option<NodeId>,
     /// On the coordinator alone for want of a majority.
     pub is_makeshift: bool,
 }
@@ -50,11 +64,11 @@ impl Ring {
             kv_from: None,
         };
         let seats = workers.iter().map(seat).collect();
-        Self { reasons: plan.explanation.clone(), seats, plan, is_makeshift }
+        Self { reasons: plan.explanation.clone(), seats, moving: None, newcomer: None, plan, is_makeshift }
     }
 
     /// From now on a stage is a member's, which did not have it before.
-    fn seat(&mut self, stage: usize, member: &Member) {
+    pub fn seat(&mut self, stage: usize, member: &Member) {
         let seat = &mut self.seats[stage];
         (seat.holder, seat.standby) = (Some(member.id), None);
         let planned = &mut self.plan.stages[stage];
@@ -79,12 +93,19 @@ impl Ring {
         self.seats.iter().any(|seat| [seat.holder, seat.handed_by].contains(&Some(id)))
     }
 
+    /// The node holds the weights of a stage that another one serves.
+    pub fn stands_by(&self, stage: usize, id: NodeId) -> bool {
+        self.seats.get(stage).is_some_and(|seat| seat.standby == Some(id))
+            || self.moving.is_some_and(|moving| (moving.stage, moving.to) == (stage, id))
+    }
+
     /// Layers that a node serves, and those that it stands by for.
-    fn layers_of(&self, id: NodeId) -> [Vec<LayerRange>; 2] {
-        let of = |pick: fn(&Seat) -> Option<NodeId>| {
-            self.seats.iter().filter(|seat| pick(seat) == Some(id)).map(|seat| seat.layers).collect()
+    pub fn layers_of(&self, id: NodeId) -> [Vec<LayerRange>; 2] {
+        let of = |is_its: &dyn Fn(usize, &Seat) -> bool| {
+            let its = self.seats.iter().enumerate().filter(|&(k, seat)| is_its(k, seat));
+            its.map(|(_, seat)| seat.layers).collect()
         };
-        [of(|seat| seat.holder), of(|seat| seat.standby)]
+        [of(&|_, seat| seat.holder == Some(id)), of(&|k, _| self.stands_by(k, id))]
     }
 }
 
@@ -154,6 +175,11 @@ impl Cluster {
         }
         let vacant =
             |ring: &Ring| (0..ring.seats.len()).filter(|&k| ring.seats[k].holder.is_none()).collect::<Vec<_>>();
+        if vacant(&ring).is_empty() {
+            self.take_move(&mut ring);
+        } else {
+            ring.moving = None;
+        }
         // Those who stand by first: whoever stands in for another stage must have room beside what it then serves.
         for stage in vacant(&ring) {
             let standby = ring.seats[stage].standby;
@@ -224,8 +250,8 @@ impl Cluster {
             let role = if seat.holder == Some(id) {
                 let shadow = self.shadow_of(k + 1);
                 Role::Serve { upstream, downstream: neighbour(Some(k + 1)), shadow, kv_from: seat.kv_from }
-            } else if seat.standby == Some(id) {
-                Role::Standby { upstream: shadow.then_some(upstream) }
+            } else if self.ring.as_ref().is_some_and(|ring| ring.stands_by(k, id)) {
+                Role::Standby { upstream: Some(upstream).filter(|_| shadow && seat.standby == Some(id)) }
             } else if let (true, Some(to)) = (seat.handed_by == Some(id), seat.holder) {
                 Role::HandOver { to }
             } else {
@@ -252,6 +278,7 @@ impl Cluster {
             let standbys: Vec<Standby> = ring.seats.iter().enumerate().filter_map(standby).collect();
             lines.extend(explain_standbys(&ring.plan.stages, &standbys, |id| self.name(id)));
         }
+        lines.extend(self.explain_move());
         if let Some(ring) = &mut self.ring {
             ring.plan.explanation = lines;
         }

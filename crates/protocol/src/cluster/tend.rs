@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use brigade_base::{ByteSize, NodeId};
 use brigade_plan::{Uncovered, Worker, standbys};
 
+use super::ring::Ring;
 use super::types::{Action, Member, MemberStage, MemberState, Phase, StageState};
 use super::{Cluster, RETRY};
 
@@ -28,6 +29,7 @@ impl Cluster {
 
     /// Forgets deadlines that are over.
     pub(super) fn expire(&mut self, now: Instant) {
+        self.settled_at = self.settled_at.filter(|&at| at > now);
         for member in &mut self.members {
             for deadline in [&mut member.private.no_standby_until, &mut member.private.leave_until] {
                 if deadline.is_some_and(|until| until <= now) {
@@ -44,7 +46,10 @@ impl Cluster {
         }
         let serves = |m: &&Member| m.is_leaving() && self.ring.as_ref().is_some_and(|ring| ring.is_held_by(m.id));
         let leavers: Vec<NodeId> = self.members.iter().filter(serves).map(|m| m.id).collect();
-        for id in leavers {
+        if !leavers.is_empty() {
+            self.cancel_move();
+        }
+        for &id in &leavers {
             self.stand_by_for_leaver(id);
             if self.can_relieve(id) {
                 self.phase = Phase::Draining(format!("node {} leaves", self.name(id)));
@@ -52,7 +57,11 @@ impl Cluster {
         }
         if self.phase == Phase::Ready {
             self.find_standbys();
-        } else {
+            if leavers.is_empty() {
+                self.move_on();
+            }
+        }
+        if self.phase != Phase::Ready {
             actions.push(Action::Drain { epoch: self.epoch });
         }
     }
@@ -120,6 +129,11 @@ impl Cluster {
     fn add_standby(&mut self, stage: usize, id: NodeId) {
         let Some(mut ring) = self.ring.clone() else { return };
         ring.seats[stage].standby = Some(id);
+        self.load_beside(ring, stage, id);
+    }
+
+    /// The ring is to be this one, in which a node stands by for a stage.
+    pub(super) fn load_beside(&mut self, mut ring: Ring, stage: usize, id: NodeId) {
         let fresh = MemberStage {
             stage: stage as u32,
             layers: ring.seats[stage].layers,
@@ -130,7 +144,8 @@ impl Cluster {
             was_loaded: false,
             held: None,
         };
-        if let Some(member) = self.members.iter_mut().find(|m| m.id == id) {
+        let is_new = |m: &&mut Member| m.id == id && m.stage(stage as u32).is_none();
+        if let Some(member) = self.members.iter_mut().find(is_new) {
             member.stages.push(fresh);
             member.stages.sort_by_key(|s| s.stage);
         }
@@ -145,8 +160,11 @@ impl Cluster {
         if let Some(member) = self.members.iter_mut().find(|m| m.id == id) {
             member.private.no_standby_until = Some(now + RETRY);
         }
-        if let Some(seat) = self.ring.as_mut().and_then(|ring| ring.seats.get_mut(stage as usize)) {
-            seat.standby = None;
+        if let Some(ring) = &mut self.ring {
+            ring.moving.take_if(|moving| (moving.stage, moving.to) == (stage as usize, id));
+            if let Some(seat) = ring.seats.get_mut(stage as usize) {
+                seat.standby.take_if(|standby| *standby == id);
+            }
         }
         self.forget_dropped_standbys();
         self.explain();
@@ -154,11 +172,10 @@ impl Cluster {
 
     /// Forgets the stages of members who do not stand by for them any more.
     pub(super) fn forget_dropped_standbys(&mut self) {
-        let seats = self.ring.as_ref().map(|ring| ring.seats.as_slice()).unwrap_or_default();
+        let stands_by = |stage: u32, id| self.ring.as_ref().is_some_and(|ring| ring.stands_by(stage as usize, id));
         for member in &mut self.members {
             let id = member.id;
-            let stands_by = |s: &MemberStage| seats.get(s.stage as usize).is_some_and(|seat| seat.standby == Some(id));
-            member.stages.retain(|s| !s.is_standby || stands_by(s));
+            member.stages.retain(|s| !s.is_standby || stands_by(s.stage, id));
         }
     }
 
@@ -173,6 +190,7 @@ impl Cluster {
         if let Some(ring) = self.ring.as_mut().filter(|_| !free.is_empty()) {
             let gone = ring.seats.iter_mut().filter(|seat| seat.standby.is_some_and(|id| free.contains(&id)));
             gone.for_each(|seat| seat.standby = None);
+            ring.moving.take_if(|moving| free.contains(&moving.to));
             self.forget_dropped_standbys();
             self.explain();
         }

@@ -1,5 +1,7 @@
 //! Each rule of the cluster, one situation at a time.
 
+mod moving;
+
 use super::*;
 use brigade_base::PassId;
 use brigade_plan::{Demand, ModelProfile, NodeProfile};

@@ -51,8 +51,8 @@ impl Scheduler {
     /// Goes on in another ring. `held` is what all of its stages hold: the least of what each has applied and of what
     /// each of its slots has; `None` if one of them holds nothing. No pass of the ring before comes back any more.
     ///
-    /// Sessions that had a slot keep it, and go on before those that wait. Images are those of one ring: the stages drop
-    /// theirs too.
+    /// Sessions that had a slot keep it, and go on before those that wait. Images are those of one ring: the stages
+    /// drop theirs too.
     pub fn recover(&mut self, limits: Limits, held: Option<&Held>) {
         // Slots and their size are those of the deployment.
         let Limits { n_slots, context, chunk, .. } = self.limits;

@@ -129,8 +129,8 @@ impl Session {
         self.has_surplus = has_surplus;
     }
 
-    /// Its ring is lost with everything in it; its slot still holds the first `n_valid` of its tokens, if it has so many,
-    /// and perhaps others behind them.
+    /// Its ring is lost with everything in it; its slot still holds the first `n_valid` of its tokens, if it has so
+    /// many, and perhaps others behind them.
     pub(super) fn lose_all_but(&mut self, n_valid: u32) {
         // One token at least is computed again, for the logits; and of a prompt two.
         let n_valid =

@@ -299,8 +299,8 @@ impl World {
     }
 
     /// The ring is lost and another one begins. Each stage has applied as many of the passes on their way as the one
-    /// before it, or fewer; the tail none. One may be replaced: by one that holds nothing, or by one that stood by, lags
-    /// behind, and may have missed a slot.
+    /// before it, or fewer; the tail none. One may be replaced: by one that holds nothing, or by one that stood by,
+    /// lags behind, and may have missed a slot.
     pub(super) fn lose(&mut self) {
         self.n_lost += 1;
         let sent = self.scheduler.next_pass.0 - 1;

@@ -606,6 +606,68 @@ fn a_node_may_be_its_own_neighbour() {
     assert_eq!(worker.actions().iter().filter(|action| matches!(action, Action::Serve { .. })).count(), 2);
 }
 
+#[test]
+fn a_stage_is_handed_over_beside_one_that_is_served_on() {
+    let mut worker = Worker::new();
+    let role = |upstream, downstream| StageRole::Serve {
+        upstream: node(upstream),
+        downstream: peer(downstream),
+        shadow: None,
+        kv_from: None,
+    };
+    worker.assign(1, 0, vec![order(0, role(1, 9)), order(1, role(9, 2))]);
+    let [moved, kept] = [0, 1].map(|stage| {
+        let (id, which) = worker.next_load().unwrap();
+        assert_eq!(which, layers(stage));
+        worker.tell(Input::Loaded(id, Ok(MEMORY)));
+        id
+    });
+    worker.join(1);
+    worker.answer(9, attach(1, 1, Feed::Passes), true);
+    worker.answer(2, attach(1, 2, Feed::Passes), true);
+    worker.comes(1, attach(1, 0, Feed::Passes));
+    worker.comes(9, attach(1, 1, Feed::Passes));
+    worker.actions();
+
+    worker.assign(2, 0, vec![hand_over(0, 3), order(1, role(3, 2))]);
+    assert_eq!(worker.actions(), [Action::Stop(moved), Action::Stop(kept)]);
+    worker.ends(moved, End::Closed, Some(held(9)));
+    worker.ends(kept, End::Closed, Some(held(8)));
+    assert_eq!(worker.find(|a| matches!(a, Action::Tell(_)).then(|| a.clone())), Some(loaded(2, 1, Some(held(8)))));
+    let link = worker.answer(3, attach(2, 0, Feed::Handover), true);
+    assert_eq!(worker.actions(), [Action::Send { id: moved, link, within: HANDOVER }]);
+    // The ring starts while one stage is still sent.
+    worker.join(2);
+    let outbound = worker.answer(2, attach(2, 2, Feed::Passes), true);
+    let feed = attach(2, 1, Feed::Passes);
+    let inbound = worker.comes(3, feed);
+    assert!(worker.actions().contains(&Action::Serve { id: kept, attach: feed, inbound, outbound }));
+    worker.ends(moved, End::Done, Some(held(9)));
+    assert_eq!(worker.actions(), [Action::Free(moved)], "the other one is not touched");
+    // From now on it stands by for what it gave away.
+    worker.assign(2, 1, vec![without_kv(standby(0, None)), order(1, role(3, 2))]);
+    assert_eq!((worker.next_load().map(|(_, which)| which), worker.actions()), (Some(layers(0)), vec![]));
+}
+
+#[test]
+fn a_stage_is_taken_over_beside_one_that_is_handed_over() {
+    let (mut worker, given) = Worker::serving(1, vec![serve(0)]);
+    worker.assign(1, 1, vec![serve(0), standby(1, None)]);
+    let taken = worker.load();
+    worker.actions();
+    worker.assign(2, 0, vec![hand_over(0, 3), taken_over(1, 4)]);
+    worker.ends(given, End::Closed, Some(held(9)));
+    let outbound = worker.answer(3, attach(2, 0, Feed::Handover), true);
+    let inbound = worker.comes(4, attach(2, 1, Feed::Handover));
+    let within = HANDOVER;
+    let actions = worker.actions();
+    assert!(actions.contains(&Action::Send { id: given, link: outbound, within }), "{actions:?}");
+    assert!(actions.contains(&Action::Receive { id: taken, link: inbound, within }), "{actions:?}");
+    worker.ends(taken, End::Done, Some(held(9)));
+    worker.ends(given, End::Done, Some(held(9)));
+    assert_eq!(worker.actions(), [loaded(2, 1, Some(held(9))), Action::Free(given)]);
+}
+
 /// What a test driver knows of the things that it owns.
 #[derive(Default)]
 struct World {
