@@ -5,8 +5,8 @@
 mod support;
 
 use serde_json::Value;
-use support::oracle::rendered;
-use support::{Cluster, Endpoint, Event, Setup, Stream, abacus, endless_body, eventually, oracle};
+use support::oracle::{oracle, rendered};
+use support::{Cluster, Endpoint, Event, Setup, Stream, abacus, endless_body, eventually};
 
 const PLAIN: &str = "/v1/completions";
 

@@ -8,7 +8,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use brigade_gguf::ModelFile;
-use support::{Cluster, Setup, abacus};
+use support::{Cluster, Setup, abacus, eventually};
 
 /// Which layers the worker of these tests has.
 const SPLIT: &str = "4,4";
@@ -40,7 +40,7 @@ fn around_restart(change: impl FnOnce(&Path)) -> (BTreeMap<String, Cached>, BTre
     let dir = cache_dir(&cluster);
     let before = cached(&dir);
     cluster.workers[0].terminate();
-    cluster.wait_not_ready("1 more must join");
+    eventually("the loss", || (cluster.readiness() != "ready").then_some(()));
     change(&dir);
     cluster.restart_worker(0);
     cluster.wait_ready();

@@ -77,6 +77,9 @@ pub struct ChaosArgs {
     /// Let the nodes that stand by compute along
     #[arg(long)]
     pub shadow: bool,
+    /// Which computed tokens later answers may use: exact or off, as for `brigade serve`; full would change bits
+    #[arg(long, value_name = "WHICH", default_value = "exact", value_parser = ["exact", "off"])]
+    pub prefix_cache: String,
     /// Answers that are streamed at once
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub streams: u32,
@@ -125,6 +128,7 @@ fn measure(args: &ChaosArgs, brigade: &Path, processes: &Processes) -> Outcome<R
         streams: args.streams,
         redundancy: args.redundancy,
         shadow: args.shadow,
+        prefix_cache: &args.prefix_cache,
     };
     let nodes = Nodes::start(processes, &spec)?;
     let callers = Callers::start(args.streams, &nodes.endpoint, asks, &mut random)?;

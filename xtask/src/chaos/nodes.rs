@@ -58,6 +58,8 @@ pub struct NodesSpec<'a> {
     pub redundancy: u32,
     /// Whether those that stand by compute along.
     pub shadow: bool,
+    /// Which computed tokens later answers may use.
+    pub prefix_cache: &'a str,
 }
 
 /// All nodes.
@@ -230,7 +232,14 @@ fn serve(spec: &NodesSpec<'_>, dir: &Path, ticket_file: &Path) -> Command {
     command.arg("serve").arg(spec.model).arg("--state-dir").arg(dir.join(COORDINATOR));
     command.args(["--name", COORDINATOR, "--listen", "127.0.0.1:0", "--port", "0", "--threads", "1"]);
     command.args(["--spread", "--nodes", &(spec.workers + 1).to_string(), "--context", &CONTEXT.to_string()]);
-    command.args(["--parallel", &spec.streams.to_string(), "--prefix-cache", "exact", "--kv-spill", KV_SPILL]);
+    command.args([
+        "--parallel",
+        &spec.streams.to_string(),
+        "--prefix-cache",
+        spec.prefix_cache,
+        "--kv-spill",
+        KV_SPILL,
+    ]);
     command.args(["--redundancy", &spec.redundancy.to_string()]).args(spec.shadow.then_some("--shadow"));
     command.arg("--ticket-file").arg(ticket_file);
     command

@@ -8,7 +8,8 @@
 //!    |                                  +------------ a stage is lost or broken -------------+-----------------+
 //!    +-- no plan <---------------------------------- place again, epoch + 1 <----------------------------------+
 //!                                                               ^                                              |
-//!                                                               +---- Draining <-- somebody wants to end ------+
+//!                                                               +-- Draining <-- somebody wants to end, ------+
+//!                                                                                or a stage moves
 //! ```
 //!
 //! - Every placement has a higher epoch than the one before; news of an older epoch are ignored.

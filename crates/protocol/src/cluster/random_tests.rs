@@ -263,6 +263,16 @@ impl World {
         self.settle();
     }
 
+    /// Given time the cluster serves, as well as it can, and does not change any more.
+    fn check_at_rest(&mut self, settings: &Settings) {
+        self.rest();
+        assert_eq!(self.cluster.phase(), &Phase::Ready);
+        self.check_spread(settings);
+        let (epoch, n_assigned) = (self.cluster.epoch(), self.n_assigned());
+        self.rest();
+        assert_eq!((self.cluster.epoch(), self.n_assigned()), (epoch, n_assigned), "it comes to no rest");
+    }
+
     /// Nobody serves several stages while somebody with room for one of them serves none.
     fn check_spread(&self, settings: &Settings) {
         let served = |m: &Member| m.stages.iter().filter(|s| !s.is_standby).map(|s| s.layers).collect::<Vec<_>>();
@@ -312,14 +322,18 @@ fn check(redundancy: u32, shadow: bool, spread: bool, mib: u64, split: Option<Ve
     for n in N_WORKERS + 1..N_WORKERS + 4 {
         world.happen(&Event::Offer { n, mib: 2000 });
     }
-    world.rest();
-    assert_eq!(world.cluster.phase(), &Phase::Ready);
-    world.check_spread(&settings);
-    let (epoch, n_assigned) = (world.cluster.epoch(), world.n_assigned());
-    world.rest();
-    assert_eq!((world.cluster.epoch(), world.n_assigned()), (epoch, n_assigned), "it comes to no rest");
+    world.check_at_rest(&settings);
     let leaving = world.cluster.members().iter().filter(|m| m.state == MemberState::Leaving);
     leaving.for_each(|m| assert!(world.released.contains(&m.id), "{} may not end", m.id));
+    // Loss by loss all stages come to one worker; of those that come then, each that has room takes one over.
+    for n in 1..N_WORKERS + 3 {
+        world.happen(&Event::Gone { n });
+        world.settle();
+    }
+    for n in N_WORKERS + 1..N_WORKERS + 3 {
+        world.happen(&Event::Offer { n, mib: 1300 });
+    }
+    world.check_at_rest(&settings);
 }
 
 proptest! {
