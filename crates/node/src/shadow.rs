@@ -8,6 +8,7 @@
 
 use std::cell::Cell;
 use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
 
@@ -17,9 +18,12 @@ use brigade_protocol::kind;
 
 use crate::threads::{lock, spawn};
 
-/// Most frames that wait for a node that stands by: as many as it queues itself. A stage sends no more than the ring
-/// carries in a burst, so one that is this far behind does not keep up.
-const MAX_QUEUED: usize = 8;
+/// Most frames that wait for a node that stands by. Behind a loss rows come one by one as fast as the ring computes
+/// them, while that node may have a stage of its own to serve; a whole session of them is let wait.
+const MAX_QUEUED: usize = 4096;
+
+/// Most bytes that wait for it: one full frame.
+const MAX_QUEUED_BYTES: usize = brigade_net::MAX_FRAME;
 
 /// Buffers that are kept for the next frames: one on its way, one behind it.
 const MAX_SPARE: usize = 2;
@@ -29,6 +33,7 @@ pub struct Shadow {
     link: Arc<dyn Link>,
     queue: SyncSender<Vec<u8>>,
     returned: Receiver<Vec<u8>>,
+    queued_bytes: Arc<AtomicUsize>,
     is_over: Cell<bool>,
 }
 
@@ -40,9 +45,11 @@ impl Shadow {
     pub fn new(link: Arc<dyn Link>) -> io::Result<Self> {
         let (queue, frames) = sync_channel::<Vec<u8>>(MAX_QUEUED);
         let (spare, returned) = sync_channel(MAX_SPARE);
-        let sender = Arc::clone(&link);
+        let queued_bytes = Arc::new(AtomicUsize::new(0));
+        let (sender, waiting) = (Arc::clone(&link), Arc::clone(&queued_bytes));
         spawn("shadow", move || {
             for frame in frames {
+                waiting.fetch_sub(frame.len(), Ordering::Relaxed);
                 if let Err(error) = sender.send(kind::FRAME, &[&frame]) {
                     tracing::debug!(%error, "the link to the standby ended");
                     break;
@@ -51,7 +58,7 @@ impl Shadow {
             }
             sender.close();
         })?;
-        Ok(Self { link, queue, returned, is_over: Cell::new(false) })
+        Ok(Self { link, queue, returned, queued_bytes, is_over: Cell::new(false) })
     }
 
     /// Queues a frame, its head and its rows. If the node does not keep up or is gone, its link is closed, and this and
@@ -66,7 +73,9 @@ impl Shadow {
         frame.reserve_exact(head.len() + rows.len());
         frame.extend_from_slice(head);
         frame.extend_from_slice(rows);
-        if self.queue.try_send(frame).is_err() {
+        let n_bytes = frame.len();
+        let is_full = self.queued_bytes.fetch_add(n_bytes, Ordering::Relaxed) + n_bytes > MAX_QUEUED_BYTES;
+        if is_full || self.queue.try_send(frame).is_err() {
             tracing::info!(peer = %self.link.peer().short(), "the standby does not keep up; its link is given up");
             self.is_over.set(true);
             // Its thread may be in the middle of a frame that nobody takes.
@@ -132,12 +141,12 @@ mod tests {
         slot.send(&[0], &[]);
         slot.set(TestLink::of(move |parts| out.send(parts.concat()).unwrap(), || None), || panic!("it keeps up"))
             .unwrap();
-        for i in 1..=MAX_QUEUED as u8 {
+        for i in 1..=50 {
             slot.send(&[i], &[f32::from(i)]);
         }
         slot.clear();
         slot.send(&[99], &[]);
-        for i in 1..=MAX_QUEUED as u8 {
+        for i in 1..=50 {
             let frame = sent.recv_timeout(PATIENCE).unwrap();
             assert_eq!((frame[0], &frame[1..]), (i, &f32::from(i).to_le_bytes()[..]));
         }
@@ -159,5 +168,17 @@ mod tests {
         slot.send(&[1], &[]);
         drop(held);
         assert!(told.recv_timeout(PATIENCE).is_err(), "told once");
+    }
+
+    #[test]
+    fn few_large_frames_are_too_many_too() {
+        let door = Arc::new(Mutex::new(()));
+        let (closed, _held) = (Arc::clone(&door), door.lock().unwrap());
+        let shadow = Shadow::new(TestLink::of(move |_| drop(closed.lock()), || None)).unwrap();
+        let rows = vec![0.0; MAX_QUEUED_BYTES / 4 / 3];
+        (0..3).for_each(|_| shadow.send(&[], &rows));
+        assert!(!shadow.is_over());
+        (0..2).for_each(|_| shadow.send(&[], &rows));
+        assert!(shadow.is_over());
     }
 }

@@ -168,11 +168,11 @@ impl PassRunner {
         }
     }
 
-    /// Begins to stand by for a stage whose next pass is `first`: from now on a slot that a pass does not fit is lost
-    /// until a pass begins it anew, which ends nothing. If passes were missed, all slots are.
-    pub fn stand_by(&mut self, first: PassId) {
+    /// Begins to stand by for a stage whose next pass follows `last`: from now on a slot that a pass does not fit is
+    /// lost until a pass begins it anew, which ends nothing. If passes up to `last` were missed, all slots are.
+    pub fn stand_by(&mut self, last: PassId) {
         self.is_lenient = true;
-        if self.applied.next() != first {
+        if self.applied < last {
             self.clear_slots();
         }
     }
@@ -545,7 +545,7 @@ mod tests {
         let (_dir, mut stage) = stage(0);
         let (_other, mut serving) = self::stage(0);
         let runner = &mut stage.runner;
-        runner.stand_by(PassId(1));
+        runner.stand_by(PassId(0));
         follow(runner, 1, &[set(0, 0, 5), set(1, 0, 3)]);
         follow(runner, 2, &[set(0, 7, 1), set(1, 3, 1), set(2, 9, 2), set(3, 0, 2)]);
         assert_eq!(held(runner), (2, vec![0, 4, 0, 2]));
@@ -565,11 +565,11 @@ mod tests {
     fn a_standby_that_missed_a_pass_begins_anew() {
         let (_dir, mut stage) = stage(0);
         let runner = &mut stage.runner;
-        runner.stand_by(PassId(1));
+        runner.stand_by(PassId(0));
         follow(runner, 1, &[set(0, 0, 5)]);
-        runner.stand_by(PassId(2));
+        runner.stand_by(PassId(1));
         assert_eq!(held(runner), (1, vec![5, 0, 0, 0]));
-        runner.stand_by(PassId(3));
+        runner.stand_by(PassId(2));
         assert_eq!(held(runner), (1, vec![0, 0, 0, 0]));
     }
 

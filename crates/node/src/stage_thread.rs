@@ -207,18 +207,18 @@ impl<'a> StageLoop<'a> {
         if head.n_embd != n_embd {
             return Err(StageEnd::Failed(format!("a frame has rows of {} values instead of {n_embd}", head.n_embd)));
         }
-        self.check_order(head.pass)?;
+        self.check_order(head.pass, head.follows)?;
         self.activity.received(head.pass, self.outgoing.is_some());
         self.waiting.push_back(frame);
         Ok(())
     }
 
     /// Passes have rising numbers, over all placements.
-    fn check_order(&mut self, pass: PassId) -> Result<(), StageEnd> {
+    fn check_order(&mut self, pass: PassId, follows: PassId) -> Result<(), StageEnd> {
         let last = self.taken.replace(pass).unwrap_or_else(|| {
             match self.outgoing {
                 Some(_) => self.runner.serve(),
-                None => self.runner.stand_by(pass),
+                None => self.runner.stand_by(follows),
             }
             self.runner.applied()
         });

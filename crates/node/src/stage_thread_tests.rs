@@ -16,7 +16,8 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 fn head(pass: u64, sets: &[RowSet], n_embd: u32) -> FrameHead {
     let Attach { deployment, epoch, .. } = ATTACH;
-    FrameHead { deployment, epoch, pass: PassId(pass), sets: sets.to_vec(), n_embd, ..FrameHead::default() }
+    let follows = PassId(pass.saturating_sub(1));
+    FrameHead { deployment, epoch, pass: PassId(pass), follows, sets: sets.to_vec(), n_embd, ..FrameHead::default() }
 }
 
 fn in_frame(head: FrameHead) -> InFrame {

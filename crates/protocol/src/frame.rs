@@ -4,7 +4,7 @@
 //! endian:
 //!
 //! ```text
-//! deployment u64 | epoch u64 | pass u64
+//! deployment u64 | epoch u64 | pass u64 | follows u64
 //! dtype u8 | reserved u8 | n_steps u16 | n_sets u16 | n_timings u16 | n_embd u32 | n_rows u32
 //! n_steps   x (kind u8, failed u8, reserved u16, slot u32, from u32, n_tokens u32, image u64)
 //! n_sets    x (slot u32, keep u32, n_rows u32, n_outputs u32)
@@ -26,7 +26,7 @@ use crate::control::{MAX_BATCH_ROWS, MAX_SESSIONS};
 use crate::{DecodeError, cap};
 
 /// Bytes before the row sets.
-pub const HEADER_BYTES: usize = 40;
+pub const HEADER_BYTES: usize = 48;
 const STEP_BYTES: usize = 24;
 const SET_BYTES: usize = 16;
 const TIMING_BYTES: usize = 24;
@@ -227,6 +227,8 @@ pub struct FrameHead {
     pub epoch: Epoch,
     /// The pass.
     pub pass: PassId,
+    /// The pass before it, as far as it counts: those between were lost with their ring, and nothing builds on them.
+    pub follows: PassId,
     /// What happens to KV caches before the rows, and whether a stage could not do it.
     pub steps: Vec<(KvStep, bool)>,
     /// The rows, in the order in which they follow.
@@ -246,7 +248,7 @@ impl FrameHead {
     /// Writes everything before the rows into `out`, which is emptied first.
     pub fn encode(&self, out: &mut Vec<u8>) {
         out.clear();
-        for n in [self.deployment.0, self.epoch.0, self.pass.0] {
+        for n in [self.deployment.0, self.epoch.0, self.pass.0, self.follows.0] {
             out.extend_from_slice(&n.to_le_bytes());
         }
         out.extend_from_slice(&[DTYPE_F32, 0]);
@@ -286,6 +288,7 @@ impl FrameHead {
         self.deployment = DeploymentId(fields.u64());
         self.epoch = Epoch(fields.u64());
         self.pass = PassId(fields.u64());
+        self.follows = PassId(fields.u64());
         let [dtype, reserved] = fields.take();
         if dtype != DTYPE_F32 || reserved != 0 {
             return Err(malformed("unknown type of values"));
@@ -392,6 +395,7 @@ mod tests {
             deployment: DeploymentId(1),
             epoch: Epoch(2),
             pass: PassId(3),
+            follows: PassId(1),
             steps: vec![
                 (KvStep::Save { slot: 3, n_tokens: 9, image: ImageId(7) }, false),
                 (KvStep::Load { slot: 3, n_tokens: 8, image: ImageId(6) }, true),

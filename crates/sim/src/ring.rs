@@ -393,6 +393,7 @@ impl Ring {
             deployment: self.deployment,
             epoch: run.epoch,
             pass: pass.id,
+            follows: pass.follows,
             steps: pass.steps.iter().map(|step| (*step, false)).collect(),
             sets: pass.sets.clone(),
             timings: Vec::new(),

@@ -366,7 +366,13 @@ impl Owner {
         for action in actions {
             match action {
                 Action::Assign { node, epoch, revision, orders } => match self.assign(epoch, revision, &orders) {
-                    Ok(assign) => self.send(node, ToWorker::Assign(Box::new(assign))),
+                    Ok(assign) => {
+                        let has_shadow = |order: &Order| matches!(order.role, Role::Serve { shadow: Some(_), .. });
+                        if orders.iter().any(has_shadow) {
+                            self.shared.submissions.tell(Happening::Shadowed);
+                        }
+                        self.send(node, ToWorker::Assign(Box::new(assign)));
+                    }
                     Err(error) => given_up = Some(error.to_string()),
                 },
                 Action::LoadTail { epoch, stage, layers, keep_kv } => {

@@ -21,6 +21,8 @@ pub enum Happening {
     Wake,
     /// A node of the ring that broke is gone.
     Gone(String),
+    /// A node that stands by begins to compute along.
+    Shadowed,
     /// What is missing for another ring.
     Missing(String),
     /// Send nothing more until the next ring; it is told when nothing is on its way.

@@ -400,6 +400,7 @@ impl<T: Tail> Ring<T> {
                     lost.why = why;
                 }
             }
+            Happening::Shadowed => self.scheduler.forget_cache(),
             Happening::Missing(what) => {
                 if let Some(lost) = &mut self.lost {
                     lost.missing = what;
@@ -564,6 +565,7 @@ impl<T: Tail> Ring<T> {
             self.head.deployment = connection.deployment;
             self.head.epoch = connection.epoch;
             self.head.pass = pass.id;
+            self.head.follows = pass.follows;
             self.head.steps.clear();
             self.head.steps.extend(pass.steps.iter().map(|step| (*step, false)));
             self.head.sets.clone_from(&pass.sets);

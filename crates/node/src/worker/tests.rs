@@ -217,8 +217,15 @@ impl Ring {
     fn pass(&self, pass: u64, keep: u32, n_rows: u32) -> Vec<f32> {
         let (epoch, n_embd, sets) = (Epoch(self.epoch), self.n_embd, vec![set(0, keep, n_rows)]);
         let rows = test_stage::rows(&sets, n_embd);
-        let head =
-            FrameHead { deployment: DEPLOYMENT, epoch, pass: PassId(pass), sets, n_embd, ..FrameHead::default() };
+        let head = FrameHead {
+            deployment: DEPLOYMENT,
+            epoch,
+            pass: PassId(pass),
+            follows: PassId(pass - 1),
+            sets,
+            n_embd,
+            ..FrameHead::default()
+        };
         let mut bytes = Vec::new();
         head.encode(&mut bytes);
         self.into.send(kind::FRAME, &[&bytes, row_bytes(&rows)]).unwrap();

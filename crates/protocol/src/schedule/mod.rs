@@ -96,6 +96,8 @@ pub struct Scheduler {
     chunk_back: u32,
     notices: Vec<Notice>,
     next_pass: PassId,
+    /// The pass that the next one follows.
+    last_pass: PassId,
     n_arrived: u64,
     /// Rises with each use of a slot or image.
     clock: u64,
@@ -123,6 +125,7 @@ impl Scheduler {
             chunk_back: 0,
             notices: Vec::new(),
             next_pass: PassId(1),
+            last_pass: PassId(0),
             n_arrived: 0,
             clock: 0,
             served: Served::default(),
@@ -156,7 +159,7 @@ impl Scheduler {
         if self.in_flight.len() >= n_stages && !is_extra || is_extra && self.decodes() {
             return None;
         }
-        let mut pass = Pass { id: self.next_pass, ..Pass::default() };
+        let mut pass = Pass { id: self.next_pass, follows: self.last_pass, ..Pass::default() };
         let mut sent = InFlight { id: pass.id, ..InFlight::default() };
         self.place(&mut pass, &mut sent);
         // Somebody who was preempted may go on at once where he was.
@@ -174,6 +177,7 @@ impl Scheduler {
             return None;
         }
         self.next_pass = self.next_pass.next();
+        self.last_pass = pass.id;
         self.touched.note(&pass);
         self.in_flight.push_back(sent);
         Some(pass)

@@ -27,6 +27,8 @@ pub struct Limits {
 pub struct Pass {
     /// Names the pass.
     pub id: PassId,
+    /// The pass before it, as far as it counts, see [`crate::frame::FrameHead::follows`].
+    pub follows: PassId,
     /// What happens to KV caches first.
     pub steps: Vec<KvStep>,
     /// Rows of slots, in the order of `tokens`.

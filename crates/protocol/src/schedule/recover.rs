@@ -58,6 +58,8 @@ impl Scheduler {
         let Limits { n_slots, context, chunk, .. } = self.limits;
         self.limits = Limits { n_slots, context, chunk, ..limits };
         self.in_flight.clear();
+        // What was sent after that counts no more: no slot is taken to hold anything of it.
+        self.last_pass = held.map_or(PassId(0), |held| held.applied);
         self.chunk_back = 0;
         self.budget = super::Budget::default();
         self.images.clear(limits.image_tokens);
@@ -80,13 +82,24 @@ impl Scheduler {
         (self.prompt_turn, self.decode_turn) = (first, 0);
     }
 
+    /// Forgets what is cached of sessions that have ended, so that those that come begin with their first token: a node
+    /// that begins to compute along would otherwise lack what theirs are built on.
+    pub fn forget_cache(&mut self) {
+        for slot in &mut self.slots {
+            if let Slot::Kept(kept) = slot {
+                kept.lose_all_but(0);
+            }
+        }
+    }
+
     /// A pass beside all sessions that shows whether a ring goes around: `rows` of slot 0, whose contents are lost by
     /// it, or none at all. To be sent while no other pass is in the ring; it is not completed.
     pub fn probe(&mut self, token: Option<brigade_base::Token>) -> Pass {
         let id = self.next_pass;
         self.next_pass = id.next();
+        let follows = std::mem::replace(&mut self.last_pass, id);
         let sets = token.iter().map(|_| RowSet { slot: 0, keep: 0, n_rows: 1, n_outputs: 1 }).collect();
-        let pass = Pass { id, sets, tokens: token.into_iter().collect(), ..Pass::default() };
+        let pass = Pass { id, follows, sets, tokens: token.into_iter().collect(), ..Pass::default() };
         self.touched.note(&pass);
         if token.is_some() {
             match &mut self.slots[0] {

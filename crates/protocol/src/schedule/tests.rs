@@ -503,3 +503,32 @@ fn an_answer_that_began_elsewhere_must_leave_room_too() {
     assert_eq!(admit(246), Err(AdmitError::TooLong { tokens: 256, context: 256 }));
     assert_eq!(admit(245), Ok(()));
 }
+
+#[test]
+fn what_is_forgotten_of_the_cache_is_computed_again() {
+    let mut world = world(2, 2);
+    world.ask(1, text(1, 60), 3);
+    world.drain();
+    world.scheduler.forget_cache();
+    let id = world.ask(2, text(1, 60), 3);
+    world.drain();
+    assert_eq!(world.cached(id), 0);
+    let id = world.ask(3, text(1, 60), 3);
+    world.drain();
+    assert_eq!(world.cached(id), 58);
+}
+
+/// The first pass of a ring follows the last one that all stages have applied; those that were lost count no more.
+#[test]
+fn passes_say_which_one_they_follow() {
+    let mut world = world(2, 2);
+    world.ask(1, text(1, 60), 20);
+    let ids = |passes: &[Pass]| passes.iter().map(|pass| (pass.id.0, pass.follows.0)).collect::<Vec<_>>();
+    assert_eq!(ids(&world.send_all()), [(1, 0), (2, 1)]);
+    let limits = world.scheduler.limits;
+    world.scheduler.recover(limits, Some(&Held { applied: PassId(1), tokens: vec![256; 2] }));
+    assert_eq!(world.scheduler.probe(None).follows, PassId(1));
+    assert_eq!(world.scheduler.next_pass().map(|pass| (pass.id.0, pass.follows.0)), Some((4, 3)));
+    world.scheduler.recover(limits, None);
+    assert_eq!(world.scheduler.probe(Some(1)).follows, PassId(0));
+}

@@ -268,7 +268,7 @@ impl Worker {
 
 /// A stage that stands by computes what it can; a slot that misses something is of no use until it begins anew.
 fn stand_by(host: &mut Host<'_>, stage: &mut Stage, head: &mut FrameHead, rows: &mut [f32]) {
-    if head.pass != stage.applied.next() {
+    if head.follows > stage.applied {
         stage.lose_all();
     }
     let (steps, sets) = (std::mem::take(&mut head.steps), std::mem::take(&mut head.sets));
