@@ -425,7 +425,8 @@ fn a_worker_that_computed_along_takes_over_without_a_replay() {
     cluster.wait_idle();
     let n_rows = rows(&cluster) - n_before;
     let n_needed = (PROMPT + LONG as usize) as f64;
-    assert!(n_rows < n_needed + MOST_AGAIN, "{n_rows} rows for {n_needed} tokens");
+    // The last token is chosen and not computed.
+    assert!((n_needed - 1.0..n_needed + MOST_AGAIN).contains(&n_rows), "{n_rows} rows for {n_needed} tokens");
 }
 
 #[test]

@@ -14,7 +14,8 @@ use std::time::Duration;
 
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
-/// How soon a connection whose other end reads nothing notices a reset: far below any time that failures are measured in.
+/// How soon a connection whose other end reads nothing notices a reset: far below any time that failures are measured
+/// in.
 const LOOK: Duration = Duration::from_millis(10);
 
 /// How long the target may take to accept: it is on this machine.
