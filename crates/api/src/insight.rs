@@ -4,20 +4,23 @@ use axum::Extension;
 use axum::Json;
 use axum::extract::{Path, State};
 use axum::http::header;
-use axum::response::{IntoResponse, Response};
+use axum::response::IntoResponse;
 use brigade_node::METRICS_TYPE;
 use brigade_node::serving::RequestTrace;
 
 use crate::access::Caller;
 use crate::error::ApiError;
 use crate::fields::clip;
-use crate::routes::{Answered, PathEnd, Shared};
+use crate::routes::{Answered, PathEnd, Shared, blocking};
 
 /// `GET /metrics`.
-pub(crate) async fn metrics(State(app): Shared) -> Response {
-    let mut text = app.serving.metrics();
-    app.traffic.append_to(&mut text);
-    ([(header::CONTENT_TYPE, METRICS_TYPE)], text).into_response()
+pub(crate) async fn metrics(State(app): Shared) -> Answered {
+    let text = blocking(move || {
+        let mut text = app.serving.metrics();
+        app.traffic.append_to(&mut text);
+        Ok(text)
+    });
+    Ok(([(header::CONTENT_TYPE, METRICS_TYPE)], text.await?).into_response())
 }
 
 /// `GET /debug/requests/{id}`. Another's request is as unknown as one that never was.
@@ -27,6 +30,8 @@ pub(crate) async fn request(
     id: PathEnd,
 ) -> Answered<Json<RequestTrace>> {
     let Path(id) = id?;
-    let trace = app.serving.trace(&id).filter(|trace| caller.may_see(trace.tenant));
+    let asked = id.clone();
+    let trace = blocking(move || Ok(app.serving.trace(&asked))).await?;
+    let trace = trace.filter(|trace| caller.may_see(trace.tenant));
     trace.map(Json).ok_or_else(|| ApiError::unknown_request(&clip(&id)))
 }

@@ -124,8 +124,10 @@ async fn ready(State(app): Shared) -> Response {
     (status, Json(body)).into_response()
 }
 
-async fn status(State(app): Shared) -> Response {
-    Json(app.serving.status()).into_response()
+async fn status(State(app): Shared) -> Answered {
+    // A gateway asks the coordinator.
+    let status = blocking(move || Ok(app.serving.status())).await?;
+    Ok(Json(status).into_response())
 }
 
 async fn list_tickets(State(app): Shared, headers: HeaderMap) -> Answered {
