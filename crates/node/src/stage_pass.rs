@@ -12,7 +12,7 @@
 
 use brigade_base::{Epoch, ImageId, PassId};
 use brigade_engine::{Input, KvError, Row, RunError, Stage};
-use brigade_protocol::control::Held;
+use brigade_protocol::control::{Held, MAX_SESSIONS};
 use brigade_protocol::frame::{KvStep, RowSet};
 use brigade_protocol::handover::Room;
 
@@ -80,6 +80,7 @@ pub struct PassRunner {
     /// Said that the disk refuses, and since then it has.
     said_lost: bool,
     rows: Vec<Row>,
+    wave_out: Vec<f32>,
     image: Vec<u8>,
 }
 
@@ -98,6 +99,7 @@ impl PassRunner {
             said_off: false,
             said_lost: false,
             rows: Vec::new(),
+            wave_out: Vec::new(),
             image: Vec::new(),
         }
     }
@@ -341,6 +343,41 @@ impl PassRunner {
     /// later `keep` would not undo.
     pub fn run(&mut self, sets: &[RowSet], hidden: &mut [f32], out: &mut Vec<f32>) -> Result<(), PassError> {
         out.clear();
+        if self.input_scale != 1.0 {
+            hidden.iter_mut().for_each(|value| *value *= self.input_scale);
+        }
+        let n_embd = self.stage.n_embd() as usize;
+        let (mut sets, mut hidden) = (sets, hidden);
+        loop {
+            let (wave, later) = sets.split_at(first_wave(sets));
+            let n_values = wave.iter().map(|set| set.n_rows as usize).sum::<usize>() * n_embd;
+            // What is too short is refused by the engine.
+            let (values, rest) = hidden.split_at_mut(n_values.min(hidden.len()));
+            match later {
+                [] if out.is_empty() => return self.run_wave(wave, values, out),
+                _ => self.run_wave_after(wave, values, out)?,
+            }
+            if later.is_empty() {
+                return Ok(());
+            }
+            (sets, hidden) = (later, rest);
+        }
+    }
+
+    /// Runs sets of different slots behind others, and appends what comes of them.
+    fn run_wave_after(&mut self, sets: &[RowSet], hidden: &mut [f32], out: &mut Vec<f32>) -> Result<(), PassError> {
+        let mut wave_out = std::mem::take(&mut self.wave_out);
+        let result = self.run_wave(sets, hidden, &mut wave_out);
+        if result.is_ok() {
+            out.extend_from_slice(&wave_out);
+        }
+        self.wave_out = wave_out;
+        result
+    }
+
+    /// Runs sets of different slots.
+    fn run_wave(&mut self, sets: &[RowSet], hidden: &mut [f32], out: &mut Vec<f32>) -> Result<(), PassError> {
+        out.clear();
         self.rows.clear();
         for set in sets {
             let held = self.check_holds(set.slot, set.keep)?;
@@ -357,9 +394,6 @@ impl PassRunner {
         }
         if self.rows.is_empty() {
             return Ok(());
-        }
-        if self.input_scale != 1.0 {
-            hidden.iter_mut().for_each(|value| *value *= self.input_scale);
         }
         Ok(self.stage.run(&self.rows, Input::Hidden(hidden), out)?)
     }
@@ -378,7 +412,13 @@ impl PassRunner {
         let (mut n_sets, mut at) = (0, 0);
         while let Some(&set) = sets.get(n_sets) {
             let n_values = set.n_rows as usize * n_embd;
-            match self.check_holds(set.slot, set.keep) {
+            // It may build on a set before it, of which no row is computed yet.
+            let before = sets[..n_sets].iter().rev().find(|before| before.slot == set.slot);
+            let fits = match before.is_some_and(|before| set.keep <= before.keep + before.n_rows) {
+                true => Ok(set.keep),
+                false => self.check_holds(set.slot, set.keep),
+            };
+            match fits {
                 Ok(_) => {
                     n_sets += 1;
                     at += n_values;
@@ -394,6 +434,17 @@ impl PassRunner {
         }
         self.run(sets, hidden, out)
     }
+}
+
+/// How many of the first sets are of different slots. A set that follows another one of its slot builds on it.
+fn first_wave(sets: &[RowSet]) -> usize {
+    let mut seen = [false; MAX_SESSIONS as usize];
+    let is_new = |set: &&RowSet| match seen.get_mut(set.slot as usize) {
+        Some(seen) => !std::mem::replace(seen, true),
+        // A slot that does not exist is found when it is used.
+        None => true,
+    };
+    sets.iter().take_while(is_new).count()
 }
 
 #[cfg(test)]
@@ -571,6 +622,22 @@ mod tests {
         assert_eq!(held(runner), (1, vec![5, 0, 0, 0]));
         runner.stand_by(PassId(2));
         assert_eq!(held(runner), (1, vec![0, 0, 0, 0]));
+    }
+
+    #[test]
+    fn sets_of_one_slot_are_computed_one_after_the_other() {
+        let (_dir, mut stage) = stage(0);
+        let (_other, mut one_by_one) = self::stage(0);
+        let passes = [[set(0, 0, 5), set(1, 0, 3)], [set(0, 5, 1), set(1, 3, 1)], [set(0, 6, 1), set(1, 4, 1)]];
+        let expected: Vec<f32> = passes.iter().flat_map(|sets| compute(&mut one_by_one.runner, sets)).collect();
+        assert_eq!(compute(&mut stage.runner, &passes.concat()), expected);
+        assert_eq!([0, 1].map(|slot| stage.runner.stage().len(slot)), [7, 5]);
+        // One that stands by takes them in the same way, and what does not fit is lost with what follows it.
+        let (_third, mut standby) = self::stage(0);
+        let runner = &mut standby.runner;
+        runner.stand_by(PassId(0));
+        follow(runner, 1, &[set(0, 0, 5), set(1, 2, 1), set(0, 5, 1), set(1, 3, 1)]);
+        assert_eq!(held(runner), (1, vec![6, 0, 0, 0]));
     }
 
     #[test]

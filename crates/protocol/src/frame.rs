@@ -15,7 +15,7 @@
 //! Every stage takes the frames of a ring in the same order, and of each first the KV steps in their order, then the
 //! row sets. So all stages hold the same tokens in the same slots, and nobody needs to ask. Each row set begins with
 //! "keep the first `keep` tokens of this slot", so that a rollback, the end of a session and its replacement by
-//! another are all the same: a position.
+//! another are all the same: a position. A slot may have several sets, which are computed one after the other.
 //!
 //! A KV step that a stage cannot carry out (its disk is full, an image is gone) is marked as failed and the frame goes
 //! on: the coordinator then computes those tokens again. Rows never depend on a step of their own frame that can fail.
@@ -34,7 +34,7 @@ const TIMING_BYTES: usize = 24;
 /// Most rows of a frame: one full batch and one row of every session.
 pub const MAX_FRAME_ROWS: u32 = MAX_BATCH_ROWS + MAX_SESSIONS;
 
-/// Most row sets of a frame. A slot may occur twice: once to be emptied and once to be filled.
+/// Most row sets of a frame: one of each session, and as many again that follow others of the same slot.
 pub const MAX_ROW_SETS: u32 = 2 * MAX_SESSIONS;
 
 /// Most KV steps of a frame: each slot may be saved, and then filled from elsewhere, and as many images dropped.

@@ -32,6 +32,7 @@ use self::budget::Budget;
 use self::kv::{Images, Kept, MIN_SHARED};
 use self::recover::Touched;
 use self::session::{Served, Session};
+use crate::control::MAX_SESSIONS;
 use crate::frame::{KvStep, MAX_IMAGES, MAX_KV_STEPS, RowSet};
 
 mod budget;
@@ -51,6 +52,13 @@ pub use kv::PrefixCache;
 pub use pass::{AdmitError, Limits, Notice, Output, Pass, PassRows};
 pub use session::Arrival;
 
+/// Most rows one after the other of a session in a pass, where they are computed again: enough that what a hop costs
+/// beside computing counts little, and few enough that the stages work beside each other still.
+const MAX_WAVES: usize = 16;
+
+/// The same while others wait for their next token, which comes later by so many steps.
+const MAX_WAVES_BESIDE_DECODE: usize = 3;
+
 #[derive(Debug)]
 enum Slot {
     Held(Session),
@@ -63,6 +71,8 @@ struct InFlight {
     /// Slots with rows in the pass, and for each whether its last row has logits.
     slots: Vec<(usize, bool)>,
     n_decode: u32,
+    /// How many rows one after the other each session that decodes may have in it.
+    n_waves: u32,
     /// Rows of prompts.
     n_chunk: u32,
     /// Its steps that may fail.
@@ -165,10 +175,7 @@ impl Scheduler {
         // Somebody who was preempted may go on at once where he was.
         let decodes = self.decodes();
         if !(is_extra && decodes) {
-            for slot in self.decode_share() {
-                self.put(&mut pass, &mut sent, slot, 1);
-                sent.n_decode += 1;
-            }
+            self.put_decode_rows(&mut pass, &mut sent);
             self.put_prompts(&mut pass, &mut sent, decodes);
         }
         let n_drops = self.to_drop.len().min((MAX_KV_STEPS as usize).saturating_sub(pass.steps.len()));
@@ -205,6 +212,32 @@ impl Scheduler {
     fn tick(&mut self) -> u64 {
         self.clock += 1;
         self.clock
+    }
+
+    /// Adds one row of each session whose turn it is, and further ones of those that compute again what they had
+    /// chosen, one wave after the other: none of them waits for a choice.
+    fn put_decode_rows(&mut self, pass: &mut Pass, sent: &mut InFlight) {
+        let replays = |session: &Session| session.is_decoding() && session.n_unsent() > 1;
+        let all_replay =
+            self.held().any(|(_, s)| replays(s)) && self.held().all(|(_, s)| !s.is_decoding() || replays(s));
+        let slots = match all_replay {
+            true => self.held().filter(|(_, s)| replays(s)).map(|(slot, _)| slot).collect(),
+            false => self.decode_share(),
+        };
+        let most = if all_replay { MAX_WAVES } else { MAX_WAVES_BESIDE_DECODE };
+        let n_waves = (MAX_SESSIONS as usize / slots.len().max(1)).clamp(1, most);
+        for wave in 0..n_waves {
+            for &slot in &slots {
+                let is_due = |session: &mut Session| session.is_decoding() && session.n_unsent() > 0;
+                // The last token waits for its choice, so it goes into a pass with those of its neighbours.
+                let is_more = |session: &mut Session| session.is_decoding() && session.n_unsent() > 1;
+                if self.session(slot).is_some_and(if wave == 0 { is_due } else { is_more }) {
+                    self.put(pass, sent, slot, 1);
+                    sent.n_decode += u32::from(wave == 0);
+                    sent.n_waves = wave as u32 + 1;
+                }
+            }
+        }
     }
 
     /// The slots that decode in the next pass. Those that decode at all are cut into runs of neighbours, one for each
@@ -322,7 +355,10 @@ impl Scheduler {
         }
         let pass = self.in_flight.pop_front()?;
         self.chunk_back = pass.n_chunk;
-        self.budget.observe(pass.n_decode, pass.n_chunk, stage_us);
+        // Waves take several times as long as a pass of as many sessions.
+        if pass.n_waves <= 1 {
+            self.budget.observe(pass.n_decode, pass.n_chunk, stage_us);
+        }
         for step in &pass.images {
             self.image_done(*step, !failed.get(step.step).copied().unwrap_or(false));
         }

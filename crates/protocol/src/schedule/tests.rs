@@ -532,3 +532,19 @@ fn passes_say_which_one_they_follow() {
     world.scheduler.recover(limits, None);
     assert_eq!(world.scheduler.probe(Some(1)).follows, PassId(0));
 }
+
+#[test]
+fn what_is_computed_again_travels_in_few_passes() {
+    let mut world = World::new(Limits { cache: PrefixCache::Exact, ..limits(3) }, &[COST; 2], 1);
+    let ids = [1, 2, 3].map(|id| world.ask(id, text(id as Token, 40), 150));
+    world.until_told(ids[0], 100);
+    while world.receive() {}
+    let (n_passes, limits) = (world.n_passes, world.scheduler.limits);
+    world.scheduler.recover(limits, None);
+    world.forget_positions();
+    let told = world.callers[&ids[0]].told_us.len();
+    world.until_told(ids[0], told + 1);
+    let n_passes = world.n_passes - n_passes;
+    assert!(n_passes <= 120 / MAX_WAVES as u64 + 20, "{n_passes} passes for 100 rows of each of three sessions");
+    world.drain();
+}
