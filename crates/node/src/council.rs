@@ -17,7 +17,7 @@ use brigade_base::{DeploymentId, NodeId};
 use brigade_net::{Identity, Link, Purpose, TcpLink, write_atomic};
 use brigade_protocol::control::Peer;
 use brigade_protocol::council::{
-    Action, Charter, Council, CouncilMessage, Incumbent, Input, MAX_COUNCIL_BYTES, Proposal, Stored,
+    Action, Body, Charter, Council, CouncilMessage, Incumbent, Input, MAX_COUNCIL_BYTES, Proposal, Stored,
 };
 use brigade_protocol::kind;
 
@@ -56,6 +56,8 @@ pub enum RoleChange {
 pub struct CouncilHost {
     identity: Arc<Identity>,
     inner: Mutex<Inner>,
+    /// As it was when that could be asked last.
+    has_quorum: AtomicBool,
     stopping: AtomicBool,
 }
 
@@ -66,6 +68,9 @@ struct Inner {
     peers: HashMap<NodeId, Outbox>,
     /// The node that admitted this one, before there is a charter.
     introduced: Option<NodeId>,
+    /// What waits until the disk takes what comes first among it.
+    held: Vec<Action>,
+    said_failed: bool,
 }
 
 /// The way to a peer.
@@ -103,13 +108,18 @@ impl CouncilHost {
     ) -> io::Result<Arc<Self>> {
         let council = Council::new(identity.node_id(), stored, Instant::now());
         let (path, peers) = (state_dir.join(FILE), HashMap::new());
-        let inner = Mutex::new(Inner { council, path, roles, peers, introduced: None });
-        let host = Arc::new(Self { identity, inner, stopping: AtomicBool::new(false) });
+        let inner =
+            Mutex::new(Inner { council, path, roles, peers, introduced: None, held: Vec::new(), said_failed: false });
+        let host =
+            Arc::new(Self { identity, inner, has_quorum: AtomicBool::new(true), stopping: AtomicBool::new(false) });
         let ticker = Arc::clone(&host);
         spawn("council", move || {
             while !ticker.stopping.load(Ordering::Relaxed) {
                 let now = Instant::now();
-                if lock(&ticker.inner).council.next_tick().is_some_and(|due| due <= now) {
+                let inner = lock(&ticker.inner);
+                let is_due = !inner.held.is_empty() || inner.council.next_tick().is_some_and(|due| due <= now);
+                drop(inner);
+                if is_due {
                     ticker.handle(Input::Tick);
                 }
                 std::thread::sleep(TICK);
@@ -126,7 +136,10 @@ impl CouncilHost {
 
     /// A node was heard.
     pub fn heard(&self, node: NodeId) {
-        lock(&self.inner).council.heard(Instant::now(), node);
+        // Somebody may be storing; the next sign of life comes soon, and whoever tells of this one has to answer it.
+        if let Ok(mut inner) = self.inner.try_lock() {
+            inner.council.heard(Instant::now(), node);
+        }
     }
 
     /// The link to a node closed.
@@ -141,7 +154,10 @@ impl CouncilHost {
 
     /// Whether this node coordinates and a majority is in reach.
     pub fn has_quorum(&self) -> bool {
-        lock(&self.inner).council.has_quorum(Instant::now())
+        if let Ok(inner) = self.inner.try_lock() {
+            self.has_quorum.store(inner.council.has_quorum(Instant::now()), Ordering::Relaxed);
+        }
+        self.has_quorum.load(Ordering::Relaxed)
     }
 
     /// This node takes part in a deployment of `coordinator`. What it agreed to in another one counts no more.
@@ -151,6 +167,7 @@ impl CouncilHost {
         if inner.council.charter().is_some_and(|charter| charter.deployment != deployment) {
             let stored = inner.council.stored().clone().forget();
             inner.store(&stored);
+            inner.held.clear();
             inner.council = Council::new(self.identity.node_id(), stored, Instant::now());
         }
     }
@@ -173,6 +190,13 @@ impl CouncilHost {
     /// Takes a message that came on another link than the council's own.
     pub fn receive(self: &Arc<Self>, peer: NodeId, bytes: &[u8]) {
         match CouncilMessage::decode(bytes) {
+            Ok(CouncilMessage { deployment, body: Body::Refused { incumbent: Some(incumbent), .. } })
+                if lock(&self.inner).council.charter().is_some_and(|charter| charter.deployment != deployment) =>
+            {
+                // The node that it took for its coordinator belongs to another deployment by now. Whoever coordinates
+                // that one may accept this node too; then it belongs there.
+                let _ = lock(&self.inner).roles.send(RoleChange::Follow(incumbent));
+            }
             Ok(message) => self.handle(Input::Message(peer, message)),
             Err(error) => tracing::warn!(peer = %peer.short(), %error, "a council message cannot be read"),
         }
@@ -214,9 +238,19 @@ impl CouncilHost {
 
     fn handle(self: &Arc<Self>, input: Input) {
         let inner = &mut *lock(&self.inner);
-        for action in inner.council.handle(Instant::now(), input) {
+        let mut actions = std::mem::take(&mut inner.held);
+        actions.extend(inner.council.handle(Instant::now(), input));
+        let mut actions = actions.into_iter();
+        while let Some(action) = actions.next() {
             match action {
-                Action::Store(stored) => inner.store(&stored),
+                Action::Store(stored) => {
+                    if !inner.store(&stored) {
+                        // What is not stored is not said, nor acted upon; messages may be lost anyway.
+                        let rest = actions.filter(|action| !matches!(action, Action::Send { .. }));
+                        inner.held = std::iter::once(Action::Store(stored)).chain(rest).collect();
+                        return;
+                    }
+                }
                 Action::Send { to, message } => self.send(inner, to, message),
                 Action::Lead { term, charter } => {
                     tracing::info!(term, "this node coordinates");
@@ -268,13 +302,15 @@ impl CouncilHost {
 }
 
 impl Inner {
-    /// What is not on disk must not be said, so a node that cannot write ends.
-    fn store(&self, stored: &Stored) {
-        if let Err(error) = write_atomic(&self.path, &stored.encode(), 0o600) {
+    /// Makes what the node has agreed to durable. False if the disk refuses; it is tried again then.
+    fn store(&mut self, stored: &Stored) -> bool {
+        let result = write_atomic(&self.path, &stored.encode(), 0o600);
+        if let (Err(error), false) = (&result, self.said_failed) {
             let path = self.path.display();
-            tracing::error!(%path, %error, "what this node has agreed to cannot be stored; it ends");
-            std::process::exit(1);
+            tracing::error!(%path, %error, "what this node agrees to cannot be stored, so it votes no more until it can");
         }
+        self.said_failed = result.is_err();
+        result.is_ok()
     }
 }
 

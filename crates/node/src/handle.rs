@@ -5,13 +5,12 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use brigade_base::{NodeId, Token};
-use brigade_engine::TokenizeError;
 use brigade_net::{Identity, TicketBook, TicketState};
 use tokio::sync::mpsc;
 
 use crate::coordinator::{CoordinatorOptions, MAX_WAITING};
 use crate::meter::Meter;
-use crate::model::LocalModel;
+use crate::model::{LocalModel, tokenize};
 use crate::ring::{Open, Submission, Submissions};
 use crate::serving::{
     ClusterStatus, Event, HopParts, ModelCard, Readiness, Request, RequestTrace, Serving, SubmitError, TicketInfo,
@@ -58,27 +57,11 @@ impl Shared {
         let starting = "the model is about to be placed".to_owned();
         let status = ClusterStatus {
             coordinator: identity.node_id(),
-            model: card.name.clone(),
-            model_id: card.id,
             n_layers: model.architecture().n_layers,
             state: starting.clone(),
-            term: 0,
-            epoch: 0,
-            context,
             parallel: options.parallel,
-            running: 0,
-            waiting: 0,
-            tokens_generated: 0,
-            tokens_per_second: 0.0,
-            hop_us_p50: 0.0,
-            hop_us_p99: 0.0,
-            hop_us: HopParts::default(),
-            kv_tokens: 0,
             kv_capacity: u64::from(context) * u64::from(options.parallel),
-            uptime_s: 0,
-            recoveries: 0,
-            last_recovery: None,
-            nodes: Vec::new(),
+            ..blank_status(&card)
         };
         Self {
             status: Mutex::new(status),
@@ -167,21 +150,15 @@ impl Handle {
         if let Readiness::NotReady(why) = self.readiness() {
             return Err(SubmitError::NotReady(why));
         }
-        if request.prompt.is_empty() {
-            return Err(SubmitError::PromptEmpty);
-        }
-        if request.prompt.len() >= card.context as usize {
-            return Err(SubmitError::PromptTooLong { tokens: request.prompt.len(), context: card.context });
-        }
+        card.check(&request)?;
         if request.prompt.len() + answer.len() > card.context as usize {
             let why = format!("prompt and answer have more than the {} tokens of a session", card.context);
             return Err(SubmitError::Invalid(why));
         }
         let is_known = |&token: &Token| u32::try_from(token).is_ok_and(|t| t < card.n_vocab);
-        if let Some(&token) = request.prompt.iter().chain(&answer).find(|t| !is_known(t)) {
+        if let Some(&token) = answer.iter().find(|t| !is_known(t)) {
             return Err(SubmitError::UnknownToken { token: token.into(), n_vocab: card.n_vocab });
         }
-        request.sampling.validate(card.n_vocab).map_err(|error| SubmitError::Invalid(error.to_string()))?;
         let most = MAX_WAITING + self.shared.parallel as usize;
         let open = self.shared.open.take(request.tenant, most);
         let open = open.ok_or(SubmitError::Busy { waiting: MAX_WAITING })?;
@@ -213,12 +190,7 @@ impl Serving for Handle {
     }
 
     fn tokenize(&self, text: &str, add_special: bool, parse_special: bool) -> Result<Vec<Token>, SubmitError> {
-        let context = self.shared.card.context;
-        let vocabulary = self.model.vocabulary();
-        vocabulary.tokenize_at_most(text, add_special, parse_special, context as usize).map_err(|error| match error {
-            TokenizeError::TooManyTokens { at_least: tokens, .. } => SubmitError::PromptTooLong { tokens, context },
-            other => SubmitError::Invalid(other.to_string()),
-        })
+        tokenize(self.model.vocabulary(), self.shared.card.context, text, add_special, parse_special)
     }
 
     fn token_bytes(&self, token: Token) -> Vec<u8> {
@@ -269,5 +241,33 @@ impl Serving for Handle {
     fn revoke_ticket(&self, id: &str) -> Result<bool, String> {
         let Ok(id) = id.parse() else { return Ok(false) };
         lock(&self.shared.tickets).revoke(id).map_err(|error| error.to_string())
+    }
+}
+
+/// How things stand with a model of which nobody has told more.
+pub(crate) fn blank_status(card: &ModelCard) -> ClusterStatus {
+    ClusterStatus {
+        coordinator: NodeId::from_bytes([0; 32]),
+        model: card.name.clone(),
+        model_id: card.id,
+        n_layers: 0,
+        state: String::new(),
+        term: 0,
+        epoch: 0,
+        context: card.context,
+        parallel: 0,
+        running: 0,
+        waiting: 0,
+        tokens_generated: 0,
+        tokens_per_second: 0.0,
+        hop_us_p50: 0.0,
+        hop_us_p99: 0.0,
+        hop_us: HopParts::default(),
+        kv_tokens: 0,
+        kv_capacity: 0,
+        uptime_s: 0,
+        recoveries: 0,
+        last_recovery: None,
+        nodes: Vec::new(),
     }
 }

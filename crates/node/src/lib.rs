@@ -1,8 +1,10 @@
-//! The worker and the coordinator: owner loops that hold stages and move tokens through them.
+//! A node: it holds stages and moves tokens through them, as the coordinator or as a worker.
 //!
-//! - [`Coordinator`] opens a [`LocalModel`], places it with the state machine of `brigade-protocol`, holds the tail
-//!   stage and serves [`serving::Request`]s through a [`Handle`].
-//! - [`Worker`] runs a stage for a coordinator elsewhere.
+//! - [`Node`] owns the part that a node plays and changes it as the council says. A coordinator opens a [`LocalModel`],
+//!   places it with the state machine of `brigade-protocol`, holds the tail stage and serves [`serving::Request`]s
+//!   through a [`Handle`]. A worker runs stages for a coordinator elsewhere.
+//! - The `council` is the node's vote on who coordinates: the state machine of `brigade-protocol` with file and links.
+//! - The `site` is what a node keeps through all parts: key, state directory, the address where links come in.
 //! - [`Gateway`] answers requests on any node, through whoever coordinates.
 //!
 //! Each has one thread that owns its state and hears of everything else through one channel; threads that block (links,

@@ -11,9 +11,9 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use brigade_base::{ByteSize, DeploymentId, NodeId};
+use brigade_base::{ByteSize, DeploymentId, Hash, NodeId};
 use brigade_net::{Ticket, TicketSecret};
-use brigade_protocol::council::{Charter, Incumbent, Voter};
+use brigade_protocol::council::{Charter, Incumbent, Stored, Voter};
 
 use crate::coordinator::{Coordinator, CoordinatorError, CoordinatorOptions, DeploymentSettings};
 use crate::council::RoleChange;
@@ -46,6 +46,12 @@ pub enum NodeError {
     /// The system gives no threads.
     #[error("the system gives no thread: {0}")]
     Thread(std::io::Error),
+    /// It was elected and cannot do what it was elected for.
+    #[error(
+        "this node was elected to coordinate and does not have the model that is served; start it again, with --model \
+         FILE if it is to take over, without it if not"
+    )]
+    NoModel,
     /// What was agreed before cannot be used.
     #[error("this node cannot found a deployment: {0}")]
     Charter(String),
@@ -153,7 +159,7 @@ impl Node {
             let belongs = |c: &Charter| c.voter(known.node).is_some() && c.voter(me).is_some();
             match stored.charter.as_ref().is_some_and(|charter| has_ticket && !belongs(charter)) {
                 true => stored.forget(),
-                false => stored,
+                false => able(stored, me, model.as_ref().map(LocalModel::header_hash)),
             }
         })?;
         let coordinator_options = CoordinatorOptions {
@@ -205,7 +211,7 @@ impl Node {
             front: Arc::clone(&front),
             view: Arc::clone(&part),
             stops: Arc::clone(&stops),
-            known: None,
+            by_hand: known.clone(),
             part: Running::Nothing,
         };
         if let Some(known) = known {
@@ -260,6 +266,26 @@ impl Node {
     }
 }
 
+/// What was stored, with this node as one that may not lead if it has not the model that is served any more.
+///
+/// No quorum is mistaken for that: only a candidate and a coordinator count by their own charter, and this node becomes
+/// neither until a coordinator that knows what it offers sends another one.
+fn able(mut stored: Stored, me: NodeId, own: Option<Hash>) -> Stored {
+    if let Some(charter) = &mut stored.charter
+        && !has_model(charter, own)
+    {
+        let voters = charter.voters.iter_mut().chain(&mut charter.before);
+        voters.filter(|voter| voter.node == me).for_each(|voter| voter.may_lead = false);
+    }
+    stored
+}
+
+/// Whether `own`, the hash of a model's header, is what the charter's deployment serves; not, if its settings are of
+/// another program.
+fn has_model(charter: &Charter, own: Option<Hash>) -> bool {
+    DeploymentSettings::decode(&charter.settings).is_some_and(|settings| own == Some(settings.header_hash))
+}
+
 /// What each part is started with.
 struct Options {
     coordinator: CoordinatorOptions,
@@ -285,8 +311,8 @@ struct Runner {
     front: Arc<Gateway>,
     view: Arc<Mutex<PartView>>,
     stops: Arc<AtomicU32>,
-    /// The coordinator that it works for, or did last.
-    known: Option<KnownCoordinator>,
+    /// The coordinator that it was started for, where somebody said that it is.
+    by_hand: Option<KnownCoordinator>,
     part: Running,
 }
 
@@ -338,12 +364,17 @@ impl Runner {
     }
 
     fn lead(&mut self, term: u64, charter: &Charter) -> Result<(), NodeError> {
-        // Only who has the model is elected.
-        let Some(model) = self.model.clone() else { return Ok(()) };
+        // Only who has the model is elected, unless a coordinator did not hear in time that it is gone. Others take
+        // over when this node ends.
+        let served = self.model.clone().filter(|model| has_model(charter, Some(model.header_hash())));
+        let model = served.ok_or(NodeError::NoModel)?;
         self.front.follow(None);
         self.drop_part();
         let mut options = self.options.coordinator.clone();
-        if let (false, Some(settings)) = (self.options.founded, DeploymentSettings::decode(&charter.settings)) {
+        // Whoever founded the deployment and comes back to it may have been given other settings. Whoever takes over from
+        // another one goes on with what holds.
+        let is_own = self.options.founded && charter.coordinator == self.site.identity.node_id();
+        if let (false, Some(settings)) = (is_own, DeploymentSettings::decode(&charter.settings)) {
             options = settings.into_options(options);
         }
         let coordinator = Coordinator::start(model, options, &self.site, term, charter)?;
@@ -354,20 +385,19 @@ impl Runner {
     }
 
     fn follow(&mut self, incumbent: Incumbent) -> Result<(), NodeError> {
-        let Incumbent { peer, .. } = incumbent;
+        let Incumbent { term, peer } = incumbent;
         let mut known = KnownCoordinator { node: peer.node, addresses: peer.addresses };
         // An address that somebody gave by hand may lead through where the coordinator's own do not.
-        let by_hand = self.known.iter().filter(|before| before.node == known.node).flat_map(|before| &before.addresses);
-        for address in by_hand {
+        let by_hand = self.by_hand.iter().filter(|by_hand| by_hand.node == known.node);
+        for address in by_hand.flat_map(|by_hand| &by_hand.addresses) {
             if !known.addresses.contains(address) {
                 known.addresses.push(address.clone());
             }
         }
-        self.front.follow(Some((known.node, known.addresses.clone())));
+        self.front.follow_term(term, known.node, known.addresses.clone());
         match &self.part {
             Running::Works(worker) => {
-                worker.follow(known.clone());
-                self.known = Some(known);
+                worker.follow(known);
                 Ok(())
             }
             Running::Coordinates(_) | Running::Nothing => {
@@ -378,7 +408,6 @@ impl Runner {
     }
 
     fn work(&mut self, known: KnownCoordinator, secret: Option<TicketSecret>) -> Result<(), NodeError> {
-        self.known = Some(known.clone());
         self.front.follow(Some((known.node, known.addresses.clone())));
         let own = self.model.as_ref().map(|model| Arc::clone(model.file()));
         let worker = Worker::start(&self.options.worker, own, &self.site, known, secret)?;
@@ -405,6 +434,48 @@ impl Runner {
             Running::Nothing => Ok(()),
             Running::Coordinates(coordinator) => Ok(coordinator.wait()?),
             Running::Works(worker) => Ok(worker.wait()?),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    #[test]
+    fn a_node_without_the_model_may_lead_no_more() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/abacus-f16.gguf");
+        let model = LocalModel::open(&path, dir.path(), &|_, _| {}).unwrap();
+        let me = NodeId::from_bytes([1; 32]);
+        let own = Voter { node: me, name: String::new(), addresses: Vec::new(), may_lead: true };
+        let options = CoordinatorOptions {
+            state_dir: dir.path().to_owned(),
+            model_name: None,
+            name: String::new(),
+            listen: ([127, 0, 0, 1], 0).into(),
+            memory: ByteSize(0),
+            threads: 1,
+            context: None,
+            parallel: 1,
+            nodes_wanted: 1,
+            spread: false,
+            split: None,
+            prefix_cache: PrefixCache::default(),
+            kv_spill: ByteSize(0),
+            redundancy: 1,
+            shadow: false,
+            wait_for_capacity: Duration::ZERO,
+            drain_timeout: Duration::ZERO,
+        };
+        let settings = DeploymentSettings::of(&options, &model).encode();
+        let stored = Stored::default().found(DeploymentId(1), own, settings).unwrap();
+        assert_eq!(able(stored.clone(), me, Some(model.header_hash())), stored);
+        for own in [None, Some(Hash::from_bytes([9; 32]))] {
+            let charter = able(stored.clone(), me, own).charter.unwrap();
+            assert!(!charter.voters[0].may_lead);
         }
     }
 }

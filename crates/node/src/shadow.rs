@@ -1,6 +1,6 @@
 //! Sending the frames of a ring to a node that stands by, beside the ring.
 //!
-//! The ring never waits for it: frames are copied into a short queue, a thread of its own sends them, and who does not
+//! The ring never waits for it: frames are copied into a bounded queue, a thread of its own sends them, and who does not
 //! keep up is given up. Its slots then turn out to be short, which costs a replay and nothing else.
 //!
 //! [`Shadow`] belongs to the thread that makes the frames; a [`ShadowSlot`] lets another thread put it there and take
@@ -15,12 +15,13 @@ use std::sync::{Arc, Mutex};
 use brigade_net::Link;
 use brigade_protocol::frame::row_bytes;
 use brigade_protocol::kind;
+use brigade_protocol::schedule::MAX_SHADOW_LAG;
 
 use crate::threads::{lock, spawn};
 
-/// Most frames that wait for a node that stands by. Behind a loss rows come one by one as fast as the ring computes
-/// them, while that node may have a stage of its own to serve; a whole session of them is let wait.
-const MAX_QUEUED: usize = 4096;
+/// Most frames that wait for a node that stands by: as many as the scheduler remembers. Behind a loss rows come as fast
+/// as the ring computes them, while that node may have a stage of its own to serve.
+const MAX_QUEUED: usize = MAX_SHADOW_LAG;
 
 /// Most bytes that wait for it: one full frame.
 const MAX_QUEUED_BYTES: usize = brigade_net::MAX_FRAME;

@@ -52,8 +52,9 @@ pub const MAX_LOGIT_BIASES: u64 = 4096;
 /// Most bytes of a vocabulary: the header of a model file is no longer, and this is a part of it.
 pub const MAX_VOCABULARY_BYTES: u64 = 256 << 20;
 
-/// Most bytes of the vocabulary in one message, so that tokens get through between two of them.
-pub const VOCABULARY_CHUNK: usize = 1 << 20;
+/// Most bytes of the vocabulary in one message. Tokens get through between two of them, and each is a sign of life:
+/// half a megabit per second brings one within [`DEAD_AFTER_MS`](crate::control::DEAD_AFTER_MS).
+pub const VOCABULARY_CHUNK: usize = 64 << 10;
 
 /// From a gateway to the coordinator.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

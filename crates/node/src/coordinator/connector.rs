@@ -16,12 +16,16 @@ use crate::handle::Shared;
 use crate::incoming::Incoming;
 use crate::loaded::LoadedStage;
 use crate::outgoing::{Outgoing, Shadow};
-use crate::reach::reach;
+use crate::reach::{reach, while_wanted};
 use crate::ring::{Connection, Happening, News, RingEnd, RingLinks, Stop};
 use crate::threads::lock;
 
 /// How long the last worker's link may take after all stages have loaded.
 const RING_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// How long a ring waits for who stands by for its first stage: longer than a machine that is well takes, and short
+/// beside any recovery.
+const SHADOW_PATIENCE: Duration = Duration::from_millis(250);
 
 /// Ends a ring from outside.
 #[derive(Clone)]
@@ -86,9 +90,10 @@ impl Connector {
     /// Dials the first worker and waits for the last one.
     fn connect(&self) -> Result<Option<RingLinks>, String> {
         let Some(first) = &self.first else { return Ok(None) };
-        let first =
-            self.dial(first, Feed::Passes).map_err(|why| format!("the first stage cannot be reached: {why}"))?;
-        let shadow = self.shadow.as_ref().and_then(|shadow| match self.dial(shadow, Feed::Shadow) {
+        let (ever, soon) = (Duration::MAX, SHADOW_PATIENCE);
+        let first = self.dial(first, Feed::Passes, ever);
+        let first = first.map_err(|why| format!("the first stage cannot be reached: {why}"))?;
+        let shadow = self.shadow.as_ref().and_then(|shadow| match self.dial(shadow, Feed::Shadow, soon) {
             Ok(link) => Shadow::new(link).ok(),
             Err(why) => {
                 tracing::warn!(why, "who stands by for the first stage gets no frames");
@@ -113,8 +118,13 @@ impl Connector {
         }
     }
 
-    fn dial(&self, peer: &Peer, feed: Feed) -> Result<Arc<dyn Link>, String> {
-        let link = reach(&self.identity, peer.node, &peer.addresses, Purpose::Data, None).map_err(|e| e.to_string())?;
+    /// A link to a stage, unless the ring is stopped or `patience` is over before it is there.
+    fn dial(&self, peer: &Peer, feed: Feed, patience: Duration) -> Result<Arc<dyn Link>, String> {
+        let (identity, to, begin) = (Arc::clone(&self.identity), peer.clone(), Instant::now());
+        let dial = move || reach(&identity, to.node, &to.addresses, Purpose::Data, None);
+        let is_wanted = || !self.stopper.stop.is_set() && begin.elapsed() < patience;
+        let dialled = while_wanted(dial, is_wanted, |result| drop(result.map(|link| link.close())));
+        let link = dialled.ok_or("it did not answer in time")?.map_err(|error| error.to_string())?;
         let attach = Attach { deployment: self.deployment, epoch: self.epoch, stage: 0, feed };
         link.send(kind::ATTACH, &[&attach.encode()]).map_err(|error| error.to_string())?;
         let link = link as Arc<dyn Link>;

@@ -1,7 +1,7 @@
 //! Who may come in while this node coordinates.
 
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use brigade_base::NodeId;
 use brigade_net::{Hello, Link, Members, Purpose, Refusal, TcpLink};
@@ -25,6 +25,28 @@ pub(super) struct Door {
     pub(super) handle: Arc<dyn Coordinating>,
     /// The model's header with its vocabulary, for gateways.
     pub(super) vocabulary: OnceLock<Vec<u8>>,
+    pub(super) requests: Arc<RequestLinks>,
+}
+
+/// The links of gateways while this node coordinates.
+#[derive(Default)]
+pub(super) struct RequestLinks(Mutex<(bool, Vec<Weak<TcpLink>>)>);
+
+impl RequestLinks {
+    /// Takes one in. False if there are to be none any more.
+    fn add(&self, link: &Arc<TcpLink>) -> bool {
+        let (is_over, links) = &mut *lock(&self.0);
+        links.retain(|link| link.strong_count() > 0);
+        links.push(Arc::downgrade(link));
+        !*is_over
+    }
+
+    /// Ends all.
+    pub(super) fn close_all(&self) {
+        let (is_over, links) = &mut *lock(&self.0);
+        *is_over = true;
+        links.drain(..).filter_map(|link| link.upgrade()).for_each(|link| link.close());
+    }
 }
 
 impl Doorkeeper for Door {
@@ -58,6 +80,7 @@ impl Doorkeeper for Door {
                 }
             }
             Purpose::Weights => serve_weights(&*link, self.model.file()),
+            Purpose::Requests if !self.requests.add(&link) => link.close(),
             Purpose::Requests => {
                 let header = || brigade_gguf::vocabulary_header(self.model.file().catalog());
                 let link = link as Arc<dyn Link>;

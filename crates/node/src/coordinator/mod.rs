@@ -28,7 +28,7 @@ use brigade_protocol::council::Charter;
 use brigade_protocol::frame::{FrameHead, RowSet};
 use brigade_protocol::schedule::PrefixCache;
 
-use self::door::Door;
+use self::door::{Door, RequestLinks};
 use self::muster::{Muster, Voters};
 use self::owner::{Event, Owner, Tail};
 pub(crate) use self::settings::DeploymentSettings;
@@ -176,10 +176,12 @@ impl Coordinator {
         let tickets = TicketBook::open(&site.state_dir).map_err(|e| state(e.to_string()))?;
         let mut members = Members::open(&site.state_dir).map_err(|e| state(e.to_string()))?;
         let me = site.identity.node_id();
-        // Those who vote or were members were admitted by the coordinator before.
+        // Those who vote or were members were admitted by the coordinator before. One that comes back has its own list,
+        // from which somebody may have been taken.
+        let took_over = charter.coordinator != me;
         let known = DeploymentSettings::decode(&charter.settings).map(|settings| settings.members).unwrap_or_default();
         let voters = charter.electorate().map(|voter| (voter.node, voter.name.clone()));
-        for (node, name) in voters.chain(known).filter(|(node, _)| *node != me) {
+        for (node, name) in voters.chain(known).filter(|(node, _)| took_over && *node != me) {
             members.admit(node, &name, seconds_since_1970()).map_err(|e| state(e.to_string()))?;
         }
         let members = Arc::new(Mutex::new(members));
@@ -213,6 +215,7 @@ impl Coordinator {
         let shared = Shared::new(&model, &site.identity, &options, context, tickets, addresses, submissions);
         let shared = Arc::new(shared);
         let handle = Arc::new(Handle::new(Arc::clone(&shared), Arc::clone(&model), Arc::clone(&meter)));
+        let requests = Arc::new(RequestLinks::default());
         let keeper = site.keep(Arc::new(Door {
             members: Arc::clone(&members),
             shared: Arc::clone(&shared),
@@ -220,6 +223,7 @@ impl Coordinator {
             events: events.clone(),
             handle: Arc::clone(&handle) as Arc<dyn Coordinating>,
             vocabulary: OnceLock::new(),
+            requests: Arc::clone(&requests),
         }));
         let settings_of_all = DeploymentSettings::of(&options, &model);
         let (connections, connected) = channel();
@@ -229,6 +233,8 @@ impl Coordinator {
             cluster: Cluster::new(settings.clone()),
             settings,
             voters: Voters::new(me, &options, addresses, charter, settings_of_all, members),
+            requests,
+            shadows: Vec::new(),
             council: Arc::clone(&site.council),
             had_quorum: true,
             header: model.file().catalog().header_bytes(true),

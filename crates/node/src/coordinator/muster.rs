@@ -9,7 +9,7 @@ use brigade_base::NodeId;
 use brigade_net::Members;
 use brigade_protocol::cluster::Settings;
 use brigade_protocol::control::Offer;
-use brigade_protocol::council::{Charter, Proposal, Voter};
+use brigade_protocol::council::{Charter, MAX_VOTERS, Proposal, Voter};
 
 use super::{CoordinatorOptions, DeploymentSettings};
 use crate::threads::lock;
@@ -44,12 +44,15 @@ impl Voters {
     ) -> Self {
         let addresses = addresses.iter().map(ToString::to_string).collect();
         let now = Instant::now();
-        let others = charter.electorate().filter(|voter| voter.node != me);
+        // Whoever was taken from the list of members votes no more.
+        let is_member = |node| lock(&members).contains(&node);
+        let others = charter.electorate().filter(|voter| voter.node != me && is_member(voter.node));
+        let others = others.map(|voter| (voter.node, (voter.clone(), Some(now)))).collect();
         Self {
             own: Voter { node: me, name: options.name.clone(), addresses, may_lead: true },
             settings,
             members,
-            others: others.map(|voter| (voter.node, (voter.clone(), Some(now)))).collect(),
+            others,
             changed: true,
         }
     }
@@ -79,7 +82,12 @@ impl Voters {
         if !std::mem::take(&mut self.changed) {
             return None;
         }
-        let others = self.others.values().map(|(voter, _)| voter.clone()).collect();
+        let mut others: Vec<_> = self.others.values().collect();
+        others.sort_by_key(|(voter, away)| (away.is_some(), !voter.may_lead));
+        if others.len() >= MAX_VOTERS {
+            tracing::warn!(n_nodes = others.len(), "more nodes than can vote; some have no vote");
+        }
+        let others = others.into_iter().map(|(voter, _)| voter.clone()).take(MAX_VOTERS - 1).collect();
         let settings = self.settings.clone().with_members(&lock(&self.members)).encode();
         Proposal::new(self.own.clone(), others, settings)
             .inspect_err(|error| tracing::warn!(%error, "some nodes do not vote"))

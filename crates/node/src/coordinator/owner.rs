@@ -19,6 +19,7 @@ use brigade_protocol::frame::{Attach, Feed};
 use brigade_protocol::schedule::Limits;
 
 use super::connector::{Connector, RingStopper};
+use super::door::RequestLinks;
 use super::muster::{Muster, Voters};
 use super::worker_link::{Pulse, WorkerLink, read_worker, with_seen_address, write_worker};
 use super::{CHUNK, CoordinatorError, CoordinatorOptions};
@@ -99,6 +100,10 @@ pub(super) struct Owner {
     pub(super) settings: Settings,
     pub(super) muster: Muster,
     pub(super) voters: Voters,
+    /// The links of gateways, which end with this.
+    pub(super) requests: Arc<RequestLinks>,
+    /// Who computes along in the present epoch: whose frames, and who.
+    pub(super) shadows: Vec<(Epoch, u32, NodeId)>,
     pub(super) council: Arc<CouncilHost>,
     pub(super) had_quorum: bool,
     pub(super) model: Arc<LocalModel>,
@@ -138,46 +143,9 @@ pub(super) struct Owner {
 
 impl Owner {
     pub(super) fn run(mut self, inbox: &Receiver<Event>) -> Result<(), CoordinatorError> {
-        let mut given_up = None;
-        let mut offers = Vec::new();
-        while self.muster.waits(offers.len()) {
-            match inbox.recv_timeout(LOOK_EVERY) {
-                Ok(Event::Stop) => return Ok(()),
-                Ok(Event::Message(id, generation, ToCoordinator::Offer(offer))) => {
-                    offers.retain(|(other, _, _)| *other != id);
-                    offers.push((id, generation, offer));
-                }
-                Ok(event) => given_up = self.apply(event),
-                Err(_) => {}
-            }
-        }
-        if !offers.is_empty() {
-            // Whoever came in time takes part in the first placement.
-            let nodes_wanted = self.settings.nodes_wanted.max(offers.len() + 1);
-            self.cluster = Cluster::new(Settings { nodes_wanted, ..self.settings.clone() });
-        }
-        given_up = given_up.or(self.feed(Input::Tick));
-        for (id, generation, offer) in offers {
-            given_up = given_up.or(self.apply(Event::Message(id, generation, ToCoordinator::Offer(offer))));
-        }
-        let result = loop {
-            if let Some(reason) = given_up.take() {
-                break Err(CoordinatorError::Tail(reason));
-            }
-            self.load_tail_if_due();
-            self.publish();
-            let tick = self.cluster.next_tick().map(|at| at.saturating_duration_since(Instant::now()));
-            let look = if self.watch.awaited().is_some() { LOOK_EVERY } else { PUBLISH_EVERY };
-            match inbox.recv_timeout(tick.unwrap_or(look).min(look)) {
-                Ok(Event::Stop) | Err(RecvTimeoutError::Disconnected) => break Ok(()),
-                Ok(event) => given_up = self.apply(event),
-                Err(RecvTimeoutError::Timeout) => given_up = self.feed(Input::Tick),
-            }
-            if let Some(stuck) = self.stuck() {
-                given_up = given_up.or(self.feed(stuck));
-            }
-            given_up = given_up.or(self.ask_council());
-            self.dismiss_leavers();
+        let result = match self.muster(inbox) {
+            Some(early) => self.serve(early, inbox),
+            None => Ok(()),
         };
         self.shared.stopping();
         self.stop_ring("the coordinator was stopped");
@@ -191,7 +159,63 @@ impl Owner {
         }
         // The writers send what is left and then close their links.
         self.workers.clear();
+        self.requests.close_all();
         result
+    }
+
+    /// Waits for the nodes of the coordinator before, so that all take part in the first placement. Returns what is to
+    /// be applied after it begins; `None` if this is to stop.
+    fn muster(&mut self, inbox: &Receiver<Event>) -> Option<Vec<Event>> {
+        let mut early = Vec::new();
+        loop {
+            let is_here = |event: &&Event| match event {
+                Event::Message(id, generation, ToCoordinator::Offer(_)) => self.is_current(*id, *generation),
+                _ => false,
+            };
+            let n_here = early.iter().filter(is_here).count();
+            if !self.muster.waits(n_here) {
+                let nodes_wanted = self.settings.nodes_wanted.max(n_here + 1);
+                self.cluster = Cluster::new(Settings { nodes_wanted, ..self.settings.clone() });
+                return Some(early);
+            }
+            match inbox.recv_timeout(LOOK_EVERY) {
+                Ok(Event::Stop) | Err(RecvTimeoutError::Disconnected) => return None,
+                Ok(Event::WorkerLink(link)) => self.greet_worker(&link),
+                // What it has said is not heeded then.
+                Ok(Event::WorkerGone(id, generation, _)) if self.is_current(id, generation) => {
+                    self.workers.remove(&id);
+                }
+                Ok(event) => early.push(event),
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+        }
+    }
+
+    /// Coordinates until it is stopped or cannot go on.
+    fn serve(&mut self, early: Vec<Event>, inbox: &Receiver<Event>) -> Result<(), CoordinatorError> {
+        let mut given_up = self.feed(Input::Tick);
+        for event in early {
+            given_up = given_up.or(self.apply(event));
+        }
+        loop {
+            if let Some(reason) = given_up.take() {
+                return Err(CoordinatorError::Tail(reason));
+            }
+            self.load_tail_if_due();
+            self.publish();
+            let tick = self.cluster.next_tick().map(|at| at.saturating_duration_since(Instant::now()));
+            let look = if self.watch.awaited().is_some() { LOOK_EVERY } else { PUBLISH_EVERY };
+            match inbox.recv_timeout(tick.unwrap_or(look).min(look)) {
+                Ok(Event::Stop) | Err(RecvTimeoutError::Disconnected) => return Ok(()),
+                Ok(event) => given_up = self.apply(event),
+                Err(RecvTimeoutError::Timeout) => given_up = self.feed(Input::Tick),
+            }
+            if let Some(stuck) = self.stuck() {
+                given_up = given_up.or(self.feed(stuck));
+            }
+            given_up = given_up.or(self.ask_council());
+            self.dismiss_leavers();
+        }
     }
 
     /// Tells the council who is here, and asks it whether that is enough to place the model on others.
@@ -367,10 +391,7 @@ impl Owner {
             match action {
                 Action::Assign { node, epoch, revision, orders } => match self.assign(epoch, revision, &orders) {
                     Ok(assign) => {
-                        let has_shadow = |order: &Order| matches!(order.role, Role::Serve { shadow: Some(_), .. });
-                        if orders.iter().any(has_shadow) {
-                            self.shared.submissions.tell(Happening::Shadowed);
-                        }
+                        self.note_shadows(epoch, &orders);
                         self.send(node, ToWorker::Assign(Box::new(assign)));
                     }
                     Err(error) => given_up = Some(error.to_string()),
@@ -393,7 +414,7 @@ impl Owner {
                     tracing::info!(%epoch, "ready");
                     self.shared.ready();
                 }
-                Action::Drain { .. } => _ = self.shared.submissions.tell(Happening::Drain),
+                Action::Drain { epoch } => _ = self.shared.submissions.tell(Happening::Drain(epoch)),
                 Action::StopRing { reason, .. } => {
                     tracing::info!(reason, "the ring is stopped");
                     self.tail_wanted = None;
@@ -408,6 +429,19 @@ impl Owner {
             }
         }
         given_up
+    }
+
+    /// A node that begins to compute along lacks what is cached.
+    fn note_shadows(&mut self, epoch: Epoch, orders: &[Order]) {
+        self.shadows.retain(|(of, ..)| *of == epoch);
+        for order in orders {
+            if let Role::Serve { shadow: Some(node), .. } = order.role
+                && !self.shadows.contains(&(epoch, order.stage, node))
+            {
+                self.shadows.push((epoch, order.stage, node));
+                self.shared.submissions.tell(Happening::Shadowed);
+            }
+        }
     }
 
     pub(super) fn deployment(&self) -> DeploymentId {

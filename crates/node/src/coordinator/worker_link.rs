@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use brigade_base::ByteSize;
 use brigade_net::{Link, TcpLink};
-use brigade_protocol::control::{DEAD_AFTER_MS, HEARTBEAT_MS, Offer, Progress, ToCoordinator, ToWorker};
+use brigade_protocol::control::{DEAD_AFTER_MS, HEARTBEAT_MS, MAX_ADDRESSES, Offer, Progress, ToCoordinator, ToWorker};
 use brigade_protocol::kind;
 
 use crate::threads::lock;
@@ -41,6 +41,7 @@ pub(super) fn with_seen_address(mut offer: Offer, seen_as: &str) -> Offer {
         let seen = seen.to_string();
         offer.addresses.retain(|a| *a != seen);
         offer.addresses.insert(0, seen);
+        offer.addresses.truncate(MAX_ADDRESSES);
     }
     offer
 }

@@ -87,12 +87,15 @@ impl Dialer {
     /// Learns what is served, so that prompts can be made of text here.
     fn prepare(&self, remote: &Remote, card: Card) -> Result<(), String> {
         let hash = card.vocabulary;
-        if self.shared.vocabulary.get().is_none() {
-            let vocabulary = self.vocabulary(remote, hash)?;
-            let _ = self.shared.vocabulary.set(vocabulary);
-        }
+        let card = wire::model_card(card);
+        // First, since the vocabulary of another model would take the place of this one's.
+        self.shared.check(&card, &hash)?;
+        let vocabulary = match self.shared.vocabulary() {
+            Some(_) => None,
+            None => Some(self.vocabulary(remote, hash)?),
+        };
         remote.wait_for_word()?;
-        self.shared.meet(wire::model_card(card))
+        self.shared.learn(card, hash, vocabulary)
     }
 
     /// The vocabulary of this hash: of the own copy, kept from before, or the coordinator's.

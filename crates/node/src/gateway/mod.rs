@@ -31,6 +31,7 @@ use tokio::time::Instant;
 use self::dialer::{Dial, Dialer};
 use self::session::Session;
 use self::standing::{Lead, Shared};
+use crate::handle::blank_status;
 use crate::model::tokenize;
 use crate::serving::{
     ClusterStatus, Event, ModelCard, Readiness, Request, RequestTrace, Serving, SubmitError, TicketInfo,
@@ -96,7 +97,13 @@ impl Gateway {
     /// Passes requests to this node from now on, or to nobody until more is known. Open ones are submitted to it again.
     /// Naming the same node once more has it dialled at once, if it is not reached.
     pub fn follow(&self, coordinator: Option<(NodeId, Vec<String>)>) {
-        self.shared.follow(coordinator);
+        self.shared.follow(coordinator, None);
+    }
+
+    /// [`follow`](Self::follow) a node that coordinates in this term. The same node in another term is another
+    /// coordinator: a link to what it was before ends, and open requests are submitted again.
+    pub fn follow_term(&self, term: u64, node: NodeId, addresses: Vec<String>) {
+        self.shared.follow(Some((node, addresses)), Some(term));
     }
 
     /// This node coordinates from now on. Open requests are submitted to it again.
@@ -144,7 +151,7 @@ impl Serving for Gateway {
     }
 
     fn tokenize(&self, text: &str, add_special: bool, parse_special: bool) -> Result<Vec<Token>, SubmitError> {
-        match (self.shared.lead(), self.shared.vocabulary.get()) {
+        match (self.shared.lead(), self.shared.vocabulary()) {
             (Lead::Here(coordinator), _) => coordinator.tokenize(text, add_special, parse_special),
             (_, Some(vocabulary)) => tokenize(vocabulary, self.model().context, text, add_special, parse_special),
             (Lead::Nobody { why }, None) => Err(SubmitError::NotReady(why)),
@@ -153,7 +160,7 @@ impl Serving for Gateway {
     }
 
     fn token_bytes(&self, token: Token) -> Vec<u8> {
-        match (self.shared.lead(), self.shared.vocabulary.get()) {
+        match (self.shared.lead(), self.shared.vocabulary()) {
             (Lead::Here(coordinator), _) => coordinator.token_bytes(token),
             (_, Some(vocabulary)) => vocabulary.token_bytes(token, true),
             (_, None) => Vec::new(),
@@ -236,7 +243,7 @@ impl Serving for Gateway {
             Lead::Nobody { why } => why,
             Lead::Stopping => SubmitError::Stopping.to_string(),
         };
-        let last = lock(&self.shared.status).clone().unwrap_or_else(|| self.shared.blank_status());
+        let last = lock(&self.shared.status).clone().unwrap_or_else(|| blank_status(self.shared.known_card()));
         ClusterStatus { state: format!("waiting: {why}"), ..last }
     }
 

@@ -23,8 +23,8 @@ use super::wire;
 use crate::handle::Handle;
 use crate::serving::{Event, Failure, Readiness, Request, Serving, SubmitError};
 
-/// Orders that wait for the writer. Pieces of the vocabulary, of a megabyte each, are among them; the reader waits
-/// where there is no room.
+/// Orders that wait for the writer. Pieces of the vocabulary are among them, so these are a megabyte at most; the
+/// reader waits where there is no room.
 const MAX_ORDERS: usize = 16;
 
 /// How often the coordinator says that it is there.

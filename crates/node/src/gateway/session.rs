@@ -63,10 +63,11 @@ enum Then {
 impl Session {
     /// Answers the request. `first` is what its first submission, in the given turn, gave.
     pub(super) async fn run(mut self, mut first: Option<(u64, Source)>) {
+        let mut lost = None;
         loop {
             let (turn, source) = match first.take() {
                 Some(first) => first,
-                None => match self.ask().await {
+                None => match self.ask(lost.take()).await {
                     Ok(Some(found)) => found,
                     Ok(None) => return,
                     Err(failure) => return self.tell(Event::Failed(failure)),
@@ -74,33 +75,37 @@ impl Session {
             };
             match self.relay(turn, source).await {
                 Then::Lost(_) if self.is_stopping() => return self.tell(Event::Failed(Failure::Stopping)),
-                Then::Lost(why) => self.pause(why),
+                Then::Lost(why) => {
+                    self.pause(&why);
+                    lost = Some((turn, why));
+                }
                 Then::GoOn | Then::Ended => return,
             }
         }
     }
 
-    /// Finds somebody who goes on; `None` if the caller has gone meanwhile.
-    async fn ask(&mut self) -> Result<Option<(u64, Source)>, Failure> {
+    /// Finds somebody who goes on; `None` if the caller has gone meanwhile. `lost` is the turn in which the answer
+    /// broke off, and why.
+    async fn ask(&mut self, mut lost: Option<(u64, String)>) -> Result<Option<(u64, Source)>, Failure> {
         let end_of_wait = *self.waits_until.get_or_insert_with(|| Instant::now() + self.wait);
         let end_of_time = self.submitted + self.timeout.unwrap_or(NEVER);
-        let mut has_asked = false;
         loop {
             let (turn, lead) = {
                 let standing = self.standing.borrow_and_update();
                 (standing.turn, standing.lead.clone())
             };
-            self.request.timeout = self.timeout.map(|timeout| timeout.saturating_sub(self.submitted.elapsed()));
-            let why = match lead.submit(&self.request, &self.answer) {
-                Ok(source) => return Ok(Some((turn, source))),
-                Err(_) if self.is_stopping() => return Err(Failure::Stopping),
-                Err(error) if self.may_pass(&error) => error.to_string(),
-                Err(error) => return Err(error.into()),
+            let why = match lost.take() {
+                // Another node refuses by an event: asked again at once, a busy one would be asked without end.
+                Some((same, why)) if same == turn => why,
+                Some((_, why)) if Instant::now() >= end_of_wait.min(end_of_time) => why,
+                _ => match self.submit(&lead) {
+                    Ok(source) => return Ok(Some((turn, source))),
+                    Err(_) if self.is_stopping() => return Err(Failure::Stopping),
+                    Err(error) if self.may_pass(&error) => error.to_string(),
+                    Err(error) => return Err(error.into()),
+                },
             };
-            if !has_asked {
-                has_asked = true;
-                self.pause(why.clone());
-            }
+            self.pause(&why);
             tokio::select! {
                 // In this order, so that it does not depend on luck what a caller hears where several are true.
                 biased;
@@ -112,6 +117,12 @@ impl Session {
                 () = sleep(ASK_AGAIN), if !matches!(lead, Lead::Nobody { .. }) => {}
             }
         }
+    }
+
+    /// Asks for the rest of the answer, in what is left of the time.
+    fn submit(&mut self, lead: &Lead) -> Result<Source, SubmitError> {
+        self.request.timeout = self.timeout.map(|timeout| timeout.saturating_sub(self.submitted.elapsed()));
+        lead.submit(&self.request, &self.answer)
     }
 
     /// Passes on what `source` tells for as long as the turn lasts.
@@ -197,14 +208,14 @@ impl Session {
         Failure::TimedOut { after: self.timeout.unwrap_or(NEVER) }
     }
 
-    fn pause(&mut self, why: String) {
+    fn pause(&mut self, why: &str) {
         self.rest = None;
         // From the loss on, and not anew with each attempt that comes to nothing.
         self.waits_until.get_or_insert_with(|| Instant::now() + self.wait);
         if !self.paused {
             self.paused = true;
             tracing::debug!(request = self.request.id, why, "an answer waits");
-            self.tell(Event::Paused { why });
+            self.tell(Event::Paused { why: why.to_owned() });
         }
     }
 

@@ -6,7 +6,7 @@
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
-use brigade_base::{ModelId, NodeId, Token};
+use brigade_base::{Hash, ModelId, NodeId, Token};
 use brigade_engine::Vocabulary;
 use brigade_net::Link;
 use tokio::sync::{Semaphore, watch};
@@ -16,7 +16,7 @@ use super::MAX_OPEN;
 use super::remote::{Remote, Source};
 use super::server::Coordinating;
 use super::session::NEVER;
-use crate::serving::{ClusterStatus, HopParts, ModelCard, Readiness, Request, SubmitError};
+use crate::serving::{ClusterStatus, ModelCard, Readiness, Request, SubmitError};
 use crate::threads::lock;
 
 /// What callers, sessions and the gateway thread share.
@@ -29,7 +29,8 @@ pub(super) struct Shared {
     card: OnceLock<ModelCard>,
     /// What is told while no model is known.
     no_card: ModelCard,
-    pub(super) vocabulary: OnceLock<Vocabulary>,
+    /// With its hash. Of the model that is known, and of no other.
+    vocabulary: OnceLock<(Hash, Vocabulary)>,
     /// What the coordinator told last.
     pub(super) status: Mutex<Option<ClusterStatus>>,
     /// For open requests.
@@ -43,6 +44,8 @@ struct Orders {
     /// Rises with each other coordinator.
     turn: u64,
     follow: Option<(NodeId, Vec<String>)>,
+    /// In which it was elected, as far as was said.
+    term: Option<u64>,
     /// Rises when the node hears of the same coordinator again.
     nudges: u64,
     /// The link to the coordinator, so that it can be ended.
@@ -107,7 +110,7 @@ impl Shared {
     pub(super) fn new(wait: Duration) -> Self {
         let lead = Lead::nobody("no coordinator is known yet");
         Self {
-            orders: Mutex::new(Orders { turn: 0, follow: None, nudges: 0, link: None, is_stopping: false }),
+            orders: Mutex::new(Orders { turn: 0, follow: None, term: None, nudges: 0, link: None, is_stopping: false }),
             changed: Condvar::new(),
             standing: watch::Sender::new(Standing { turn: 0, lead, lost: None }),
             card: OnceLock::new(),
@@ -119,15 +122,19 @@ impl Shared {
         }
     }
 
-    pub(super) fn follow(&self, coordinator: Option<(NodeId, Vec<String>)>) {
+    /// Without a `term` the same node is taken to coordinate in the same one.
+    pub(super) fn follow(&self, coordinator: Option<(NodeId, Vec<String>)>, term: Option<u64>) {
         let mut orders = lock(&self.orders);
+        let is_same_term = term.is_none_or(|term| orders.term == Some(term));
         if let (Some((node, addresses)), Some((same, known))) = (&coordinator, &mut orders.follow)
             && node == same
+            && is_same_term
         {
             known.clone_from(addresses);
             orders.nudges += 1;
             return self.changed.notify_all();
         }
+        orders.term = term;
         let why = match &coordinator {
             Some((node, _)) => format!("the coordinator {} is not reached yet", node.short()),
             None => "no coordinator is known at the moment".to_owned(),
@@ -222,19 +229,46 @@ impl Shared {
         }
     }
 
+    /// Whether a coordinator serves what was served before.
+    ///
+    /// # Errors
+    /// If its model or its vocabulary is another one.
+    pub(super) fn check(&self, card: &ModelCard, vocabulary: &Hash) -> Result<(), String> {
+        if let Some(known) = self.card.get() {
+            is_same(known, card)?;
+        }
+        match self.vocabulary.get() {
+            Some((known, _)) if known != vocabulary => Err(format!(
+                "the coordinator makes tokens of text by another vocabulary of {} than this node; run the same version \
+                 of brigade with the same model file on both, and restart this node",
+                card.name
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// Learns what another node serves, with the vocabulary if it is news.
+    ///
+    /// # Errors
+    /// As [`check`](Self::check).
+    pub(super) fn learn(&self, card: ModelCard, hash: Hash, vocabulary: Option<Vocabulary>) -> Result<(), String> {
+        // So that nobody who waits for the model finds it without its vocabulary.
+        let _orders = lock(&self.orders);
+        self.check(&card, &hash)?;
+        self.meet(card)?;
+        if let Some(vocabulary) = vocabulary {
+            // The gateway thread alone sets it.
+            let _ = self.vocabulary.set((hash, vocabulary));
+        }
+        Ok(())
+    }
+
     /// Learns what is served. The first model stays: callers were told of it.
     ///
     /// # Errors
     /// If it is another one than before.
-    pub(super) fn meet(&self, card: ModelCard) -> Result<(), String> {
-        let known = self.card.get_or_init(|| card.clone());
-        if known.id == card.id {
-            return Ok(());
-        }
-        Err(format!(
-            "the coordinator serves {} now, and this node told its callers of {}; restart it to serve the other one",
-            card.name, known.name
-        ))
+    fn meet(&self, card: ModelCard) -> Result<(), String> {
+        is_same(self.card.get_or_init(|| card.clone()), &card)
     }
 }
 
@@ -244,6 +278,10 @@ impl Shared {
         self.card.get()
     }
 
+    pub(super) fn vocabulary(&self) -> Option<&Vocabulary> {
+        self.vocabulary.get().map(|(_, vocabulary)| vocabulary)
+    }
+
     /// What is served; nameless while that is not known.
     pub(super) fn known_card(&self) -> &ModelCard {
         self.card.get().unwrap_or(&self.no_card)
@@ -251,7 +289,7 @@ impl Shared {
 
     pub(super) fn wait_for_card(&self, timeout: Duration) -> bool {
         let is_unknown = |_: &mut Orders| self.card.get().is_none();
-        drop(self.changed.wait_timeout_while(lock(&self.orders), timeout, is_unknown));
+        let _orders = self.changed.wait_timeout_while(lock(&self.orders), timeout, is_unknown);
         self.card.get().is_some()
     }
 
@@ -267,35 +305,16 @@ impl Shared {
     pub(super) fn lead(&self) -> Lead {
         self.standing.borrow().lead.clone()
     }
+}
 
-    /// How things stand as long as no coordinator has told.
-    pub(super) fn blank_status(&self) -> ClusterStatus {
-        let card = self.known_card();
-        ClusterStatus {
-            coordinator: NodeId::from_bytes([0; 32]),
-            model: card.name.clone(),
-            model_id: card.id,
-            n_layers: 0,
-            state: String::new(),
-            term: 0,
-            epoch: 0,
-            context: card.context,
-            parallel: 0,
-            running: 0,
-            waiting: 0,
-            tokens_generated: 0,
-            tokens_per_second: 0.0,
-            hop_us_p50: 0.0,
-            hop_us_p99: 0.0,
-            hop_us: HopParts::default(),
-            kv_tokens: 0,
-            kv_capacity: 0,
-            uptime_s: 0,
-            recoveries: 0,
-            last_recovery: None,
-            nodes: Vec::new(),
-        }
+fn is_same(known: &ModelCard, card: &ModelCard) -> Result<(), String> {
+    if known.id == card.id {
+        return Ok(());
     }
+    Err(format!(
+        "the coordinator serves {} now, and this node told its callers of {}; restart it to serve the other one",
+        card.name, known.name
+    ))
 }
 
 pub(super) fn no_card() -> ModelCard {

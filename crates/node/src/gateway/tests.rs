@@ -1,14 +1,14 @@
 //! Gateways before coordinators whose answers the test writes: in this process, and behind real links on loopback.
 
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread::JoinHandle;
 
 use brigade_base::{Hash, ModelId, TenantId};
 use brigade_gguf::vocabulary_header;
 use brigade_net::{Address, Listener, TcpLink, receive_hello, welcome};
 use brigade_protocol::kind;
-use brigade_protocol::requests::{Card, ToGateway};
+use brigade_protocol::requests::{Card, ToGateway, VOCABULARY_CHUNK};
 use tempfile::TempDir;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
@@ -25,6 +25,8 @@ struct Fake {
     card: ModelCard,
     readiness: Mutex<Readiness>,
     refuses: Mutex<Option<SubmitError>>,
+    /// How often it refused.
+    refusals: AtomicU32,
     taken: UnboundedSender<Taken>,
 }
 
@@ -59,13 +61,14 @@ impl Fake {
             ..no_card()
         };
         let (readiness, refuses) = (Mutex::new(Readiness::Ready), Mutex::default());
-        (Arc::new(Self { card, readiness, refuses, taken }), requests)
+        (Arc::new(Self { card, readiness, refuses, refusals: AtomicU32::new(0), taken }), requests)
     }
 }
 
 impl Coordinating for Fake {
     fn submit_resumed(&self, request: Request, answer: Vec<Token>) -> Result<UnboundedReceiver<Event>, SubmitError> {
         if let Some(error) = lock(&self.refuses).clone() {
+            self.refusals.fetch_add(1, Ordering::Relaxed);
             return Err(error);
         }
         let (events, receiver) = unbounded_channel();
@@ -121,7 +124,7 @@ impl Serving for Fake {
     }
 
     fn status(&self) -> ClusterStatus {
-        ClusterStatus { epoch: 9, state: "ready".to_owned(), ..gateway(PATIENCE).shared.blank_status() }
+        ClusterStatus { epoch: 9, state: "ready".to_owned(), ..blank_status(&self.card) }
     }
 
     fn create_ticket(&self, _ttl: Duration) -> Result<TicketInfo, String> {
@@ -443,6 +446,70 @@ async fn refusals_reach_the_caller() {
 }
 
 #[tokio::test]
+async fn a_busy_coordinator_is_asked_now_and_then_and_not_for_ever() {
+    let (fake, mut requests) = Fake::new();
+    let host = Host::serving(&fake);
+    let wait = Duration::from_millis(500);
+    let (gateway, _dir) = dialing(wait);
+    gateway.follow(Some(host.place.clone()));
+    until(|| gateway.readiness() == Readiness::Ready).await;
+    // The first ends with its own time, the second with the time to wait.
+    for timeout in [Some(wait / 5), None] {
+        *lock(&fake.refuses) = None;
+        let mut events = gateway.submit(Request { timeout, ..request() }).unwrap();
+        let taken = next(&mut requests).await;
+        *lock(&fake.refuses) = Some(SubmitError::Busy { waiting: 3 });
+        let before = fake.refusals.load(Ordering::Relaxed);
+        drop(taken);
+        expect_pause(&mut events).await;
+        let Event::Failed(failure) = next(&mut events).await else { panic!("the answer went on") };
+        match timeout {
+            Some(after) => assert_eq!(failure, Failure::TimedOut { after }),
+            None => assert!(matches!(failure, Failure::PlacementLost(_)), "{failure:?}"),
+        }
+        assert!(fake.refusals.load(Ordering::Relaxed) - before <= 10, "one each 50 ms at most");
+    }
+}
+
+#[tokio::test]
+async fn the_same_node_in_another_term_is_another_coordinator() {
+    let (fake, mut requests) = Fake::new();
+    let host = Host::serving(&fake);
+    let (node, addresses) = host.place.clone();
+    let (gateway, _dir) = dialing(PATIENCE);
+    gateway.follow_term(4, node, addresses.clone());
+    until(|| gateway.readiness() == Readiness::Ready).await;
+    let mut events = gateway.submit(request()).unwrap();
+    let taken = next(&mut requests).await;
+    gateway.follow_term(4, node, addresses.clone());
+    gateway.follow(Some((node, addresses.clone())));
+    taken.tell([token(0), token(1)]);
+    expect(&mut events, [token(0), token(1)]).await;
+    gateway.follow_term(5, node, addresses);
+    expect_pause(&mut events).await;
+    let taken = next(&mut requests).await;
+    assert_eq!(taken.answer, [10, 11]);
+    taken.tell([done()]);
+    expect(&mut events, [Event::Resumed, done()]).await;
+}
+
+#[tokio::test]
+async fn another_vocabulary_than_the_first_is_refused() {
+    let ((first, _to_first), (second, _to_second)) = (Fake::new(), Fake::new());
+    let host = Host::serving(&first);
+    let other = Host::of(move |link| {
+        let coordinator = Arc::clone(&second) as Arc<dyn Coordinating>;
+        serve_requests(&link, &coordinator, b"another");
+    });
+    let (gateway, dir) = following(&host).await;
+    gateway.follow(Some(other.place.clone()));
+    until(|| matches!(gateway.readiness(), Readiness::Recovering(why) if why.contains("another vocabulary"))).await;
+    assert!(gateway.tokenize("1+1", false, false).is_ok());
+    let kept = std::fs::read_dir(dir.path().join("vocabularies")).unwrap().next().unwrap().unwrap();
+    assert_eq!(std::fs::read(kept.path()).unwrap(), vocabulary());
+}
+
+#[tokio::test]
 async fn a_caller_that_goes_away_cancels_its_request_alone() {
     let (fake, mut requests) = Fake::new();
     let host = Host::serving(&fake);
@@ -485,9 +552,11 @@ async fn a_silent_coordinator_is_left() {
         vocabulary: Hash::from_bytes(*blake3::hash(&vocabulary()).as_bytes()),
     };
     let host = Host::of(move |link| {
-        let (total, bytes) = (vocabulary().len() as u64, vocabulary());
+        let whole = vocabulary();
+        let piece = |bytes: &[u8]| ToGateway::Vocabulary { total: whole.len() as u64, bytes: bytes.to_vec() };
+        let card = ToGateway::Card(Box::new(card.clone()));
         let beat = ToGateway::Beat(brigade_protocol::requests::Readiness::Ready);
-        for message in [ToGateway::Card(Box::new(card.clone())), ToGateway::Vocabulary { total, bytes }, beat] {
+        for message in std::iter::once(card).chain(whole.chunks(VOCABULARY_CHUNK).map(piece)).chain([beat]) {
             link.send(kind::REQUESTS, &[&message.encode()]).unwrap();
         }
         // Reads, so that the gateway has nothing to complain of but the silence.

@@ -5,7 +5,7 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use brigade_base::{TenantId, Token};
+use brigade_base::{Epoch, TenantId, Token};
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::serving::{Event, Failure, Request};
@@ -25,8 +25,8 @@ pub enum Happening {
     Shadowed,
     /// What is missing for another ring.
     Missing(String),
-    /// Send nothing more until the next ring; it is told when nothing is on its way.
-    Drain,
+    /// Send nothing more in this ring; it is told when nothing is on its way.
+    Drain(Epoch),
     /// The thread is to end; this is what callers hear.
     Stop(Failure),
 }

@@ -199,8 +199,6 @@ struct Back {
 struct Lost {
     at: Instant,
     why: String,
-    /// What another one would take.
-    missing: String,
 }
 
 /// Sessions and the ring that carries them.
@@ -218,6 +216,8 @@ pub struct Ring<T> {
     /// The owner loop wants to know when none is on its way.
     drains: bool,
     lost: Option<Lost>,
+    /// What another ring would take; empty while nothing is missing.
+    missing: String,
     scheduler: Scheduler,
     sent: VecDeque<Sent>,
     answers: HashMap<SessionId, Answer>,
@@ -261,6 +261,7 @@ impl<T: Tail> Ring<T> {
             holds_back: false,
             drains: false,
             lost: None,
+            missing: String::new(),
             scheduler: Scheduler::new(limits),
             sent: VecDeque::new(),
             answers: HashMap::new(),
@@ -285,7 +286,8 @@ impl<T: Tail> Ring<T> {
             }
         };
         self.disconnect(RingEnd::Stopped);
-        self.fail_all(&failure);
+        // Whoever asks a second time is told the same.
+        let _ = self.fail_all(&failure);
         self.meter.load(Load::default());
     }
 
@@ -299,9 +301,9 @@ impl<T: Tail> Ring<T> {
         self.end_unwanted();
         if let Some(lost) = self.lost.as_ref().filter(|lost| lost.at.elapsed() >= self.wait_for_capacity) {
             let waited = self.wait_for_capacity.as_secs_f32();
-            let missing = if lost.missing.is_empty() { "nothing took its place" } else { &lost.missing };
+            let missing = if self.missing.is_empty() { "nothing took its place" } else { &self.missing };
             let why = format!("{}, and for {waited} s {missing}", lost.why);
-            self.fail_all(&Failure::PlacementLost(why));
+            self.fail_all(&Failure::PlacementLost(why))?;
         }
         self.tell_load();
         match self.connections.try_recv() {
@@ -346,7 +348,7 @@ impl<T: Tail> Ring<T> {
         if self.lost.is_none() {
             self.answers.values().for_each(|answer| answer.tell(Event::Paused { why: why.clone() }));
             self.meter.lost(&why);
-            self.lost = Some(Lost { at: Instant::now(), why, missing: String::new() });
+            self.lost = Some(Lost { at: Instant::now(), why });
         }
         self.tell_load();
         (self.tell)(News::Ended(epoch, Box::new(tail), end));
@@ -392,7 +394,11 @@ impl<T: Tail> Ring<T> {
     fn heed(&mut self, happening: Happening) -> Outcome {
         match happening {
             Happening::Submission(submission) => self.begin(*submission),
-            Happening::Drain => (self.holds_back, self.drains) = (true, true),
+            Happening::Drain(epoch) => {
+                if self.connection.as_ref().is_some_and(|connection| connection.epoch == epoch) {
+                    (self.holds_back, self.drains) = (true, true);
+                }
+            }
             Happening::Stop(failure) => return Err(Interrupt::Stop(failure)),
             Happening::Gone(why) => {
                 // Who is gone says more than which link closed.
@@ -401,11 +407,7 @@ impl<T: Tail> Ring<T> {
                 }
             }
             Happening::Shadowed => self.scheduler.forget_cache(),
-            Happening::Missing(what) => {
-                if let Some(lost) = &mut self.lost {
-                    lost.missing = what;
-                }
-            }
+            Happening::Missing(what) => self.missing = what,
             Happening::Frame | Happening::Wake => {}
         }
         Ok(())
@@ -480,11 +482,10 @@ impl<T: Tail> Ring<T> {
     }
 
     /// Tells all callers, those too who are not in yet, that nothing more comes.
-    fn fail_all(&mut self, failure: &Failure) {
+    fn fail_all(&mut self, failure: &Failure) -> Outcome {
+        let mut outcome = Ok(());
         while let Ok(happening) = self.inbox.try_recv() {
-            if let Happening::Submission(submission) = happening {
-                self.begin(*submission);
-            }
+            outcome = self.heed(happening).and(outcome);
         }
         let ids: Vec<SessionId> = self.answers.keys().copied().collect();
         for id in ids {
@@ -493,6 +494,7 @@ impl<T: Tail> Ring<T> {
             }
             self.end(id, End::Error);
         }
+        outcome
     }
 
     fn send_passes(&mut self) -> Outcome {

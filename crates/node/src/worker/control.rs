@@ -10,7 +10,7 @@ use brigade_protocol::control::{DEAD_AFTER_MS, MAX_CONTROL_BYTES, Offer, ToCoord
 use brigade_protocol::kind;
 
 use super::owner::Event;
-use crate::activity::Activity;
+use crate::activity::WorkerActivity;
 use crate::council::CouncilHost;
 use crate::known::KnownCoordinator;
 use crate::reach::{ReachError, while_wanted};
@@ -32,7 +32,7 @@ pub(super) struct Control {
     pub(super) secret: Option<TicketSecret>,
     pub(super) offer: Offer,
     pub(super) events: Sender<Event>,
-    pub(super) activity: Arc<Activity>,
+    pub(super) activity: Arc<WorkerActivity>,
     pub(super) stopping: Arc<AtomicBool>,
 }
 

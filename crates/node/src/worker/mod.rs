@@ -28,7 +28,7 @@ use serde::Serialize;
 use self::control::Control;
 use self::door::DataDoor;
 use self::owner::{Event, Owner};
-use crate::activity::Activity;
+use crate::activity::WorkerActivity;
 use crate::cache::Cache;
 use crate::known::KnownCoordinator;
 use crate::reach::ReachError;
@@ -168,7 +168,7 @@ impl Worker {
         }));
         let own_hash = own.as_ref().map(|file| file.catalog().header_hash());
         let stopping = Arc::new(AtomicBool::new(false));
-        let activity = Arc::new(Activity::default());
+        let activity = Arc::new(WorkerActivity::default());
         let known = Arc::new(Mutex::new(known));
         let owner = Owner {
             state_dir: site.state_dir.clone(),

@@ -19,9 +19,9 @@ use brigade_protocol::frame::Attach;
 use brigade_protocol::kind;
 use brigade_protocol::worker::{Action, DialId, End, HoldId, Input, LinkId, Load, Stages};
 
-use super::loader::Loader;
+use super::loader::{Leash, Loader};
 use super::{WorkerError, WorkerStatus};
-use crate::activity::Activity;
+use crate::activity::WorkerActivity;
 use crate::cache::Cache;
 use crate::council::CouncilHost;
 use crate::handover::{self, HandoverError};
@@ -64,8 +64,8 @@ pub(super) enum LoadFailure {
 
 /// Where a stage is.
 pub(super) enum Place {
-    /// A loader thread works; the flag tells it to give up.
-    Loading(Arc<AtomicBool>),
+    /// A loader thread works.
+    Loading(Arc<Leash>),
     Resting(Box<LoadedStage>),
     Running(RunningStage, Arc<ShadowSlot>),
     /// A thread moves what its slots hold over the link; closing that ends it.
@@ -90,7 +90,7 @@ pub(super) struct Owner {
     pub(super) status: Arc<Mutex<WorkerStatus>>,
     /// Who may open a data link; shared with the door.
     pub(super) peers: Arc<Mutex<Vec<NodeId>>>,
-    pub(super) activity: Arc<Activity>,
+    pub(super) activity: Arc<WorkerActivity>,
     pub(super) stopping: Arc<AtomicBool>,
     pub(super) control: Option<Arc<dyn Link>>,
     pub(super) stages: Stages,
@@ -167,6 +167,7 @@ impl Owner {
                 tracing::warn!(reason, "the coordinator is gone; this node's stages stop");
                 self.set_trouble(format!("the coordinator is gone: {reason}"));
                 self.control = None;
+                self.cut_loaders();
                 self.input(Input::CoordinatorGone)
             }
             Event::GaveUp(error) => Err(Leaving::Failed(error)),
@@ -199,6 +200,7 @@ impl Owner {
                 if let Some(control) = &self.control {
                     control.close();
                 }
+                self.cut_loaders();
                 lock(&self.status).coordinator = lock(&self.known).node;
                 Ok(())
             }
@@ -287,7 +289,7 @@ impl Owner {
             }
             Action::Load(load) => self.load(*load)?,
             Action::Free(id) => match self.places.get(&id) {
-                Some(Place::Loading(cancel)) => cancel.store(true, Ordering::Relaxed),
+                Some(Place::Loading(leash)) => leash.cancel(),
                 _ => {
                     self.places.remove(&id);
                     self.engines.remove(&id);
@@ -330,25 +332,34 @@ impl Owner {
 
     fn load(&mut self, load: Load) -> io::Result<()> {
         let (id, header_hash) = (load.id, load.key.header_hash);
-        let cancel = Arc::new(AtomicBool::new(false));
+        let leash = Arc::new(Leash::default());
         let loader = Loader {
             load,
             own: self.own.clone().filter(|_| self.own_hash == Some(header_hash)),
             differs: self.own_hash.is_some_and(|hash| hash != header_hash),
             cache: Arc::clone(&self.cache),
             identity: Arc::clone(&self.identity),
-            known: lock(&self.known).clone(),
+            known: Arc::clone(&self.known),
             threads: self.threads,
             state_dir: self.state_dir.clone(),
             kv_spill: self.kv_spill,
             spilled: Arc::clone(&self.spilled),
-            cancel: Arc::clone(&cancel),
+            leash: Arc::clone(&leash),
             events: self.events.clone(),
         };
         lock(&self.status).weights = (0, 0);
-        self.places.insert(id, Place::Loading(cancel));
+        self.places.insert(id, Place::Loading(leash));
         let events = self.events.clone();
         spawn("loader", move || drop(events.send(Event::Loaded(id, loader.load().map(Box::new)))))
+    }
+
+    /// A lost coordinator may leave its links open; loaders dial whoever is there for what they miss.
+    fn cut_loaders(&self) {
+        for place in self.places.values() {
+            if let Place::Loading(leash) = place {
+                leash.cut();
+            }
+        }
     }
 
     fn dial(&mut self, id: DialId, peer: Peer, attach: Attach) -> io::Result<()> {
@@ -394,7 +405,7 @@ impl Owner {
             };
             let _ = events.send(Event::Ended(id, Box::new(stage), end, held));
         };
-        let running = RunningStage::start(attach, *stage, inbound, route, Arc::clone(&self.activity), ended)?;
+        let running = RunningStage::start(attach, *stage, inbound, route, self.activity.stage(), ended)?;
         self.places.insert(id, Place::Running(running, shadow));
         Ok(())
     }
@@ -482,7 +493,7 @@ impl Owner {
 /// Ends whatever is done with a stage.
 fn end_place(place: &Place) {
     match place {
-        Place::Loading(cancel) => cancel.store(true, Ordering::Relaxed),
+        Place::Loading(leash) => leash.cancel(),
         Place::Resting(_) => {}
         Place::Running(running, _) => running.stop(),
         Place::Moving(link) => link.close(),

@@ -71,8 +71,13 @@ impl Coordinator {
         link
     }
 
-    /// A worker that has joined.
+    /// A worker that has joined, with a copy of the model.
     fn worker(&self) -> Node {
+        self.worker_with(Some(Arc::clone(&self.file)))
+    }
+
+    /// A worker that has joined.
+    fn worker_with(&self, own: Option<Arc<ModelFile>>) -> Node {
         let dir = tempfile::tempdir().unwrap();
         let (site, _roles) = Site::take(dir.path(), ([127, 0, 0, 1], 0).into(), |_, _, stored| stored).unwrap();
         let known = KnownCoordinator { node: self.me.node, addresses: self.me.addresses.clone() };
@@ -83,16 +88,17 @@ impl Coordinator {
             listen: ([127, 0, 0, 1], 0).into(),
             memory: ByteSize(1 << 30),
             threads: 1,
-            cache_limit: ByteSize(0),
+            cache_limit: ByteSize(1 << 30),
             kv_spill: ByteSize(0),
             drain_timeout: PATIENCE,
             wait_for_capacity: PATIENCE,
         };
-        let worker = Worker::start(&options, Some(Arc::clone(&self.file)), &site, known, None).unwrap();
+        let own_copy = own.as_ref().map(|file| file.catalog().header_hash());
+        let worker = Worker::start(&options, own, &site, known, None).unwrap();
         let control = self.link(Purpose::Control);
         control.set_frame_limit(MAX_CONTROL_BYTES);
         let ToCoordinator::Offer(offer) = next(&*control) else { panic!("no offer") };
-        assert_eq!(offer.own_copy, Some(self.file.catalog().header_hash()));
+        assert_eq!(offer.own_copy, own_copy);
         let it = Peer { node: site.identity.node_id(), addresses: offer.addresses };
         Node { worker, it, control, _site: site, _dir: dir }
     }
@@ -268,6 +274,27 @@ fn a_worker_is_its_own_neighbour_keeps_its_slots_and_leaves() {
     node.tell(ToWorker::Released);
     assert!(matches!(next(&*node.control), ToCoordinator::Goodbye { .. }));
     node.worker.wait().unwrap();
+}
+
+#[test]
+fn weights_that_a_lost_coordinator_owes_come_from_the_next_one() {
+    let (lost, next) = (Coordinator::new(), Coordinator::new());
+    let node = lost.worker_with(None);
+    lost.assign(&node, 1, vec![lost.order(0, serve(&lost.me, &lost.me))]);
+    // It hangs: the link is open, and nothing comes.
+    let hangs = lost.link(Purpose::Weights);
+    node.worker.follow(KnownCoordinator { node: next.me.node, addresses: next.me.addresses.clone() });
+    let deadline = Instant::now() + PATIENCE;
+    let weights = loop {
+        let (purpose, link) = next.came.recv_timeout(deadline.saturating_duration_since(Instant::now())).unwrap();
+        if purpose == Purpose::Weights {
+            break link;
+        }
+    };
+    assert_eq!(weights.peer(), node.it.node);
+    let mut buf = Vec::new();
+    assert_eq!(weights.recv(&mut buf, Some(deadline)).unwrap(), kind::FETCH);
+    while hangs.recv(&mut buf, Some(deadline)).is_ok() {}
 }
 
 #[test]

@@ -50,6 +50,7 @@ mod world;
 
 pub use kv::PrefixCache;
 pub use pass::{AdmitError, Limits, Notice, Output, Pass, PassRows};
+pub use recover::MAX_SHADOW_LAG;
 pub use session::Arrival;
 
 /// Most rows one after the other of a session in a pass, where they are computed again: enough that what a hop costs

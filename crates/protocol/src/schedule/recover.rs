@@ -14,8 +14,13 @@ use super::{Limits, Pass, Scheduler, Slot};
 use crate::control::Held;
 use crate::frame::{KvStep, RowSet};
 
-/// Passes that are remembered: more than are in a ring, and than a stage that stands by may lag behind.
-const MAX_TOUCHED: usize = 64;
+/// Passes that are remembered: more than are in a ring, and than a node that computes along may lag behind, which queues
+/// at most [`MAX_SHADOW_LAG`].
+const MAX_TOUCHED: usize = MAX_SHADOW_LAG + 64;
+
+/// Most passes that may wait for a node that computes along: those of an answer that is computed again at once, in
+/// waves.
+pub const MAX_SHADOW_LAG: usize = 960;
 
 /// For the last passes, the slots whose contents they change, and how many of each slot's first tokens they do not.
 #[derive(Debug, Default)]
@@ -32,7 +37,11 @@ impl Touched {
         if self.0.len() == MAX_TOUCHED {
             self.0.pop_front();
         }
-        self.0.push_back((pass.id, steps.chain(sets).collect()));
+        let mut slots: Vec<(u32, u32)> = steps.chain(sets).collect();
+        // The least of each slot is enough.
+        slots.sort_unstable();
+        slots.dedup_by_key(|(slot, _)| *slot);
+        self.0.push_back((pass.id, slots));
     }
 
     /// How many of the first tokens of `slot` no pass after `applied` has changed, as far as is remembered.
