@@ -414,7 +414,8 @@ fn a_worker_that_computed_along_takes_over_without_a_replay() {
     let (before, ask) = (Ask::greedy(&tokens(PROMPT, 20), LONG), Ask::greedy(&tokens(PROMPT, 21), LONG));
     let mut cluster = setup(3).redundant().serve(&["--shadow", "--prefix-cache", "off"]).start();
     wait_for_standby(&cluster);
-    // Those who stand by hear of the sessions that begin once they are connected; by the end of this one they are.
+    // Those who stand by hear of the sessions that begin once they are connected; by the end of these they are.
+    before.check(&cluster);
     before.check(&cluster);
     let n_before = rows(&cluster);
     let mut telling = Telling::begin(&cluster, &ask);

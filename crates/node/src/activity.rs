@@ -72,9 +72,9 @@ impl WorkerActivity {
         *watched = engines;
     }
 
-    /// What the coordinator is told: the last pass that any stage received, and the last one that none of them has kept.
-    /// A stage that has passed on all that it received keeps nothing, however little came to it; so one that hangs is
-    /// not hidden by another one, and one that waits is not taken for one that hangs.
+    /// What the coordinator is told: the last pass that any stage received, and the last one that none of them keeps. A
+    /// stage that has passed on all that it received keeps nothing, however little came to it; so one that hangs is not
+    /// hidden by another one, and one that waits is not taken for one that hangs.
     pub fn progress(&self) -> Progress {
         let nodes: u64 = lock(&self.engines).iter().map(brigade_engine::Activity::steps).sum();
         let mut running = lock(&self.running);

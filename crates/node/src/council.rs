@@ -307,7 +307,7 @@ impl Inner {
         let result = write_atomic(&self.path, &stored.encode(), 0o600);
         if let (Err(error), false) = (&result, self.said_failed) {
             let path = self.path.display();
-            tracing::error!(%path, %error, "what this node agrees to cannot be stored, so it votes no more until it can");
+            tracing::error!(%path, %error, "what this node agrees to cannot be stored; it has no vote until it can");
         }
         self.said_failed = result.is_err();
         result.is_ok()

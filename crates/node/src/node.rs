@@ -371,8 +371,8 @@ impl Runner {
         self.front.follow(None);
         self.drop_part();
         let mut options = self.options.coordinator.clone();
-        // Whoever founded the deployment and comes back to it may have been given other settings. Whoever takes over from
-        // another one goes on with what holds.
+        // Whoever founded the deployment and comes back to it may have been given other settings. Whoever takes over
+        // from another one goes on with what holds.
         let is_own = self.options.founded && charter.coordinator == self.site.identity.node_id();
         if let (false, Some(settings)) = (is_own, DeploymentSettings::decode(&charter.settings)) {
             options = settings.into_options(options);

@@ -1,7 +1,7 @@
 //! Sending the frames of a ring to a node that stands by, beside the ring.
 //!
-//! The ring never waits for it: frames are copied into a bounded queue, a thread of its own sends them, and who does not
-//! keep up is given up. Its slots then turn out to be short, which costs a replay and nothing else.
+//! The ring never waits for it: frames are copied into a bounded queue, a thread of its own sends them, and who does
+//! not keep up is given up. Its slots then turn out to be short, which costs a replay and nothing else.
 //!
 //! [`Shadow`] belongs to the thread that makes the frames; a [`ShadowSlot`] lets another thread put it there and take
 //! it away.

@@ -9,13 +9,14 @@ use std::time::{Duration, Instant};
 
 use brigade_base::{DeploymentId, Epoch, LayerRange, NodeId};
 use brigade_gguf::{StageView, StageViewError, TensorSource};
-use brigade_net::{Identity, Link, TcpLink};
+use brigade_net::{Identity, Link, Purpose, TcpLink};
 use brigade_plan::PlannedStage;
 use brigade_protocol::cluster::{Action, Cluster, Input, Order, Role, Settings};
 use brigade_protocol::control::{
     Assign, HEARTBEAT_MS, Held, ModelRef, Peer, StageOrder, StageRole, ToCoordinator, ToWorker,
 };
 use brigade_protocol::frame::{Attach, Feed};
+use brigade_protocol::kind;
 use brigade_protocol::schedule::Limits;
 
 use super::connector::{Connector, RingStopper};
@@ -29,6 +30,8 @@ use crate::images::Images;
 use crate::loaded::{LoadedStage, StageKey, chain, load_stage};
 use crate::meter::Meter;
 use crate::model::LocalModel;
+use crate::outgoing::Shadow;
+use crate::reach::reach;
 use crate::ring::{Connection, Happening, News, RingEnd, Watch};
 use crate::serving::Failure;
 use crate::site::Keeping;
@@ -350,7 +353,11 @@ impl Owner {
                 self.feed(Input::Progress(id, epoch, stage, share))
             }
             ToCoordinator::Loaded { epoch, stage, memory, held } => {
-                self.feed(Input::Loaded(id, epoch, stage, memory, held))
+                let given_up = self.feed(Input::Loaded(id, epoch, stage, memory, held));
+                if stage == 0 && self.options.shadow {
+                    self.feed_shadow(id, epoch);
+                }
+                given_up
             }
             ToCoordinator::Joined { epoch, stage } => self.feed(Input::Joined(id, epoch, stage)),
             ToCoordinator::StageFailed { epoch, stage, reason } => {
@@ -429,6 +436,31 @@ impl Owner {
             }
         }
         given_up
+    }
+
+    /// Sends the frames of the ring that runs to who has just loaded its first stage to stand by for it. The other
+    /// stages get those of the stage before, which is told so.
+    fn feed_shadow(&self, node: NodeId, epoch: Epoch) {
+        let serves = self.stages().first().is_none_or(|stage| stage.node == node);
+        if serves || epoch != self.cluster.epoch() || !matches!(self.tail, Tail::InRing) {
+            return;
+        }
+        let (identity, peer, shared) = (Arc::clone(&self.identity), self.peer(node), Arc::clone(&self.shared));
+        let attach = Attach { deployment: self.deployment(), epoch, stage: 0, feed: Feed::Shadow };
+        let dial = move || {
+            let link = reach(&identity, peer.node, &peer.addresses, Purpose::Data, None);
+            let link = link.map_err(|error| error.to_string()).and_then(|link| {
+                link.send(kind::ATTACH, &[&attach.encode()]).map_err(|error| error.to_string())?;
+                Shadow::new(link as Arc<dyn Link>).map_err(|error| error.to_string())
+            });
+            match link {
+                Ok(shadow) => _ = shared.submissions.tell(Happening::Shadow(epoch, Box::new(shadow))),
+                Err(why) => tracing::warn!(why, "who stands by for the first stage gets no frames"),
+            }
+        };
+        if let Err(error) = spawn("dial", dial) {
+            tracing::error!(%error, "no thread to dial with");
+        }
     }
 
     /// A node that begins to compute along lacks what is cached.

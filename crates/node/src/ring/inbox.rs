@@ -8,6 +8,7 @@ use std::time::Instant;
 use brigade_base::{Epoch, TenantId, Token};
 use tokio::sync::mpsc::UnboundedSender;
 
+use crate::outgoing::Shadow;
 use crate::serving::{Event, Failure, Request};
 use crate::threads::lock;
 
@@ -23,6 +24,8 @@ pub enum Happening {
     Gone(String),
     /// A node that stands by begins to compute along.
     Shadowed,
+    /// One that stands by for the first stage of the ring of this epoch, and wants its frames.
+    Shadow(Epoch, Box<Shadow>),
     /// What is missing for another ring.
     Missing(String),
     /// Send nothing more in this ring; it is told when nothing is on its way.

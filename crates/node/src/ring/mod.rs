@@ -407,6 +407,13 @@ impl<T: Tail> Ring<T> {
                 }
             }
             Happening::Shadowed => self.scheduler.forget_cache(),
+            Happening::Shadow(epoch, shadow) => {
+                let ring = self.connection.as_mut().filter(|connection| connection.epoch == epoch);
+                if let Some(links) = ring.and_then(|connection| connection.links.as_mut()) {
+                    links.shadow = Some(*shadow);
+                    self.scheduler.forget_cache();
+                }
+            }
             Happening::Missing(what) => self.missing = what,
             Happening::Frame | Happening::Wake => {}
         }

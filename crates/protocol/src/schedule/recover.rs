@@ -14,8 +14,8 @@ use super::{Limits, Pass, Scheduler, Slot};
 use crate::control::Held;
 use crate::frame::{KvStep, RowSet};
 
-/// Passes that are remembered: more than are in a ring, and than a node that computes along may lag behind, which queues
-/// at most [`MAX_SHADOW_LAG`].
+/// Passes that are remembered: more than are in a ring, and than a node that computes along may lag behind, which
+/// queues at most [`MAX_SHADOW_LAG`].
 const MAX_TOUCHED: usize = MAX_SHADOW_LAG + 64;
 
 /// Most passes that may wait for a node that computes along: those of an answer that is computed again at once, in
