@@ -65,17 +65,13 @@ struct Inner {
     council: Council,
     path: PathBuf,
     roles: Sender<RoleChange>,
-    peers: HashMap<NodeId, Outbox>,
+    /// The way to each peer.
+    peers: HashMap<NodeId, SyncSender<CouncilMessage>>,
     /// The node that admitted this one, before there is a charter.
     introduced: Option<NodeId>,
     /// What waits until the disk takes what comes first among it.
     held: Vec<Action>,
     said_failed: bool,
-}
-
-/// The way to a peer.
-struct Outbox {
-    queue: SyncSender<CouncilMessage>,
 }
 
 impl CouncilHost {
@@ -166,8 +162,8 @@ impl CouncilHost {
         inner.introduced = Some(coordinator);
         if inner.council.charter().is_some_and(|charter| charter.deployment != deployment) {
             let stored = inner.council.stored().clone().forget();
-            inner.store(&stored);
-            inner.held.clear();
+            // Stored by the next tick, before anything is said.
+            inner.held = vec![Action::Store(stored.clone())];
             inner.council = Council::new(self.identity.node_id(), stored, Instant::now());
         }
     }
@@ -218,7 +214,7 @@ impl CouncilHost {
             return link.close();
         }
         // The newest link is the one that works; the older one's writer ends for want of a queue.
-        lock(&self.inner).peers.insert(peer, Outbox { queue });
+        lock(&self.inner).peers.insert(peer, queue);
         self.read(&**link);
     }
 
@@ -272,7 +268,7 @@ impl CouncilHost {
     /// Queues a message for a peer, and dials it if there is no link.
     fn send(self: &Arc<Self>, inner: &mut Inner, to: Peer, message: CouncilMessage) {
         let message = match inner.peers.get(&to.node) {
-            Some(outbox) => match outbox.queue.try_send(message) {
+            Some(queue) => match queue.try_send(message) {
                 Ok(()) | Err(TrySendError::Full(_)) => return,
                 Err(TrySendError::Disconnected(message)) => message,
             },
@@ -296,7 +292,7 @@ impl CouncilHost {
             Err(error) => tracing::debug!(peer = %to.node.short(), %error, "a voter is not reached"),
         };
         if spawn("council link", work).is_ok() {
-            inner.peers.insert(node, Outbox { queue });
+            inner.peers.insert(node, queue);
         }
     }
 }

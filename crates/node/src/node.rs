@@ -107,11 +107,10 @@ impl Node {
         let settings = DeploymentSettings::of(&options, &model);
         let mut problem = None;
         let (site, roles) = Site::take(&options.state_dir, options.listen, |me, addresses, stored| {
-            let same = |bytes: &[u8]| {
-                DeploymentSettings::decode(bytes).is_some_and(|known| known.header_hash == settings.header_hash)
-            };
+            let may_lead = |charter: &Charter| charter.voter(me).is_some_and(|voter| voter.may_lead);
+            let is_same = |charter: &Charter| has_model(charter, Some(settings.header_hash));
             // A coordinator that comes back, or is a voter by now, asks the others first.
-            if stored.charter.as_ref().is_some_and(|c| c.voter(me).is_some_and(|v| v.may_lead) && same(&c.settings)) {
+            if stored.charter.as_ref().is_some_and(|charter| may_lead(charter) && is_same(charter)) {
                 return stored;
             }
             let addresses = addresses.iter().map(ToString::to_string).collect();
@@ -216,6 +215,7 @@ impl Node {
         };
         if let Some(known) = known {
             let secret = runner.options.worker.ticket.as_ref().map(Ticket::admission);
+            front.follow(Some((known.node, known.addresses.clone())));
             runner.work(known, secret)?;
         }
         let thread = std::thread::Builder::new().name("node".into()).spawn(move || runner.run());
@@ -408,7 +408,6 @@ impl Runner {
     }
 
     fn work(&mut self, known: KnownCoordinator, secret: Option<TicketSecret>) -> Result<(), NodeError> {
-        self.front.follow(Some((known.node, known.addresses.clone())));
         let own = self.model.as_ref().map(|model| Arc::clone(model.file()));
         let worker = Worker::start(&self.options.worker, own, &self.site, known, secret)?;
         *lock(&self.view) = PartView::Works(worker.watcher());

@@ -5,7 +5,12 @@ use std::sync::mpsc::{RecvTimeoutError, SendError, channel};
 use std::time::Duration;
 
 use brigade_base::NodeId;
-use brigade_net::{Address, ConnectError, GreetError, Hello, Identity, Purpose, Refusal, TcpLink, TicketSecret, greet};
+use brigade_net::{
+    Address, ConnectError, GreetError, Hello, Identity, Link, LinkError, Purpose, Refusal, TcpLink, TicketSecret, greet,
+};
+use brigade_protocol::control::Peer;
+use brigade_protocol::frame::Attach;
+use brigade_protocol::kind;
 
 use crate::threads::spawn;
 
@@ -21,15 +26,17 @@ pub enum ReachError {
     /// It refused.
     #[error(transparent)]
     Greet(#[from] GreetError),
+    /// The link ended before it was of use.
+    #[error(transparent)]
+    Link(#[from] LinkError),
 }
 
 impl ReachError {
     /// Whether trying again is useless until a person does something.
     pub fn is_final(&self) -> bool {
         match self {
-            Self::Connect(_) => false,
             Self::Greet(GreetError::Refused(refusal)) => !matches!(refusal, Refusal::Busy | Refusal::Stopping),
-            Self::Greet(_) => false,
+            Self::Connect(_) | Self::Greet(_) | Self::Link(_) => false,
         }
     }
 }
@@ -80,5 +87,15 @@ pub fn reach(
     let addresses: Vec<Address> = addresses.iter().filter_map(|text| text.parse().ok()).collect();
     let link = TcpLink::connect(identity, node, &addresses, CONNECT_TIMEOUT)?;
     greet(&*link, &Hello::new(purpose, secret.cloned()))?;
+    Ok(link)
+}
+
+/// A data link to a stage of `peer`: `attach` says to which one, and what it carries.
+///
+/// # Errors
+/// If that node is not reached, or refuses.
+pub fn attach(identity: &Identity, peer: &Peer, attach: Attach) -> Result<Arc<dyn Link>, ReachError> {
+    let link = reach(identity, peer.node, &peer.addresses, Purpose::Data, None)?;
+    link.send(kind::ATTACH, &[&attach.encode()])?;
     Ok(link)
 }

@@ -342,37 +342,27 @@ impl PassRunner {
     /// If the stage does not hold what the pass builds on, or the engine fails; the pass then has no effect that a
     /// later `keep` would not undo.
     pub fn run(&mut self, sets: &[RowSet], hidden: &mut [f32], out: &mut Vec<f32>) -> Result<(), PassError> {
-        out.clear();
         if self.input_scale != 1.0 {
             hidden.iter_mut().for_each(|value| *value *= self.input_scale);
         }
+        if first_wave(sets) == sets.len() {
+            return self.run_wave(sets, hidden, out);
+        }
+        out.clear();
         let n_embd = self.stage.n_embd() as usize;
         let (mut sets, mut hidden) = (sets, hidden);
-        loop {
+        let mut wave_out = std::mem::take(&mut self.wave_out);
+        while !sets.is_empty() {
             let (wave, later) = sets.split_at(first_wave(sets));
             let n_values = wave.iter().map(|set| set.n_rows as usize).sum::<usize>() * n_embd;
             // What is too short is refused by the engine.
             let (values, rest) = hidden.split_at_mut(n_values.min(hidden.len()));
-            match later {
-                [] if out.is_empty() => return self.run_wave(wave, values, out),
-                _ => self.run_wave_after(wave, values, out)?,
-            }
-            if later.is_empty() {
-                return Ok(());
-            }
+            self.run_wave(wave, values, &mut wave_out)?;
+            out.extend_from_slice(&wave_out);
             (sets, hidden) = (later, rest);
         }
-    }
-
-    /// Runs sets of different slots behind others, and appends what comes of them.
-    fn run_wave_after(&mut self, sets: &[RowSet], hidden: &mut [f32], out: &mut Vec<f32>) -> Result<(), PassError> {
-        let mut wave_out = std::mem::take(&mut self.wave_out);
-        let result = self.run_wave(sets, hidden, &mut wave_out);
-        if result.is_ok() {
-            out.extend_from_slice(&wave_out);
-        }
         self.wave_out = wave_out;
-        result
+        Ok(())
     }
 
     /// Runs sets of different slots.

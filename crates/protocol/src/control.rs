@@ -351,7 +351,7 @@ impl ModelRef {
     }
 }
 
-fn check_addresses(addresses: &[String]) -> Result<(), DecodeError> {
+pub(crate) fn check_addresses(addresses: &[String]) -> Result<(), DecodeError> {
     cap("number of addresses", addresses.len() as u64, MAX_ADDRESSES as u64)?;
     // 253 characters of a host name, a colon and a port.
     addresses.iter().try_for_each(|a| cap("address length", a.len() as u64, 260))

@@ -5,10 +5,9 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use brigade_base::{DeploymentId, Epoch};
-use brigade_net::{Identity, Link, Purpose};
+use brigade_net::{Identity, Link};
 use brigade_protocol::control::{Held, Peer};
 use brigade_protocol::frame::{Attach, Feed};
-use brigade_protocol::kind;
 use brigade_protocol::schedule::Limits;
 
 use super::owner::Event;
@@ -16,7 +15,7 @@ use crate::handle::Shared;
 use crate::incoming::Incoming;
 use crate::loaded::LoadedStage;
 use crate::outgoing::{Outgoing, Shadow};
-use crate::reach::{reach, while_wanted};
+use crate::reach::{attach, while_wanted};
 use crate::ring::{Connection, Happening, News, RingEnd, RingLinks, Stop};
 use crate::threads::lock;
 
@@ -121,13 +120,11 @@ impl Connector {
     /// A link to a stage, unless the ring is stopped or `patience` is over before it is there.
     fn dial(&self, peer: &Peer, feed: Feed, patience: Duration) -> Result<Arc<dyn Link>, String> {
         let (identity, to, begin) = (Arc::clone(&self.identity), peer.clone(), Instant::now());
-        let dial = move || reach(&identity, to.node, &to.addresses, Purpose::Data, None);
+        let purpose = Attach { deployment: self.deployment, epoch: self.epoch, stage: 0, feed };
+        let dial = move || attach(&identity, &to, purpose);
         let is_wanted = || !self.stopper.stop.is_set() && begin.elapsed() < patience;
         let dialled = while_wanted(dial, is_wanted, |result| drop(result.map(|link| link.close())));
         let link = dialled.ok_or("it did not answer in time")?.map_err(|error| error.to_string())?;
-        let attach = Attach { deployment: self.deployment, epoch: self.epoch, stage: 0, feed };
-        link.send(kind::ATTACH, &[&attach.encode()]).map_err(|error| error.to_string())?;
-        let link = link as Arc<dyn Link>;
         self.own(Arc::clone(&link))?;
         Ok(link)
     }

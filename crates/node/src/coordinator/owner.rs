@@ -9,14 +9,13 @@ use std::time::{Duration, Instant};
 
 use brigade_base::{DeploymentId, Epoch, LayerRange, NodeId};
 use brigade_gguf::{StageView, StageViewError, TensorSource};
-use brigade_net::{Identity, Link, Purpose, TcpLink};
+use brigade_net::{Identity, Link, TcpLink};
 use brigade_plan::PlannedStage;
 use brigade_protocol::cluster::{Action, Cluster, Input, Order, Role, Settings};
 use brigade_protocol::control::{
     Assign, HEARTBEAT_MS, Held, ModelRef, Peer, StageOrder, StageRole, ToCoordinator, ToWorker,
 };
 use brigade_protocol::frame::{Attach, Feed};
-use brigade_protocol::kind;
 use brigade_protocol::schedule::Limits;
 
 use super::connector::{Connector, RingStopper};
@@ -31,7 +30,7 @@ use crate::loaded::{LoadedStage, StageKey, chain, load_stage};
 use crate::meter::Meter;
 use crate::model::LocalModel;
 use crate::outgoing::Shadow;
-use crate::reach::reach;
+use crate::reach::attach;
 use crate::ring::{Connection, Happening, News, RingEnd, Watch};
 use crate::serving::Failure;
 use crate::site::Keeping;
@@ -446,14 +445,10 @@ impl Owner {
             return;
         }
         let (identity, peer, shared) = (Arc::clone(&self.identity), self.peer(node), Arc::clone(&self.shared));
-        let attach = Attach { deployment: self.deployment(), epoch, stage: 0, feed: Feed::Shadow };
+        let purpose = Attach { deployment: self.deployment(), epoch, stage: 0, feed: Feed::Shadow };
         let dial = move || {
-            let link = reach(&identity, peer.node, &peer.addresses, Purpose::Data, None);
-            let link = link.map_err(|error| error.to_string()).and_then(|link| {
-                link.send(kind::ATTACH, &[&attach.encode()]).map_err(|error| error.to_string())?;
-                Shadow::new(link as Arc<dyn Link>).map_err(|error| error.to_string())
-            });
-            match link {
+            let link = attach(&identity, &peer, purpose).map_err(|error| error.to_string());
+            match link.and_then(|link| Shadow::new(link).map_err(|error| error.to_string())) {
                 Ok(shadow) => _ = shared.submissions.tell(Happening::Shadow(epoch, Box::new(shadow))),
                 Err(why) => tracing::warn!(why, "who stands by for the first stage gets no frames"),
             }

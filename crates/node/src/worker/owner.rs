@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use brigade_base::{ByteSize, Hash, NodeId};
 use brigade_gguf::ModelFile;
-use brigade_net::{Identity, Link, Purpose};
+use brigade_net::{Identity, Link};
 use brigade_protocol::control::{Held, Peer, StageRole, ToCoordinator, ToWorker};
 use brigade_protocol::frame::Attach;
 use brigade_protocol::kind;
@@ -27,7 +27,7 @@ use crate::council::CouncilHost;
 use crate::handover::{self, HandoverError};
 use crate::known::KnownCoordinator;
 use crate::loaded::LoadedStage;
-use crate::reach::reach;
+use crate::reach::attach;
 use crate::shadow::ShadowSlot;
 use crate::site::Keeping;
 use crate::stage_pass::PassRunner;
@@ -362,15 +362,11 @@ impl Owner {
         }
     }
 
-    fn dial(&mut self, id: DialId, peer: Peer, attach: Attach) -> io::Result<()> {
+    fn dial(&mut self, id: DialId, peer: Peer, purpose: Attach) -> io::Result<()> {
         let (identity, events) = (Arc::clone(&self.identity), self.events.clone());
         spawn("dial", move || {
-            let result = reach(&identity, peer.node, &peer.addresses, Purpose::Data, None)
-                .map_err(|error| format!("node {} cannot be reached: {error}", peer.node.short()))
-                .and_then(|link| {
-                    link.send(kind::ATTACH, &[&attach.encode()]).map_err(|error| error.to_string())?;
-                    Ok(link as Arc<dyn Link>)
-                });
+            let result = attach(&identity, &peer, purpose)
+                .map_err(|error| format!("node {} cannot be reached: {error}", peer.node.short()));
             let _ = events.send(Event::Dialled(id, result));
         })
     }

@@ -6,8 +6,7 @@
 use brigade_base::{DeploymentId, NodeId};
 use serde::{Deserialize, Serialize};
 
-use super::message::{decode, encode};
-use crate::control::{MAX_ADDRESSES, MAX_NAME, Peer};
+use crate::control::{MAX_NAME, Peer, check_addresses, decode, encode};
 use crate::{DecodeError, cap};
 
 /// Most voters of a charter. More nodes may take part without a vote: a majority of 64 is out of reach as seldom as one
@@ -20,9 +19,6 @@ pub const MAX_SETTINGS_BYTES: usize = 64 << 10;
 /// Highest term, since it is the upper half of an epoch; and highest version of a charter. One a second is enough for
 /// 136 years.
 pub const MAX_TERM: u64 = u32::MAX as u64;
-
-/// Longest `host:port`: 253 characters of a host name, a colon and a port.
-const MAX_ADDRESS_BYTES: usize = 260;
 
 /// Layout of [`Stored`] as bytes; its first byte.
 const STORED_VERSION: u8 = 1;
@@ -258,11 +254,6 @@ impl Stored {
             None => Err(malformed("it is empty".to_owned())),
         }
     }
-}
-
-pub(super) fn check_addresses(addresses: &[String]) -> Result<(), DecodeError> {
-    cap("number of addresses", addresses.len() as u64, MAX_ADDRESSES as u64)?;
-    addresses.iter().try_for_each(|text| cap("address length", text.len() as u64, MAX_ADDRESS_BYTES as u64))
 }
 
 fn check_settings(settings: &[u8]) -> Result<(), DecodeError> {

@@ -5,8 +5,8 @@
 use brigade_base::DeploymentId;
 use serde::{Deserialize, Serialize};
 
-use super::charter::{Charter, MAX_TERM, check_addresses};
-use crate::control::Peer;
+use super::charter::{Charter, MAX_TERM};
+use crate::control::{Peer, check_addresses, decode, encode};
 use crate::{DecodeError, cap};
 
 /// Largest message: a charter with two sets of 64 voters, each with 64 addresses of 260 bytes, is 2.1 MiB; its settings
@@ -117,15 +117,4 @@ impl Incumbent {
         cap("term", self.term, MAX_TERM)?;
         check_addresses(&self.peer.addresses)
     }
-}
-
-pub(super) fn encode<T: Serialize>(value: &T) -> Vec<u8> {
-    // Writing to memory fails for no value of these types: they hold no map or sequence of unknown length.
-    postcard::to_stdvec(value).unwrap_or_default()
-}
-
-pub(super) fn decode<'a, T: Deserialize<'a>>(what: &'static str, bytes: &'a [u8]) -> Result<T, DecodeError> {
-    let malformed = |why: String| DecodeError::Malformed { what, why };
-    let (value, rest) = postcard::take_from_bytes(bytes).map_err(|e| malformed(e.to_string()))?;
-    if rest.is_empty() { Ok(value) } else { Err(malformed(format!("{} bytes too many", rest.len()))) }
 }

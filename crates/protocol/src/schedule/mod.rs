@@ -229,10 +229,9 @@ impl Scheduler {
         let n_waves = (MAX_SESSIONS as usize / slots.len().max(1)).clamp(1, most);
         for wave in 0..n_waves {
             for &slot in &slots {
-                let is_due = |session: &mut Session| session.is_decoding() && session.n_unsent() > 0;
-                // The last token waits for its choice, so it goes into a pass with those of its neighbours.
-                let is_more = |session: &mut Session| session.is_decoding() && session.n_unsent() > 1;
-                if self.session(slot).is_some_and(if wave == 0 { is_due } else { is_more }) {
+                // A further wave leaves the last row, which is followed by a choice, to a pass with those of others.
+                let n_left = u32::from(wave > 0);
+                if self.session(slot).is_some_and(|session| session.is_decoding() && session.n_unsent() > n_left) {
                     self.put(pass, sent, slot, 1);
                     sent.n_decode += u32::from(wave == 0);
                     sent.n_waves = wave as u32 + 1;

@@ -590,16 +590,15 @@ fn who_leaves_waits_to_be_released() {
     assert_eq!(lonely.actions(), [Action::End], "nobody is there to take over");
 }
 
+/// What a stage between two nodes is for, which may be the node itself.
+fn between(upstream: u8, downstream: u8) -> StageRole {
+    StageRole::Serve { upstream: node(upstream), downstream: peer(downstream), shadow: None, kv_from: None }
+}
+
 #[test]
 fn a_node_may_be_its_own_neighbour() {
     let mut worker = Worker::new();
-    let role = |upstream, downstream| StageRole::Serve {
-        upstream: node(upstream),
-        downstream: peer(downstream),
-        shadow: None,
-        kv_from: None,
-    };
-    worker.assign(1, 0, vec![order(0, role(1, 9)), order(1, role(9, 2))]);
+    worker.assign(1, 0, vec![order(0, between(1, 9)), order(1, between(9, 2))]);
     worker.load();
     worker.join(1);
     worker.answer(9, attach(1, 1, Feed::Passes), true);
@@ -612,13 +611,7 @@ fn a_node_may_be_its_own_neighbour() {
 #[test]
 fn a_stage_is_handed_over_beside_one_that_is_served_on() {
     let mut worker = Worker::new();
-    let role = |upstream, downstream| StageRole::Serve {
-        upstream: node(upstream),
-        downstream: peer(downstream),
-        shadow: None,
-        kv_from: None,
-    };
-    worker.assign(1, 0, vec![order(0, role(1, 9)), order(1, role(9, 2))]);
+    worker.assign(1, 0, vec![order(0, between(1, 9)), order(1, between(9, 2))]);
     let [moved, kept] = [0, 1].map(|stage| {
         let (id, which) = worker.next_load().unwrap();
         assert_eq!(which, layers(stage));
@@ -632,7 +625,7 @@ fn a_stage_is_handed_over_beside_one_that_is_served_on() {
     worker.comes(9, attach(1, 1, Feed::Passes));
     worker.actions();
 
-    worker.assign(2, 0, vec![hand_over(0, 3), order(1, role(3, 2))]);
+    worker.assign(2, 0, vec![hand_over(0, 3), order(1, between(3, 2))]);
     assert_eq!(worker.actions(), [Action::Stop(moved), Action::Stop(kept)]);
     worker.ends(moved, End::Closed, Some(held(9)));
     worker.ends(kept, End::Closed, Some(held(8)));
@@ -648,7 +641,7 @@ fn a_stage_is_handed_over_beside_one_that_is_served_on() {
     worker.ends(moved, End::Done, Some(held(9)));
     assert_eq!(worker.actions(), [Action::Free(moved)], "the other one is not touched");
     // From now on it stands by for what it gave away.
-    worker.assign(2, 1, vec![without_kv(standby(0, None)), order(1, role(3, 2))]);
+    worker.assign(2, 1, vec![without_kv(standby(0, None)), order(1, between(3, 2))]);
     assert_eq!((worker.next_load().map(|(_, which)| which), worker.actions()), (Some(layers(0)), vec![]));
 }
 
