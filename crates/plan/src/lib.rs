@@ -1,16 +1,20 @@
 //! Places a model's layers on nodes, and explains the choice.
 //!
-//! Flow: profiles of the model and of the nodes go in, a [`Plan`] or a reason why there is none comes out. Nothing is
-//! measured, read or timed here; what a profile says is taken as true. Today the only measurement that counts is free
-//! memory: each node's share of the model follows its share of the memory. Measured speeds will enter through
-//! [`NodeProfile`], and predictions leave through [`Plan`], without a change for those who call [`place`].
+//! Flow: profiles of the model, the nodes and the links go in, a [`Plan`] with a [`Prediction`] or a reason why there is
+//! none comes out. Nothing is measured, read or timed here; what a profile says is taken as true.
 
 mod memory;
 mod place;
+mod predict;
+mod profile;
 mod standby;
 
 pub use memory::{COMPUTE_FLOOR, HEADROOM_DIVISOR, StageMemory};
-pub use place::{check_split, place};
+pub use place::{check_split, place, predict};
+pub use predict::{ANSWER_TOKENS, Bound, PROMPT_TOKENS, Prediction, RingModel, RingStage, StagePrediction};
+pub use profile::{
+    Curve, CurveError, Demand, LinkProfile, Links, MAX_POINTS, ModelProfile, NodeProfile, Optimize, Speed, SpeedSource,
+};
 pub use standby::{MAX_STAGES_OF_WORKER, Standby, Uncovered, Worker, explain_standbys, stand_in, standbys};
 
 use std::fmt;
@@ -18,65 +22,13 @@ use std::fmt;
 use brigade_base::{ByteSize, LayerRange, NodeId};
 use serde::Serialize;
 
-/// What a model costs, layer by layer.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ModelProfile {
-    /// Bytes of the weights of each layer; its length is the number of layers.
-    pub layer_bytes: Vec<u64>,
-    /// Bytes of KV cache per token of each layer; as long as `layer_bytes`.
-    pub kv_bytes_per_token: Vec<u64>,
-    /// Bytes that the coordinator holds beside its layers: the head, and what the token embedding needs.
-    pub head_bytes: u64,
-    /// Layers before which the model may be cut, ascending, without 0 and the number of layers.
-    pub cut_points: Vec<u32>,
-    /// Width of the hidden state.
-    pub n_embd: u32,
-    /// Attention heads of the layer with the most.
-    pub n_heads: u32,
-    /// Width of the widest feed-forward activation.
-    pub n_ff: u32,
-    /// Size of the vocabulary.
-    pub n_vocab: u32,
-}
-
-impl ModelProfile {
-    /// Number of layers.
-    pub fn n_layers(&self) -> u32 {
-        self.layer_bytes.len() as u32
-    }
-}
-
-/// What a node offers.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct NodeProfile {
-    /// The node.
-    pub id: NodeId,
-    /// Its name for people.
-    pub name: String,
-    /// Memory that it gives.
-    pub memory: ByteSize,
-}
-
-/// What the deployment must be able to do.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Demand {
-    /// Tokens of one session.
-    pub context: u32,
-    /// Sessions at once.
-    pub parallel: u32,
-    /// Most rows of one batch.
-    pub max_rows: u32,
-    /// Use every node, even where fewer would do.
-    pub spread: bool,
-    /// Pinned number of layers of each stage, in ring order: workers in the order given, the coordinator last.
-    pub split: Option<Vec<u32>>,
-}
-
 /// Where each layer goes.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Plan {
     /// The stages in ring order; the last one is the coordinator's.
     pub stages: Vec<PlannedStage>,
+    /// How fast it will be, where the speed of all its nodes is known.
+    pub prediction: Option<Prediction>,
     /// Why this plan, one thought per line.
     pub explanation: Vec<String>,
 }

@@ -3,7 +3,8 @@
 use brigade_base::{ByteSize, LayerRange};
 
 use crate::memory::{stage_memory, usable};
-use crate::{Demand, ModelProfile, NodeProfile, Plan, PlanError, PlannedStage};
+use crate::predict::{Prediction, RingModel, RingStage};
+use crate::{Demand, Links, ModelProfile, NodeProfile, Plan, PlanError, PlannedStage};
 
 /// Places a model on nodes, in ring order with the coordinator last.
 ///
@@ -17,7 +18,29 @@ use crate::{Demand, ModelProfile, NodeProfile, Plan, PlanError, PlannedStage};
 ///
 /// # Panics
 /// Never for a profile whose lists are as long as they say.
-pub fn place(model: &ModelProfile, nodes: &[NodeProfile], demand: &Demand) -> Result<Plan, PlanError> {
+pub fn place(model: &ModelProfile, nodes: &[NodeProfile], links: &Links, demand: &Demand) -> Result<Plan, PlanError> {
+    let mut plan = choose(model, nodes, demand)?;
+    plan.prediction = predict(model, nodes, links, demand, &plan.stages);
+    Ok(plan)
+}
+
+/// What these stages will do, if the speed of all their nodes is known.
+pub fn predict(
+    model: &ModelProfile,
+    nodes: &[NodeProfile],
+    links: &Links,
+    demand: &Demand,
+    stages: &[PlannedStage],
+) -> Option<Prediction> {
+    let of = |stage: &PlannedStage| {
+        let node = nodes.iter().find(|node| node.id == stage.node)?;
+        Some(RingStage { node, speed: node.speed.as_ref()?, layers: stage.layers })
+    };
+    let ring = stages.iter().map(of).collect::<Option<Vec<_>>>()?;
+    Some(RingModel::new(model, &ring, links, demand).predict())
+}
+
+fn choose(model: &ModelProfile, nodes: &[NodeProfile], demand: &Demand) -> Result<Plan, PlanError> {
     if let Some(split) = &demand.split {
         return pinned(model, nodes, demand, split);
     }
@@ -176,7 +199,7 @@ fn explain(
             model.cut_points.len()
         ));
     }
-    Plan { stages, explanation }
+    Plan { stages, prediction: None, explanation }
 }
 
 fn does_not_fit(model: &ModelProfile, nodes: &[NodeProfile], demand: &Demand) -> PlanError {
@@ -212,6 +235,7 @@ mod tests {
             n_heads: 4,
             n_ff: 128,
             n_vocab: 1000,
+            ..ModelProfile::default()
         }
     }
 
@@ -222,12 +246,17 @@ mod tests {
                 id: NodeId::from_bytes([i as u8; 32]),
                 name: format!("n{i}"),
                 memory: ByteSize::mib(m),
+                speed: None,
             })
             .collect()
     }
 
     fn demand() -> Demand {
-        Demand { context: 1024, parallel: 1, max_rows: 16, spread: false, split: None }
+        Demand { context: 1024, parallel: 1, max_rows: 16, ..Demand::default() }
+    }
+
+    fn place_here(model: &ModelProfile, nodes: &[NodeProfile], demand: &Demand) -> Result<Plan, PlanError> {
+        place(model, nodes, &Links::default(), demand)
     }
 
     fn split_of(plan: &Plan) -> Vec<u32> {
@@ -236,34 +265,35 @@ mod tests {
 
     #[test]
     fn one_node_is_enough_where_it_is() {
-        let plan = place(&model(8), &nodes(&[4000, 4000]), &demand()).unwrap();
+        let plan = place_here(&model(8), &nodes(&[4000, 4000]), &demand()).unwrap();
         assert_eq!(split_of(&plan), [8]);
         assert_eq!(plan.stages[0].name, "n1");
     }
 
     #[test]
     fn spread_uses_all_and_charges_the_head_to_the_coordinator() {
-        let plan = place(&model(10), &nodes(&[4000, 4000, 4000]), &Demand { spread: true, ..demand() }).unwrap();
+        let plan = place_here(&model(10), &nodes(&[4000, 4000, 4000]), &Demand { spread: true, ..demand() }).unwrap();
         assert_eq!(split_of(&plan), [4, 4, 2]);
     }
 
     #[test]
     fn shares_follow_memory() {
-        let plan = place(&model(12), &nodes(&[1000, 500, 600]), &demand()).unwrap();
+        let plan = place_here(&model(12), &nodes(&[1000, 500, 600]), &demand()).unwrap();
         assert_eq!(split_of(&plan), [7, 3, 2]);
     }
 
     #[test]
     fn the_largest_worker_is_taken_first() {
-        let plan = place(&model(12), &nodes(&[300, 1000, 900]), &demand()).unwrap();
+        let plan = place_here(&model(12), &nodes(&[300, 1000, 900]), &demand()).unwrap();
         assert_eq!(plan.stages.iter().map(|s| s.name.as_str()).collect::<Vec<_>>(), ["n1", "n2"]);
     }
 
     #[test]
     fn kv_counts() {
-        let lean = place(&model(8), &nodes(&[1200]), &demand());
+        let lean = place_here(&model(8), &nodes(&[1200]), &demand());
         assert!(lean.is_ok());
-        let error = place(&model(8), &nodes(&[1200]), &Demand { context: 65536, parallel: 4, ..demand() }).unwrap_err();
+        let error =
+            place_here(&model(8), &nodes(&[1200]), &Demand { context: 65536, parallel: 4, ..demand() }).unwrap_err();
         assert!(matches!(error, PlanError::DoesNotFit { .. }), "{error}");
         assert!(error.to_string().contains("missing"), "{error}");
     }
@@ -271,7 +301,7 @@ mod tests {
     #[test]
     fn pinned_splits_are_checked() {
         let ask = |split: &[u32], mib: &[u64]| {
-            place(&model(8), &nodes(mib), &Demand { split: Some(split.to_vec()), ..demand() })
+            place_here(&model(8), &nodes(mib), &Demand { split: Some(split.to_vec()), ..demand() })
         };
         assert_eq!(split_of(&ask(&[3, 4, 1], &[2000, 2000, 2000]).unwrap()), [3, 4, 1]);
         assert!(matches!(ask(&[3, 4], &[2000, 2000]), Err(PlanError::SplitSum { .. })));
@@ -279,7 +309,7 @@ mod tests {
         assert!(matches!(ask(&[4, 4], &[2000]), Err(PlanError::SplitNodes { stages: 2, nodes: 1 })));
         assert!(matches!(ask(&[7, 1], &[500, 2000]), Err(PlanError::SplitTooLarge { .. })));
         let even = ModelProfile { cut_points: vec![2, 4, 6], ..model(8) };
-        let odd = place(&even, &nodes(&[2000, 2000]), &Demand { split: Some(vec![3, 5]), ..demand() });
+        let odd = place_here(&even, &nodes(&[2000, 2000]), &Demand { split: Some(vec![3, 5]), ..demand() });
         assert_eq!(odd, Err(PlanError::SplitCut { at: 3, allowed: vec![2, 4, 6] }));
     }
 
@@ -291,7 +321,7 @@ mod tests {
             let cut_points = (1..n_layers).filter(|c| c % step == 0).collect();
             let model = ModelProfile { cut_points, ..model(n_layers) };
             let nodes = nodes(&memory);
-            if let Ok(plan) = place(&model, &nodes, &Demand { spread, ..demand() }) {
+            if let Ok(plan) = place_here(&model, &nodes, &Demand { spread, ..demand() }) {
                 let mut next = 0;
                 for stage in &plan.stages {
                     prop_assert_eq!(stage.layers.start(), next);
@@ -330,6 +360,6 @@ mod tests {
     #[test]
     fn nothing_fits_in_less_than_a_process_needs() {
         let floor = nodes(&[COMPUTE_FLOOR / MIB]);
-        assert!(matches!(place(&model(1), &floor, &demand()), Err(PlanError::DoesNotFit { .. })));
+        assert!(matches!(place_here(&model(1), &floor, &demand()), Err(PlanError::DoesNotFit { .. })));
     }
 }

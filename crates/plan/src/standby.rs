@@ -15,7 +15,7 @@ use crate::{Demand, ModelProfile, NodeProfile, PlannedStage};
 pub const MAX_STAGES_OF_WORKER: usize = 16;
 
 /// A worker and what it holds.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Worker {
     /// What it offers.
     pub node: NodeProfile,
@@ -149,11 +149,12 @@ mod tests {
             n_heads: 2,
             n_ff: 16,
             n_vocab: 100,
+            ..ModelProfile::default()
         }
     }
 
     fn demand() -> Demand {
-        Demand { context: 256, parallel: 1, max_rows: 16, spread: true, split: None }
+        Demand { context: 256, parallel: 1, max_rows: 16, spread: true, ..Demand::default() }
     }
 
     fn range(start: u32, end: u32) -> LayerRange {
@@ -165,7 +166,7 @@ mod tests {
     }
 
     fn worker(n: u8, mib: u64, serves: &[LayerRange], stands_by: &[LayerRange]) -> Worker {
-        let node = NodeProfile { id: id(n), name: format!("w{n}"), memory: ByteSize::mib(mib) };
+        let node = NodeProfile { id: id(n), name: format!("w{n}"), memory: ByteSize::mib(mib), speed: None };
         Worker { node, serves: serves.to_vec(), stands_by: stands_by.to_vec() }
     }
 
@@ -224,7 +225,7 @@ mod tests {
     #[test]
     fn it_is_said_who_stands_by() {
         let nodes = [1, 2, 9].map(|n| worker(n, 450, &[], &[]).node);
-        let plan = crate::place(&model(), &nodes, &demand()).unwrap();
+        let plan = crate::place(&model(), &nodes, &crate::Links::default(), &demand()).unwrap();
         let lines = explain_standbys(&plan.stages, &[Standby { stage: 0, node: id(3) }], |_| "w3".into());
         assert_eq!(lines.len(), 2);
         assert_eq!(lines[0], format!("w3 stands by for layers {} of w1.", plan.stages[0].layers));
