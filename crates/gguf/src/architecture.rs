@@ -98,6 +98,8 @@ pub struct Architecture {
     layer_bytes: Vec<u64>,
     embedding_bytes: u64,
     head_bytes: u64,
+    expert_bytes: u64,
+    n_weights: u64,
     pub(crate) rules: &'static Rules,
 }
 
@@ -157,6 +159,8 @@ impl Architecture {
             tied_head,
             layer_bytes: catalog.bytes_per_layer(),
             embedding_bytes,
+            expert_bytes: expert_bytes(catalog),
+            n_weights: catalog.n_parameters(),
             head_bytes: if tied_head { untied_bytes.saturating_add(embedding_bytes) } else { untied_bytes },
             rules,
         })
@@ -218,10 +222,27 @@ impl Architecture {
         self.embedding_bytes
     }
 
+    /// Of the bytes of all layers, those of experts: tensors of which a row uses only a part.
+    pub fn expert_bytes(&self) -> u64 {
+        self.expert_bytes
+    }
+
+    /// All weights, as a count.
+    pub fn n_weights(&self) -> u64 {
+        self.n_weights
+    }
+
     /// Bytes of final norm and head; with a tied head these include the token embedding.
     pub fn head_bytes(&self) -> u64 {
         self.head_bytes
     }
+}
+
+/// Bytes of the tensors that hold one matrix for each expert.
+fn expert_bytes(catalog: &Catalog) -> u64 {
+    let is_expert = |name: &str| name.starts_with("blk.") && name.ends_with("_exps.weight");
+    let tensors = catalog.tensors().iter().filter(|tensor| is_expert(&tensor.name));
+    tensors.fold(0, |sum, tensor| sum.saturating_add(tensor.n_bytes))
 }
 
 /// Reads an architecture's keys.

@@ -36,10 +36,11 @@ use crate::ticket::{SECRET_BYTES, Secret, TICKET_ID_BYTES, TicketId, TicketSecre
 /// | 1 | 0.1 | the first |
 /// | 2 | 0.1 | frames carry KV steps and five times of each stage; offers say how much disk there is for sessions |
 /// | 3 | 0.1 | stages are assigned as a whole, with standbys and hand-over; links for requests and for the council |
-pub const PROTOCOL_VERSION: u16 = 3;
+/// | 4 | 0.1 | nodes measure how fast they compute the model and how far they are from each other, before they get a stage |
+pub const PROTOCOL_VERSION: u16 = 4;
 
 /// The lowest protocol version that this build speaks.
-pub const MIN_PROTOCOL_VERSION: u16 = 3;
+pub const MIN_PROTOCOL_VERSION: u16 = 4;
 
 /// Longest wait for the other side's preamble: a round trip and a look into two small tables, on a machine that may be
 /// busy loading a model.
@@ -72,6 +73,8 @@ pub enum Purpose {
     Requests,
     /// Who coordinates.
     Council,
+    /// Measuring the link itself.
+    Probe,
 }
 
 /// What a dialer says first.
@@ -215,7 +218,8 @@ pub fn refuse(link: &dyn Link, refusal: &Refusal) {
 }
 
 impl Purpose {
-    const ALL: [Self; 5] = [Self::Control, Self::Data, Self::Weights, Self::Requests, Self::Council];
+    const ALL: [Self; 6] =
+        [Self::Control, Self::Data, Self::Weights, Self::Requests, Self::Council, Self::Probe];
 
     fn code(self) -> u8 {
         match self {
@@ -224,6 +228,7 @@ impl Purpose {
             Self::Weights => 3,
             Self::Requests => 4,
             Self::Council => 5,
+            Self::Probe => 6,
         }
     }
 

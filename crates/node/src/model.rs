@@ -191,6 +191,10 @@ fn profile_of(a: &Architecture) -> ModelProfile {
         n_heads: a.n_head.iter().copied().max().unwrap_or(0),
         n_ff: a.n_ff.iter().copied().max().unwrap_or(0),
         n_vocab: a.n_vocab,
+        n_experts: a.n_experts,
+        n_experts_used: a.n_experts_used,
+        expert_bytes: a.expert_bytes(),
+        n_weights: a.n_weights(),
     }
 }
 

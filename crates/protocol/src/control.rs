@@ -4,6 +4,8 @@
 //! worker                                coordinator
 //!   Offer ------------------------------->            what this node gives
 //!   <------------------------------ Accept
+//!   <------------------------------ Measure           how fast are you with this model, how far from these nodes?
+//!   Measured ---------------------------->
 //!   <------------------------------ Assign            hold these stages, and no others
 //!   Progress ... ------------------------>            once for each stage, as the following
 //!   Loaded ------------------------------>
@@ -22,6 +24,7 @@ use brigade_base::{ByteSize, DeploymentId, Epoch, Hash, LayerRange, NodeId, Pass
 use serde::{Deserialize, Serialize};
 
 use crate::frame::MAX_STAGES;
+use crate::measure::{Examined, Measure, Measured};
 use crate::{DecodeError, cap};
 
 /// Interval of heartbeats in milliseconds.
@@ -47,6 +50,9 @@ pub const MAX_NAME: usize = 64;
 
 /// Most addresses of a node: a machine with many interfaces and two families.
 pub const MAX_ADDRESSES: usize = 64;
+
+/// Most nodes that a worker is told of: those of a charter, and as many again that are no members yet.
+pub const MAX_FELLOWS: usize = 512;
 
 /// Most tokens of all sessions together, so that no product of sizes overflows later.
 pub const MAX_KV_TOKENS: u64 = 1 << 32;
@@ -182,6 +188,12 @@ pub enum ToWorker {
         /// The deployment that it takes part in from now on.
         deployment: DeploymentId,
     },
+    /// What to measure. [`ToCoordinator::Measured`] is the answer.
+    Measure(Box<Measure>),
+    /// Other nodes of the cluster, which may measure their links to this one.
+    Fellows(Vec<NodeId>),
+    /// What is wrong with this node? [`ToCoordinator::Examined`] is the answer.
+    Examine,
     /// What to hold.
     Assign(Box<Assign>),
     /// All stages are loaded: dial those behind the stages that this node serves.
@@ -206,10 +218,14 @@ pub enum ToWorker {
 }
 
 /// From a worker to the coordinator.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum ToCoordinator {
     /// What this node gives; the first message.
     Offer(Offer),
+    /// How fast this node is.
+    Measured(Box<Measured>),
+    /// What was found when this node looked at itself.
+    Examined(Examined),
     /// So much of a stage's weights is here.
     Progress {
         /// Epoch of the stage.
@@ -339,7 +355,7 @@ impl Assign {
 }
 
 impl ModelRef {
-    fn check(&self) -> Result<(), DecodeError> {
+    pub(crate) fn check(&self) -> Result<(), DecodeError> {
         cap("context × sessions", u64::from(self.context) * u64::from(self.sessions), MAX_KV_TOKENS)?;
         cap("sessions", self.sessions.into(), MAX_SESSIONS.into())?;
         cap("rows of a batch", self.max_rows.into(), MAX_BATCH_ROWS.into())?;
@@ -380,8 +396,11 @@ impl ToWorker {
     /// If the bytes are none, or a number is beyond its cap.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         let message = decode("control message", bytes)?;
-        if let Self::Assign(assign) = &message {
-            assign.check()?;
+        match &message {
+            Self::Assign(assign) => assign.check()?,
+            Self::Measure(measure) => measure.check()?,
+            Self::Fellows(nodes) => cap("number of nodes", nodes.len() as u64, MAX_FELLOWS as u64)?,
+            _ => {}
         }
         Ok(message)
     }
@@ -401,6 +420,8 @@ impl ToCoordinator {
         let message = decode("control message", bytes)?;
         match &message {
             Self::Offer(offer) => offer.check()?,
+            Self::Measured(measured) => measured.check()?,
+            Self::Examined(examined) => examined.check()?,
             Self::Loaded { held: Some(held), .. } => {
                 cap("number of slots", held.tokens.len() as u64, MAX_SESSIONS.into())?;
             }

@@ -17,6 +17,7 @@ pub mod control;
 pub mod council;
 pub mod frame;
 pub mod handover;
+pub mod measure;
 pub mod requests;
 pub mod schedule;
 pub mod weights;
@@ -48,6 +49,10 @@ pub mod kind {
     pub const REQUESTS: u8 = 0x40;
     /// A [`crate::council::CouncilMessage`].
     pub const COUNCIL: u8 = 0x41;
+    /// Bytes to measure the link with; the first four say how many are wanted back.
+    pub const PROBE: u8 = 0x50;
+    /// The answer to them: so many bytes.
+    pub const PROBE_BACK: u8 = 0x51;
 }
 
 /// A message could not be read.

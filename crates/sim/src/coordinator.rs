@@ -22,11 +22,15 @@ use crate::host::{Host, Work, address};
 use crate::model::Model;
 use crate::network::{End, Heard, MS};
 use crate::ring::{Ring, Said, Start, Via};
+use crate::scenario::speed;
 use crate::stage::Stage;
 
 /// A pass that is older is late. A real node derives it from running averages; here nothing takes longer unless it is
 /// slowed down.
 const PASS_DEADLINE: Duration = Duration::from_millis(1000);
+
+/// Of a hundred heartbeats, those before which a node is found to be faster or slower than it was.
+const PACE_CHANGES: u64 = 3;
 
 /// While nothing moved for so long, a late pass is stuck.
 const STILL: Duration = Duration::from_millis(4 * HEARTBEAT_MS);
@@ -295,6 +299,14 @@ impl Coordinator {
         self.feed(host, Input::Gone(node, why.to_owned()));
     }
 
+    /// A node is as fast as it happens to be now, where speeds are known at all.
+    fn pace(&mut self, host: &mut Host<'_>, node: NodeId) {
+        if self.settings.coordinator.speed.is_some() {
+            let speed = Box::new(speed(host.random.between(1, 10)));
+            self.feed(host, Input::Measured(node, Some(speed), Vec::new()));
+        }
+    }
+
     fn message(&mut self, host: &mut Host<'_>, node: NodeId, message: ToCoordinator) {
         let now = host.now();
         if let Some(worker) = self.workers.get_mut(&node) {
@@ -314,6 +326,7 @@ impl Coordinator {
                     node,
                     &ToWorker::Accept { seen_as: address(host.index(node)), deployment: self.settings.deployment },
                 );
+                self.pace(host, node);
                 self.feed(host, Input::Offer(node, offer));
             }
             ToCoordinator::Progress { epoch, stage, done, total } => {
@@ -337,6 +350,8 @@ impl Coordinator {
                     worker.progress = progress;
                 }
             }
+            // This cluster's nodes are not asked.
+            ToCoordinator::Measured(_) | ToCoordinator::Examined(_) => {}
             ToCoordinator::Leave { reason } => self.feed(host, Input::Leave(node, reason)),
             ToCoordinator::Goodbye { reason } => {
                 self.gone(host, node, &reason);
@@ -372,6 +387,11 @@ impl Coordinator {
             self.next_ping = now + Duration::from_millis(HEARTBEAT_MS);
             self.n_pings += 1;
             let nodes: Vec<NodeId> = self.workers.keys().copied().collect();
+            if self.settings.coordinator.speed.is_some() && host.random.percent(PACE_CHANGES) {
+                let all: Vec<NodeId> = nodes.iter().copied().chain([host.id()]).collect();
+                let node = all[host.random.below(all.len() as u64) as usize];
+                self.pace(host, node);
+            }
             for node in nodes {
                 let heard_at = self.workers.get(&node).map_or(now, |worker| worker.heard_at);
                 if now.saturating_duration_since(heard_at) >= Duration::from_millis(DEAD_AFTER_MS) {

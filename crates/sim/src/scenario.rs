@@ -1,7 +1,7 @@
 //! What follows from a seed before anything happens: machines, model, settings, callers.
 
 use brigade_base::{ByteSize, NodeId, TenantId, Token};
-use brigade_plan::{Demand, ModelProfile, NodeProfile};
+use brigade_plan::{Curve, Demand, ModelProfile, NodeProfile, Speed, SpeedSource};
 use brigade_protocol::schedule::{Limits, PrefixCache};
 
 use crate::model::{MAX_LAYERS, Model, N_EMBD};
@@ -139,8 +139,14 @@ impl Scenario {
         let has_gateways = random.percent(60);
         let (callers, hang_ups) = callers(random, &model, limits.n_slots, if has_gateways { n_nodes } else { 1 });
         let redundancy = random.pick(&[1, 2, 2]);
+        let mut nodes = nodes(random, n_nodes, u64::from(n_layers));
+        // Drawn from numbers of their own, so that all else stays as it is without them.
+        let paces = &mut Random::new(seed, 2);
+        if paces.percent(60) {
+            nodes.iter_mut().for_each(|node| node.speed = Some(speed(paces.between(1, 10))));
+        }
         Self {
-            nodes: nodes(random, n_nodes, u64::from(n_layers)),
+            nodes,
             may_lead,
             clock_rates: (0..n_nodes).map(|_| random.between(970, 1031)).collect(),
             profile,
@@ -150,7 +156,7 @@ impl Scenario {
                 parallel: limits.n_slots,
                 max_rows: limits.chunk + limits.n_slots,
                 spread: random.percent(50),
-                split: None,
+                ..Demand::default()
             },
             limits,
             nodes_wanted: random.between(1, n_nodes as u64 + 1) as usize,
@@ -178,6 +184,23 @@ fn profile(n_layers: u32) -> ModelProfile {
         n_heads: 1,
         n_ff: 16,
         n_vocab: 500,
+        ..ModelProfile::default()
+    }
+}
+
+/// A node that computes a layer in so many milliseconds.
+pub fn speed(layer_ms: u64) -> Speed {
+    let layer_s = layer_ms as f64 / 1000.0;
+    let curve = |points: &[(u32, f64)]| Curve::new(points.to_vec()).unwrap_or_else(|error| panic!("{error}"));
+    Speed {
+        decode: curve(&[(1, layer_s), (4, 2.0 * layer_s)]),
+        chunk: curve(&[(1, layer_s), (32, 4.0 * layer_s)]),
+        head: None,
+        pass_s: 0.0,
+        decode_context_s: 0.0,
+        chunk_context_s: 0.0,
+        load_bytes_per_s: 1e9,
+        source: SpeedSource::Layers,
     }
 }
 
@@ -196,6 +219,7 @@ fn nodes(random: &mut Random, n: usize, n_layers: u64) -> Vec<NodeProfile> {
         id: NodeId::from_bytes([at as u8 + 1; 32]),
         name: format!("node {at}"),
         memory: ByteSize((n_layers * LAYER_BYTES + LAYER_BYTES / 2 + (60 << 20)) / 15 * 16),
+        speed: None,
     };
     fits.iter().enumerate().map(node).collect()
 }

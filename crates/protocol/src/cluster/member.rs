@@ -78,8 +78,9 @@ impl Member {
         self.private.no_standby_until.is_some()
     }
 
+    /// What it offers, without its speed.
     pub(super) fn profile(&self) -> NodeProfile {
-        NodeProfile { id: self.id, name: self.offer.name.clone(), memory: self.offer.memory }
+        NodeProfile { id: self.id, name: self.offer.name.clone(), memory: self.offer.memory, speed: None }
     }
 
     /// Its room for stages, if it held these.

@@ -15,9 +15,10 @@
 //! - Every placement has a higher epoch than the one before; news of an older epoch are ignored.
 //! - After a loss the same cut is used where that is possible: only the lost stages change hands. Sessions outlive the
 //!   ring; what stages held of their KV cache is told with [`Action::StartRing`].
-//! - A node that comes while the model is placed does not change the cut: it stays idle, or stands by, until somebody
-//!   is lost, even where more nodes were asked for than the ring has. But where a worker serves several stages, because
-//!   it took over from one that was lost, one of them moves to a node that serves none, with what its slots hold.
+//! - A node that comes while the model is placed does not change the cut at once: it stays idle, or stands by, until
+//!   somebody is lost, even where more nodes were asked for than the ring has. But where a worker serves several stages, because
+//!   it took over from one that was lost, one of them moves to a node that serves none, with what its slots hold. And
+//!   where all speeds are known, the model is placed anew if that is clearly faster and pays.
 //! - Orders are derived from the ring and sent where they differ from those that a node has. So whatever changes the
 //!   ring need not think of who is to be told.
 //! - While nothing is placed for want of nodes, stages stay loaded for a while, so that a node that comes back finds
@@ -25,15 +26,17 @@
 
 mod member;
 mod moving;
+mod pace;
 mod placing;
 mod ring;
 mod tend;
 mod types;
 
+use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use brigade_base::{ByteSize, DeploymentId, Epoch, LayerRange, NodeId};
-use brigade_plan::{MAX_STAGES_OF_WORKER, Plan};
+use brigade_plan::{Links, MAX_STAGES_OF_WORKER, NodeProfile, Plan, Speed};
 
 pub use types::{Action, Input, Member, MemberStage, MemberState, Order, Phase, Role, Settings, StageState};
 
@@ -75,6 +78,9 @@ pub struct Cluster {
     settings: Settings,
     /// Workers in the order in which they came.
     members: Vec<Member>,
+    /// How fast workers are, of which that is known.
+    speeds: HashMap<NodeId, Speed>,
+    links: Links,
     phase: Phase,
     epoch: Epoch,
     /// The present placement; while nothing is placed, the last one, as far as its stages are still loaded.
@@ -82,6 +88,10 @@ pub struct Cluster {
     /// The ring is what is placed now.
     is_placed: bool,
     tail: Tail,
+    /// The placement to change to, once no pass is on its way.
+    next: Option<Ring>,
+    /// When it is to be looked whether another placement would be faster.
+    look_at: Option<Instant>,
     settle_until: Option<Instant>,
     /// Ready since a moment ago: no stage moves before this time.
     settled_at: Option<Instant>,
@@ -105,10 +115,14 @@ impl Cluster {
             epoch: Epoch::of(settings.term, 0),
             settings,
             members: Vec::new(),
+            speeds: HashMap::new(),
+            links: Links::default(),
             phase: Phase::Waiting("the model is about to be placed".to_owned()),
             ring: None,
             is_placed: false,
             tail: Tail::default(),
+            next: None,
+            look_at: None,
             settle_until: None,
             settled_at: None,
             parked_until: None,
@@ -136,6 +150,16 @@ impl Cluster {
         self.ring.as_ref().filter(|_| self.is_placed).map(|ring| &ring.plan)
     }
 
+    /// The nodes here with all that is known of their speed, the coordinator last.
+    pub fn nodes(&self) -> Vec<NodeProfile> {
+        self.profiles(Member::is_here)
+    }
+
+    /// What is known of the links between nodes.
+    pub fn links(&self) -> &Links {
+        &self.links
+    }
+
     /// The workers in the order in which they came.
     pub fn members(&self) -> &[Member] {
         &self.members
@@ -156,7 +180,7 @@ impl Cluster {
         let deadlines = |m: &Member| [m.private.no_standby_until, m.private.leave_until];
         let members = self.members.iter().flat_map(deadlines);
         let settled_at = self.settled_at.filter(|_| self.is_moving());
-        members.chain([self.settle_until, self.parked_until, settled_at]).flatten().min()
+        members.chain([self.settle_until, self.parked_until, settled_at, self.look_at()]).flatten().min()
     }
 
     /// Takes note of what happened and says what to do, in this order.
@@ -181,6 +205,7 @@ impl Cluster {
     fn take(&mut self, now: Instant, input: Input, actions: &mut Vec<Action>) {
         match input {
             Input::Offer(id, offer) => self.offer(id, offer, actions),
+            Input::Measured(id, speed, links) => self.measured(id, speed.map(|speed| *speed), &links),
             Input::Gone(id, reason) => self.gone(id, &reason, actions),
             Input::Progress(id, epoch, stage, share) => {
                 if let Some(stage) = self.current(id, epoch, stage)
@@ -279,6 +304,7 @@ impl Cluster {
 
     fn gone(&mut self, id: NodeId, reason: &str, actions: &mut Vec<Action>) {
         let name = self.name(id);
+        self.forget_pace(id);
         self.n_breaks = 0;
         if self.remove(id) && self.is_placed {
             self.replace(&format!("node {name} is gone ({reason})"), actions);
@@ -323,6 +349,7 @@ impl Cluster {
             }
         }
         unfed.into_iter().for_each(|k| self.end_hand_over(k));
+        self.next = None;
         self.lost_while_moving(id);
         self.explain();
         served

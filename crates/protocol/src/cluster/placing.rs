@@ -63,6 +63,7 @@ impl Cluster {
         self.placed_before = true;
         self.is_placed = true;
         self.parked_until = None;
+        self.next = None;
         self.phase = Phase::Loading;
         for member in &mut self.members {
             let before = std::mem::take(&mut member.stages);
@@ -123,6 +124,7 @@ impl Cluster {
         let seats = self.ring.as_mut().map(|ring| ring.seats.as_mut_slice()).unwrap_or_default();
         seats.iter_mut().for_each(|seat| seat.handed_by = None);
         self.note_ready();
+        self.note_pace();
         self.members.iter_mut().for_each(|m| m.private.is_relieved = false);
     }
 

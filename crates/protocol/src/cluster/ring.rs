@@ -4,7 +4,7 @@
 //! what their slots hold. The model is placed anew only where that is not possible.
 
 use brigade_base::{LayerRange, NodeId};
-use brigade_plan::{NodeProfile, Plan, PlanError, Standby, explain_standbys, place, stand_in};
+use brigade_plan::{Plan, PlanError, Standby, explain_standbys, place, predict, stand_in};
 
 use super::Cluster;
 use super::types::{Member, Order, Role};
@@ -115,6 +115,9 @@ impl Cluster {
         if !self.has_quorum {
             return self.alone();
         }
+        if let Some(ring) = self.chosen() {
+            return Ok(ring);
+        }
         let here = self.members.iter().filter(|m| m.is_here()).count() + 1;
         let wanted = if self.placed_before { 1 } else { self.settings.nodes_wanted };
         if here < wanted {
@@ -153,9 +156,8 @@ impl Cluster {
 
     /// A placement from scratch on the members that `may` take part.
     pub(super) fn planned(&self, may: impl Fn(&Member) -> bool) -> Result<Ring, PlanError> {
-        let workers = self.members.iter().filter(|m| may(m)).map(Member::profile);
-        let nodes: Vec<NodeProfile> = workers.chain([self.settings.coordinator.clone()]).collect();
-        place(&self.settings.model, &nodes, &self.settings.demand).map(|plan| Ring::new(plan, false))
+        let nodes = self.profiles(may);
+        place(&self.settings.model, &nodes, &self.links, &self.settings.demand).map(|plan| Ring::new(plan, false))
     }
 
     /// The same cut with another holder for each stage that has none, or whose holder wants to end and can be done
@@ -269,7 +271,7 @@ impl Cluster {
         self.member(standby)?.stage(stage as u32)?.is_warm().then_some(standby)
     }
 
-    /// Brings the plan's explanation up to date.
+    /// Brings the plan's explanation and prediction up to date.
     pub(super) fn explain(&mut self) {
         let Some(ring) = &self.ring else { return };
         let mut lines = ring.reasons.clone();
@@ -279,8 +281,11 @@ impl Cluster {
             lines.extend(explain_standbys(&ring.plan.stages, &standbys, |id| self.name(id)));
         }
         lines.extend(self.explain_move());
+        let nodes = self.profiles(|m| ring.is_held_by(m.id));
+        let prediction = predict(&self.settings.model, &nodes, &self.links, &self.settings.demand, &ring.plan.stages);
         if let Some(ring) = &mut self.ring {
             ring.plan.explanation = lines;
+            ring.plan.prediction = prediction;
         }
     }
 }

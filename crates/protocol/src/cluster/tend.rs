@@ -60,6 +60,7 @@ impl Cluster {
             if leavers.is_empty() {
                 self.move_on();
             }
+            self.change_if_faster();
         }
         if self.phase != Phase::Ready {
             actions.push(Action::Drain { epoch: self.epoch });

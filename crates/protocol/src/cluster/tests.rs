@@ -1,6 +1,7 @@
 //! Each rule of the cluster, one situation at a time.
 
 mod moving;
+mod pace;
 
 use super::*;
 use brigade_base::PassId;
@@ -35,13 +36,14 @@ pub(super) fn settings(mib: u64, nodes_wanted: usize) -> Settings {
         n_heads: 2,
         n_ff: 16,
         n_vocab: 100,
+        ..ModelProfile::default()
     };
     Settings {
         deployment: DeploymentId(1),
         term: 0,
-        coordinator: NodeProfile { id: COORDINATOR, name: "c".into(), memory: ByteSize::mib(mib) },
+        coordinator: NodeProfile { id: COORDINATOR, name: "c".into(), memory: ByteSize::mib(mib), speed: None },
         model,
-        demand: Demand { context: 256, parallel: 1, max_rows: 16, spread: nodes_wanted > 1, split: None },
+        demand: Demand { context: 256, parallel: 1, max_rows: 16, spread: nodes_wanted > 1, ..Demand::default() },
         nodes_wanted,
         redundancy: 1,
         shadow: false,

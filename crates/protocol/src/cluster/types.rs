@@ -1,7 +1,7 @@
 //! What the cluster is told, what it answers, and how it shows itself.
 
 use brigade_base::{ByteSize, DeploymentId, Epoch, LayerRange, NodeId};
-use brigade_plan::{Demand, ModelProfile, NodeProfile};
+use brigade_plan::{Demand, LinkProfile, ModelProfile, NodeProfile, Speed};
 
 use super::member::Private;
 use crate::control::{Held, Offer};
@@ -32,6 +32,9 @@ pub struct Settings {
 pub enum Input {
     /// A worker is here, or here again: then as one without stages.
     Offer(NodeId, Offer),
+    /// How fast a node is, the coordinator included, and what links do, each from one node to another. Comes before the
+    /// node's offer, and again when it has changed.
+    Measured(NodeId, Option<Box<Speed>>, Vec<(NodeId, NodeId, LinkProfile)>),
     /// A worker's control link is gone.
     Gone(NodeId, String),
     /// So much of a stage's weights is there, from 0 to 1.

@@ -286,7 +286,7 @@ impl Worker {
             ToWorker::Accept { deployment, .. } => {
                 self.notes.push(Note::Accepted(self.coordinator.node, deployment));
             }
-            ToWorker::Goodbye { .. } => {}
+            ToWorker::Measure(_) | ToWorker::Fellows(_) | ToWorker::Examine | ToWorker::Goodbye { .. } => {}
         }
     }
 
