@@ -7,6 +7,7 @@ use std::collections::HashSet;
 
 use crate::catalog::{Catalog, TensorRole};
 use crate::rules::{Experts, Rules, Sliding, rules_of, supported_architectures};
+use crate::stage::zero_type;
 use crate::value::{Array, Metadata, Value};
 
 /// libllama's own limit (`LLAMA_MAX_LAYERS`).
@@ -220,6 +221,17 @@ impl Architecture {
     /// Bytes of the token embedding, from which the coordinator looks up rows.
     pub fn embedding_bytes(&self) -> u64 {
         self.embedding_bytes
+    }
+
+    /// Bytes that the final stage holds for an embedding that nothing reads: zeros, or the embedding once more where
+    /// libllama makes the head of it.
+    pub fn unread_embedding_bytes(&self) -> u64 {
+        if self.rules.always_tied {
+            return self.embedding_bytes;
+        }
+        let n_embd = u64::from(self.n_embd);
+        let row = zero_type(n_embd).row_bytes(n_embd).unwrap_or(0);
+        row.saturating_mul(self.n_vocab.into())
     }
 
     /// Of the bytes of all layers, those of experts: tensors of which a row uses only a part.

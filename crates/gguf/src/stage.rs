@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! header    same metadata, but: block_count, per-layer arrays, vocabulary (none, only its size)
-//! tensors   token_embd.weight    final stage: real if the head is tied to it, else zeros; others: 32 rows of zeros
+//! tensors   token_embd.weight    final stage: zeros, or real where it must be the head; others: 32 rows of zeros
 //!           output_norm, output  final stage: real; others: a norm of zeros (the graph is stopped before it)
 //!           rope factors         real, in every stage
 //!           blk.N.*              layers start..end, renumbered from 0
@@ -42,6 +42,11 @@ const PER_LAYER_KEYS: [&str; 6] = [
 /// Types for tensors of zeros that are never computed with, smallest first: the first whose block divides a row is
 /// taken.
 const ZERO_TYPES: [GgmlType; 4] = [GgmlType::Q1_0, GgmlType::Q2_0, GgmlType::Q4_0, GgmlType::F16];
+
+/// The type of a tensor of zeros with rows of `n_elements`.
+pub(crate) fn zero_type(n_elements: u64) -> GgmlType {
+    ZERO_TYPES.into_iter().find(|ty| n_elements.is_multiple_of(ty.n_block_elements())).unwrap_or(GgmlType::F16)
+}
 
 /// Why there is no such stage.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -261,17 +266,21 @@ impl<'a> Draft<'a> {
         self.add(name, &tensor.dims, tensor.ty, Origin::Tensor(idx))
     }
 
-    /// libllama insists on a token embedding with a row per token. Only a tied head ever reads it.
+    /// libllama insists on a token embedding with a row per token, which nothing ever reads. A head that is tied to it is
+    /// given by itself, as most architectures may have it: libllama would keep both.
     fn add_embedding(&mut self) -> Result<(), StageViewError> {
         let name = "token_embd.weight";
         if self.is_final && self.architecture.tied_head {
             let missing = || ArchitectureError::MissingTensor { name: name.to_owned() };
             let idx = self.catalog.tensor_idx(name).ok_or_else(missing)?;
-            return self.add_source(idx, name, &self.catalog.tensors()[idx]);
+            let tensor = &self.catalog.tensors()[idx];
+            if self.architecture.rules.always_tied {
+                return self.add_source(idx, name, tensor);
+            }
+            self.add_source(idx, "output.weight", tensor)?;
         }
         let n_embd = u64::from(self.architecture.n_embd);
-        let ty = ZERO_TYPES.into_iter().find(|ty| n_embd.is_multiple_of(ty.n_block_elements()));
-        self.add(name, &[n_embd, self.n_vocab.into()], ty.unwrap_or(GgmlType::F16), Origin::Zeros)
+        self.add(name, &[n_embd, self.n_vocab.into()], zero_type(n_embd), Origin::Zeros)
     }
 
     fn add_layer_tensor(&mut self, idx: usize, tensor: &TensorInfo) -> Result<(), StageViewError> {
