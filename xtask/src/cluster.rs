@@ -67,7 +67,8 @@ impl Cluster {
         }
         if !spec.layers.is_empty() {
             let layers: Vec<String> = spec.layers.iter().map(u32::to_string).collect();
-            serve.args(["--layers", &layers.join(",")]);
+            // Nothing is left to be decided, so nothing need be measured.
+            serve.args(["--layers", &layers.join(","), "--optimize", "memory"]);
         }
         let lines = processes.start(&spec.names[0], serve)?;
         // Printed once the ticket is in its file.

@@ -5,6 +5,7 @@
 //! - [`demo`] shows a model on three nodes, and proves its answers.
 //! - [`bench`] measures. It and the demo run real `brigade` processes through [`cluster`] and [`processes`], and
 //!   compare them with [`whole`], the same model in one process.
+//! - [`guide`] writes what typical homes get from a cluster, by the planner; it is also a test.
 //! - [`chaos`] kills, freezes and cuts off nodes under load, and compares every answer with the undisturbed one.
 
 mod bench;
@@ -12,10 +13,12 @@ mod chaos;
 mod cluster;
 mod demo;
 mod failure;
+mod guide;
 mod http;
 mod output;
 mod processes;
 mod random;
+mod shaper;
 mod synth;
 mod tidy;
 mod whole;
@@ -44,6 +47,8 @@ enum Task {
     /// Measure
     #[command(subcommand)]
     Bench(bench::Bench),
+    /// Write docs/should-i-cluster.md from the planner, or check it
+    Guide(guide::GuideArgs),
     /// Break nodes and links at random under load, and compare every answer with the undisturbed one
     Chaos(chaos::ChaosArgs),
 }
@@ -60,6 +65,7 @@ fn main() -> ExitCode {
         Task::Synth(args) => synth::run(&args),
         Task::Demo => demo::run(),
         Task::Bench(bench) => bench::run(&bench),
+        Task::Guide(args) => guide::run(&root(), &args),
         Task::Chaos(args) => chaos::run(&args),
     };
     match result {

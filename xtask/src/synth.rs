@@ -60,6 +60,9 @@ pub enum Shape {
     /// 4 layers of width 256, 1024 tokens
     #[value(name = "tiny")]
     Tiny,
+    /// 16 layers of width 1536, 32000 tokens
+    #[value(name = "llama-0.5b")]
+    LlamaHalfB,
     /// 22 layers of width 2048, 32000 tokens
     #[value(name = "tinyllama-1.1b")]
     TinyLlama,
@@ -131,6 +134,7 @@ impl Shape {
         };
         match self {
             Self::Tiny => llama2(256, 4, 4, 2, 512, 1024),
+            Self::LlamaHalfB => llama2(1536, 16, 12, 4, 4096, 32_000),
             Self::TinyLlama => llama2(2048, 22, 32, 4, 5632, 32_000),
             Self::Llama1b => llama3(2048, 16, 32, 8192, true),
             Self::Llama3b => llama3(3072, 28, 24, 8192, true),

@@ -68,6 +68,7 @@ pub(crate) fn router(serving: Arc<dyn Serving>, options: &ApiOptions, gate: Arc<
         .route("/metrics", get(insight::metrics))
         .route("/debug/requests/{id}", get(insight::request))
         .route("/brigade/v1/status", get(status))
+        .route("/brigade/v1/doctor", get(doctor))
         .route("/brigade/v1/tickets", get(list_tickets).post(create_ticket))
         .route("/brigade/v1/tickets/{id}", delete(revoke_ticket))
         .route("/brigade/v1/tokenize", post(tokenize))
@@ -128,6 +129,15 @@ async fn status(State(app): Shared) -> Answered {
     // A gateway asks the coordinator.
     let status = blocking(move || Ok(app.serving.status())).await?;
     Ok(Json(status).into_response())
+}
+
+/// What is wrong with each node. The nodes look at themselves before they answer.
+async fn doctor(State(app): Shared) -> Answered {
+    let examination = blocking(move || Ok(app.serving.examine())).await?;
+    match examination {
+        Ok(examination) => Ok(Json(examination).into_response()),
+        Err(why) => Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, why)),
+    }
 }
 
 async fn list_tickets(State(app): Shared, headers: HeaderMap) -> Answered {

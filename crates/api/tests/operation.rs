@@ -7,8 +7,8 @@ mod common;
 use std::time::Duration;
 
 use brigade_api::ApiOptions;
-use brigade_base::TenantId;
-use brigade_node::serving::{Event, Failure, SubmitError};
+use brigade_base::{NodeId, TenantId};
+use brigade_node::serving::{Event, Examination, Failure, Finding, NodeFindings, Severity, SubmitError};
 use common::{House, Reply, Script, delta};
 use serde_json::{Value, json};
 
@@ -198,4 +198,32 @@ fn metrics_are_guarded_as_the_rest() {
     assert!(reply.body.contains(r#"brigade_http_requests_total{route="/metrics",status="401"} 1"#), "{}", reply.body);
     let open = House::open();
     open.ask("GET", "/metrics", &[("Host", "evil.example")], "").check_error(403, None, Some("forbidden"));
+}
+
+#[test]
+fn nodes_are_examined_for_whoever_may_see_the_status() {
+    let house = House::with(keys());
+    house.get("/brigade/v1/doctor").check_error(401, None, Some("invalid_api_key"));
+    let nobody = with_key(&house, "/brigade/v1/doctor", "sk-a");
+    assert_eq!((nobody.status, nobody.json()["error"]["message"].as_str()), (503, Some("nobody was asked")));
+    let finding = Finding {
+        check: "swap".to_owned(),
+        severity: Severity::Warn,
+        detail: "1 GiB in use".to_owned(),
+        cost: "time".to_owned(),
+        fix: "close programs".to_owned(),
+    };
+    let node = NodeFindings {
+        id: NodeId::from_bytes([3; 32]),
+        name: "box".to_owned(),
+        role: "worker".to_owned(),
+        findings: vec![finding],
+    };
+    *house.mock.examination.lock().unwrap() = Ok(Examination { nodes: vec![node] });
+    let found = with_key(&house, "/brigade/v1/doctor", "sk-a").json();
+    let expected = json!({"nodes": [{
+        "id": "03".repeat(32), "name": "box", "role": "worker",
+        "findings": [{"check": "swap", "severity": "warn", "detail": "1 GiB in use", "cost": "time", "fix": "close programs"}],
+    }]});
+    assert_eq!(found, expected);
 }

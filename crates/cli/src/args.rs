@@ -6,11 +6,13 @@ use std::time::Duration;
 
 use brigade_base::ByteSize;
 use brigade_node::PrefixCache;
+use brigade_plan::Optimize;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{ArgAction, Args, Parser, Subcommand};
 
 use crate::values::{
-    listen_address, named_size, node_name, prefix_cache, request_timeout, temperature, ticket_ttl, wait,
+    NamedNode, listen_address, named_node, node_name, optimize, prefix_cache, price, request_timeout, temperature,
+    throttle, ticket_ttl, wait,
 };
 
 /// Pools the machines you own and serves one language model that none of them can hold.
@@ -45,9 +47,11 @@ pub enum Verb {
     Inspect(InspectArgs),
     /// Say how a model would be placed on machines, before running it
     Plan(PlanArgs),
+    /// Measure what this machine can do, or how fast it computes a model
+    Profile(ProfileArgs),
     /// Make, list or revoke tickets of the coordinator that runs here
     Ticket(TicketArgs),
-    /// Check this machine and its links, and say what to fix
+    /// Check all nodes of the cluster and their links, or this machine alone, and say what to fix
     Doctor(DoctorArgs),
     /// Measure an OpenAI-compatible endpoint, this one's or any other
     Bench(BenchArgs),
@@ -79,6 +83,9 @@ pub struct NodeArgs {
     /// Memory that this node gives, for example 8GiB [default: what is free now]
     #[arg(long, value_name = "SIZE", env = "BRIGADE_MEMORY")]
     pub memory: Option<ByteSize>,
+    /// Compute for this share of the time and rest in between, for a machine that is to stay usable, and for tests
+    #[arg(long, value_name = "SHARE", default_value_t = 1.0, env = "BRIGADE_THROTTLE", value_parser = throttle)]
+    pub throttle: f32,
 }
 
 /// Where a node's HTTP endpoint listens, and whom it lets in.
@@ -126,6 +133,10 @@ pub struct ServeArgs {
     /// Pin the split: layers of each stage, workers in the order of joining and this node last
     #[arg(long, value_name = "A,B,C", value_delimiter = ',', env = "BRIGADE_LAYERS")]
     pub layers: Option<Vec<u32>>,
+    /// What the placement is to be best at: latency (one stream), throughput (all sessions together), balanced, or memory
+    /// (shares follow memory, nothing is measured)
+    #[arg(long, value_name = "WHAT", default_value = "balanced", env = "BRIGADE_OPTIMIZE", value_parser = optimize)]
+    pub optimize: Optimize,
     /// Which computed tokens later requests of the same key may use: full (all), exact (no bit changes), or off
     #[arg(long, value_name = "WHICH", default_value = "full", env = "BRIGADE_PREFIX_CACHE", value_parser = prefix_cache)]
     pub prefix_cache: PrefixCache,
@@ -255,11 +266,28 @@ pub struct InspectArgs {
 /// `brigade plan`
 #[derive(Debug, Args)]
 pub struct PlanArgs {
-    /// The model, a GGUF file
+    /// The model: a GGUF file, its address (https://… or hf:OWNER/REPOSITORY/FILE.gguf, of which only the header is
+    /// read), or a name such as llama-3.3-70b
     pub model: PathBuf,
-    /// A machine and its memory, for example tower=16GiB; the last one is the coordinator [default: this machine]
-    #[arg(long = "node", value_name = "NAME=SIZE", value_parser = named_size, env = "BRIGADE_NODE", value_delimiter = ',')]
-    pub nodes: Vec<(String, ByteSize)>,
+    /// Quantisation of a model that is given by name, for example Q8_0
+    #[arg(long, value_name = "NAME", default_value = "Q4_K_M", env = "BRIGADE_QUANT")]
+    pub quant: String,
+    /// Plan for the machines that this file describes
+    #[arg(long, value_name = "FILE", env = "BRIGADE_CLUSTER", conflicts_with = "nodes")]
+    pub cluster: Option<PathBuf>,
+    /// Plan for a machine with so much memory, for example tower=16GiB@rtx-3090; the last one is the coordinator
+    /// [default: the cluster that runs here, else this machine]
+    #[arg(long = "node", value_name = "NAME=SIZE[@DEVICE]", value_parser = named_node, env = "BRIGADE_NODE", value_delimiter = ',')]
+    pub nodes: Vec<NamedNode>,
+    /// What links the machines that --node names, for example 2.5gbe
+    #[arg(long, value_name = "NAME", default_value = "1gbe", env = "BRIGADE_LINK")]
+    pub link: String,
+    /// What the plan is to be best at: latency, throughput, balanced (both) or memory (nothing is measured)
+    #[arg(long, value_name = "WHAT", default_value = "balanced", env = "BRIGADE_OPTIMIZE", value_parser = optimize)]
+    pub optimize: Optimize,
+    /// Show what was rejected and why, and what other links, machines, files and contexts would bring
+    #[arg(long, env = "BRIGADE_EXPLAIN")]
+    pub explain: bool,
     /// Tokens of one session [default: what the model was trained for, at most 4096]
     #[arg(long, value_name = "N", env = "BRIGADE_CONTEXT", value_parser = clap::value_parser!(u32).range(1..=16_777_216))]
     pub context: Option<u32>,
@@ -272,6 +300,41 @@ pub struct PlanArgs {
     /// Pin the split: layers of each stage, the coordinator's last
     #[arg(long, value_name = "A,B,C", value_delimiter = ',', env = "BRIGADE_LAYERS")]
     pub layers: Option<Vec<u32>>,
+    /// What a kilowatt-hour costs in US dollars, for the price of a token [default: as --cluster says, else 0.30]
+    #[arg(long, value_name = "USD", env = "BRIGADE_PRICE_KWH", value_parser = price)]
+    pub price_kwh: Option<f64>,
+    /// What a million tokens of an answer cost elsewhere in US dollars, to compare with
+    #[arg(long, value_name = "USD", env = "BRIGADE_CLOUD_PRICE", value_parser = price)]
+    pub cloud_price: Option<f64>,
+    #[command(flatten)]
+    pub state: StateArgs,
+    /// Print JSON
+    #[arg(long, env = "BRIGADE_JSON")]
+    pub json: bool,
+}
+
+/// `brigade profile`
+#[derive(Debug, Args)]
+pub struct ProfileArgs {
+    /// The model, a GGUF file [default: none, the machine itself is measured]
+    pub model: Option<PathBuf>,
+    #[command(flatten)]
+    pub state: StateArgs,
+    /// Threads that compute [default: one per physical core]
+    #[arg(long, value_name = "N", env = "BRIGADE_THREADS", value_parser = clap::value_parser!(u32).range(1..=512))]
+    pub threads: Option<u32>,
+    /// Share of the time for which this machine computes
+    #[arg(long, value_name = "SHARE", default_value_t = 1.0, env = "BRIGADE_THROTTLE", value_parser = throttle)]
+    pub throttle: f32,
+    /// Tokens of one session [default: what the model was trained for, at most 4096]
+    #[arg(long, value_name = "N", env = "BRIGADE_CONTEXT", value_parser = clap::value_parser!(u32).range(1..=16_777_216))]
+    pub context: Option<u32>,
+    /// Sessions at once
+    #[arg(long, value_name = "N", default_value_t = 4, env = "BRIGADE_PARALLEL", value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub parallel: u32,
+    /// Measure anew, even where that was done before
+    #[arg(long, env = "BRIGADE_AGAIN")]
+    pub again: bool,
     /// Print JSON
     #[arg(long, env = "BRIGADE_JSON")]
     pub json: bool,
@@ -309,7 +372,10 @@ pub enum TicketAction {
 #[derive(Debug, Args)]
 pub struct DoctorArgs {
     #[command(flatten)]
-    pub state: StateArgs,
+    pub endpoint: EndpointArgs,
+    /// Show what is well, too
+    #[arg(long, env = "BRIGADE_ALL")]
+    pub all: bool,
     /// Print JSON
     #[arg(long, env = "BRIGADE_JSON")]
     pub json: bool,

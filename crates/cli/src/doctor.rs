@@ -1,239 +1,205 @@
-//! `brigade doctor`: what makes this node slow or keeps it out, and how to mend it.
+//! `brigade doctor`: what makes nodes slow or keeps them out, and how to mend it.
 //!
-//! A check says `ok`, `warn` (it works, but worse than it could) or `fail` (it does not work). Any `fail` ends the verb
-//! with a non-zero exit code.
+//! Whichever node it runs on, it asks the coordinator to have all nodes examined: over the endpoint that runs here, or
+//! over a link as a member. Where neither is to be had it examines this machine alone. A check says `ok`, `warn` (it
+//! works, but worse than it could) or `fail` (it does not work); any `fail` ends the verb with a non-zero exit code.
 
+use std::fmt::Write;
 use std::net::{TcpListener, UdpSocket};
 use std::path::Path;
-use std::time::{Duration, Instant};
 
-use brigade_base::ByteSize;
 use brigade_net::Identity;
-use serde::Serialize;
-use serde_json::Value;
+use brigade_node::doctor::{Subject, ask_coordinator, examine};
+use brigade_node::serving::{Examination, Finding, NodeFindings, Severity};
+use brigade_node::system;
 
 use crate::args::{DoctorArgs, EndpointArgs};
-use crate::endpoint::Endpoint;
+use crate::endpoint::{Endpoint, EndpointError};
 use crate::error::Failure;
 use crate::{files, output};
 
-/// Below this a node holds no layer worth a hop.
-const LITTLE_MEMORY: ByteSize = ByteSize::gib(1);
+/// What the coordinator is asked.
+const PATH: &str = "/brigade/v1/doctor";
 
-/// Above this a link's round trip costs more than most layers: Wi-Fi, or another town.
-const SLOW_LINK_MS: f64 = 2.0;
-
-/// Files and sockets that a busy coordinator opens: one for each of 4096 clients, and 256 for links, weights and
-/// itself.
-const FILES_WANTED: u64 = 4096 + 256;
-
-#[derive(Serialize, PartialEq, Eq, Clone, Copy)]
-#[serde(rename_all = "lowercase")]
-enum Verdict {
-    Ok,
-    Warn,
-    Fail,
-}
-
-#[derive(Serialize)]
-struct Check {
-    what: &'static str,
-    verdict: Verdict,
-    found: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    fix: Option<String>,
-}
-
-fn ok(what: &'static str, found: impl Into<String>) -> Check {
-    Check { what, verdict: Verdict::Ok, found: found.into(), fix: None }
-}
-
-fn warn(what: &'static str, found: impl Into<String>, fix: impl Into<String>) -> Check {
-    Check { what, verdict: Verdict::Warn, found: found.into(), fix: Some(fix.into()) }
-}
-
-fn bad(what: &'static str, found: impl Into<String>, fix: impl Into<String>) -> Check {
-    Check { what, verdict: Verdict::Fail, found: found.into(), fix: Some(fix.into()) }
-}
+/// What nodes are called that take part in nothing.
+const ALONE: &str = "this machine";
 
 /// Runs every check and prints what it found.
 pub fn run(args: &DoctorArgs) -> Result<(), Failure> {
-    let state_dir = args.state.dir();
-    let mut checks = vec![state(&state_dir), memory(), swap(), cores(), kernels(), loopback(), ipv6(), open_files()];
-    checks.push(disk_speed(&state_dir));
-    checks.extend(cluster(args, &state_dir));
-    if args.json {
-        output::json(&checks)?;
-    } else {
-        for check in &checks {
-            let mark = match check.verdict {
-                Verdict::Ok => "ok  ",
-                Verdict::Warn => "warn",
-                Verdict::Fail => "FAIL",
-            };
-            output::line(format_args!("{mark}  {:<12} {}", check.what, check.found))?;
-            if let Some(fix) = &check.fix {
-                output::line(format_args!("                    {fix}"))?;
-            }
-        }
+    let mut nodes = match &args.endpoint.url {
+        Some(url) => asked(&Endpoint::at(url, args.endpoint.api_key.clone())?)?.nodes,
+        None => here(&args.endpoint)?,
+    };
+    for node in &mut nodes {
+        node.findings.sort_by_key(|finding| std::cmp::Reverse(finding.severity));
     }
-    let failed = checks.iter().filter(|check| check.verdict == Verdict::Fail).count();
-    match failed {
+    nodes.sort_by_key(|node| std::cmp::Reverse(node.findings.first().map(|finding| finding.severity)));
+    if args.json {
+        output::json(&Examination { nodes: nodes.clone() })?;
+    } else {
+        output::text(&describe(&nodes, args.all))?;
+    }
+    let findings = || nodes.iter().flat_map(|node| &node.findings);
+    match findings().filter(|finding| finding.severity == Severity::Fail).count() {
         0 => Ok(()),
-        n => Err(Failure::run(format!("{n} of {} checks failed; mend what is marked FAIL", checks.len()))),
+        n => Err(Failure::run(format!("{n} of {} checks failed; mend what is marked FAIL", findings().count()))),
     }
 }
 
-fn state(dir: &Path) -> Check {
+/// What a coordinator says of all nodes.
+fn asked(endpoint: &Endpoint) -> Result<Examination, Failure> {
+    let reply = endpoint.get(PATH)?;
+    let strange = |source| Failure::Endpoint(EndpointError::Strange { base: endpoint.base().to_owned(), source });
+    serde_json::from_value(reply).map_err(strange)
+}
+
+/// This machine, and the cluster that it is part of.
+fn here(args: &EndpointArgs) -> Result<Vec<NodeFindings>, Failure> {
+    let state_dir = args.state.dir();
+    let (state, identity) = state(&state_dir);
+    let mut own = vec![state, loopback(), ipv6()];
+    let mut nodes = cluster(args, &state_dir, &mut own);
+    let id = identity.map(|identity| identity.node_id());
+    match nodes.iter_mut().find(|node| Some(node.id) == id) {
+        Some(node) => node.findings.extend(own),
+        None => {
+            own.extend(examine(&subject(&state_dir)));
+            let id = id.unwrap_or(brigade_base::NodeId::from_bytes([0; 32]));
+            nodes.push(NodeFindings { id, name: system::host_name(), role: ALONE.to_owned(), findings: own });
+        }
+    }
+    Ok(nodes)
+}
+
+/// This machine as a node that is about to start with the usual settings.
+fn subject(state_dir: &Path) -> Subject {
+    Subject {
+        state_dir: state_dir.to_owned(),
+        model: None,
+        threads: system::default_threads(),
+        memory: None,
+        listens_on: Vec::new(),
+        peers: Vec::new(),
+        has_stage: false,
+    }
+}
+
+/// The nodes of the cluster that this machine coordinates or has joined; `own` hears how it is reached.
+fn cluster(args: &EndpointArgs, state_dir: &Path, own: &mut Vec<Finding>) -> Vec<NodeFindings> {
+    if let Ok(endpoint) = Endpoint::of(args) {
+        return asked(&endpoint).map(|found| found.nodes).unwrap_or_else(|error| {
+            let fix = "the process may have been killed: start `brigade serve` again";
+            own.push(finding("endpoint", Severity::Fail, error.to_string(), fix));
+            Vec::new()
+        });
+    }
+    match ask_coordinator(state_dir) {
+        None => own.push(ok("cluster", "this node runs no coordinator and has joined none")),
+        Some(Err(error)) => {
+            let fix = "see that `brigade serve` runs there and that its port is open in the firewall";
+            own.push(finding("coordinator", Severity::Fail, error, fix));
+        }
+        Some(Ok(asked)) => {
+            let ms = asked.took.as_secs_f64() * 1000.0;
+            own.push(ok("coordinator", format!("reached and authenticated in {ms:.1} ms")));
+            match asked.examination {
+                Ok(found) => return found.nodes,
+                Err(why) => own.push(finding("cluster", Severity::Warn, why, "run `brigade doctor` on each node")),
+            }
+        }
+    }
+    Vec::new()
+}
+
+fn finding(check: &str, severity: Severity, detail: impl Into<String>, fix: &str) -> Finding {
+    Finding { check: check.to_owned(), severity, detail: detail.into(), cost: String::new(), fix: fix.to_owned() }
+}
+
+fn ok(check: &str, detail: impl Into<String>) -> Finding {
+    finding(check, Severity::Ok, detail, "")
+}
+
+fn state(dir: &Path) -> (Finding, Option<Identity>) {
     let opened = files::make_state_dir(dir)
         .map_err(|error| error.to_string())
         .and_then(|()| Identity::load_or_create(dir).map_err(|error| error.to_string()));
     match opened {
-        Ok(identity) => ok("state", format!("{}, node {}", dir.display(), identity.node_id().short())),
+        Ok(identity) => {
+            (ok("state", format!("{}, node {}", dir.display(), identity.node_id().short())), Some(identity))
+        }
         Err(error) => {
-            bad("state", error, "make the directory yours (chown, chmod 700), or name another with --state-dir")
+            let fix = "make the directory yours (chown, chmod 700), or name another with --state-dir";
+            (finding("state", Severity::Fail, error, fix), None)
         }
     }
 }
 
-fn memory() -> Check {
-    let free = brigade_node::system::available_memory();
-    if free < LITTLE_MEMORY {
-        return warn(
-            "memory",
-            format!("{free} can be had"),
-            "close programs; what is free decides how many layers fit",
-        );
-    }
-    ok("memory", format!("{free} can be had"))
-}
-
-fn swap() -> Check {
-    let used = brigade_node::system::used_swap();
-    if used > ByteSize::mib(256) {
-        let fix = "weights in swap make every token wait for the disk: give less with --memory, or close programs";
-        return warn("swap", format!("{used} in use"), fix);
-    }
-    ok("swap", format!("{used} in use"))
-}
-
-fn cores() -> Check {
-    let n = brigade_node::system::default_threads();
-    match n {
-        1 => warn("cores", "1", "with one core, links and computing take turns; expect a few percent less"),
-        n => ok("cores", n.to_string()),
-    }
-}
-
-/// Whether the kernels were built for this machine.
-fn kernels() -> Check {
-    #[cfg(target_arch = "x86_64")]
-    {
-        // A build for any machine has AVX2 all the same: llama.cpp turns it on by itself.
-        if is_x86_feature_detected!("avx512f") && !cfg!(target_feature = "avx512f") {
-            let found = "this processor has AVX-512, which this build does not use";
-            return warn("kernels", found, "build on this machine (make build): measured up to 3x faster");
-        }
-    }
-    ok("kernels", "built for this processor")
-}
-
-fn loopback() -> Check {
+fn loopback() -> Finding {
     match TcpListener::bind("127.0.0.1:0") {
         Ok(_) => ok("loopback", "can listen"),
-        Err(error) => bad("loopback", error.to_string(), "bring the loopback interface up: ip link set lo up"),
+        Err(error) => {
+            let fix = "bring the loopback interface up: ip link set lo up";
+            finding("loopback", Severity::Fail, error.to_string(), fix)
+        }
     }
 }
 
-fn ipv6() -> Check {
+fn ipv6() -> Finding {
     match UdpSocket::bind("[::1]:0") {
         Ok(_) => ok("IPv6", "there"),
         Err(_) => ok("IPv6", "not there; IPv4 is used"),
     }
 }
 
-fn open_files() -> Check {
-    // The hard limit: `serve` and `join` raise theirs to it.
-    match brigade_node::system::open_files_max() {
-        Some(n) if n < FILES_WANTED => {
-            let fix = "many clients at once may be turned away: raise the hard limit (ulimit -Hn 65536 as root)";
-            warn("open files", format!("at most {n}"), fix)
-        }
-        Some(n) => ok("open files", format!("at most {n}")),
-        None => ok("open files", "no limit"),
-    }
-}
-
-/// How fast the cache's disk takes a few megabytes.
-fn disk_speed(dir: &Path) -> Check {
-    const BYTES: usize = 16 << 20;
-    let path = dir.join("doctor.tmp");
-    let begin = Instant::now();
-    let written = std::fs::File::create(&path).and_then(|mut file| {
-        std::io::Write::write_all(&mut file, &vec![0x5a; BYTES])?;
-        file.sync_all()
-    });
-    let took = begin.elapsed();
-    let _ = std::fs::remove_file(&path);
-    match written {
-        Err(error) => bad("disk", error.to_string(), "free space where the state directory is, or name another"),
-        Ok(()) => {
-            let speed = BYTES as f64 / 1e6 / took.as_secs_f64().max(1e-6);
-            let found = format!("{speed:.0} MB/s written");
-            if speed < 50.0 {
-                return warn("disk", found, "weights load no faster than this; put --state-dir on a faster disk");
+/// All nodes as text, the worst first; what is well in a line for each node, unless `all` is wanted.
+fn describe(nodes: &[NodeFindings], all: bool) -> String {
+    let mut text = String::new();
+    for node in nodes {
+        // Writing to memory does not fail.
+        let _ = writeln!(text, "{}, {}", node.name, node.role);
+        let (well, unwell): (Vec<&Finding>, Vec<&Finding>) =
+            node.findings.iter().partition(|finding| finding.severity == Severity::Ok && !all);
+        for finding in unwell {
+            let mark = match finding.severity {
+                Severity::Ok => "ok  ",
+                Severity::Warn => "warn",
+                Severity::Fail => "FAIL",
+            };
+            let _ = writeln!(text, "  {mark}  {:<13} {}", finding.check, finding.detail);
+            for (label, more) in [("costs", &finding.cost), ("fix", &finding.fix)] {
+                if !more.is_empty() {
+                    let _ = writeln!(text, "        {:<13} {label}: {more}", "");
+                }
             }
-            ok("disk", found)
+        }
+        let mut names: Vec<&str> = well.iter().map(|finding| finding.check.as_str()).collect();
+        names.dedup();
+        if !names.is_empty() {
+            let _ = writeln!(text, "  ok    {}", names.join(", "));
         }
     }
+    text
 }
 
-/// The cluster that runs here, or that this node has joined.
-fn cluster(args: &DoctorArgs, state_dir: &Path) -> Vec<Check> {
-    let endpoint = EndpointArgs { state: args.state.clone(), url: None, api_key: None };
-    if let Ok(endpoint) = Endpoint::of(&endpoint) {
-        return coordinator(&endpoint);
-    }
-    match brigade_node::probe_coordinator(state_dir) {
-        None => vec![ok("cluster", "this node runs no coordinator and has joined none")],
-        Some(Ok(took)) => vec![link("coordinator", took)],
-        Some(Err(error)) => {
-            let fix = "see that `brigade serve` runs there and that its port is open in the firewall";
-            vec![bad("coordinator", error, fix)]
-        }
-    }
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-fn link(what: &'static str, took: Duration) -> Check {
-    let ms = took.as_secs_f64() * 1000.0;
-    ok(what, format!("reached and authenticated in {ms:.1} ms"))
-}
-
-fn coordinator(endpoint: &Endpoint) -> Vec<Check> {
-    let status = match endpoint.get("/brigade/v1/status") {
-        Ok(status) => status,
-        Err(error) => {
-            let fix = "the process may have been killed: start `brigade serve` again";
-            return vec![bad("endpoint", error.to_string(), fix)];
-        }
-    };
-    let state = status.get("state").and_then(Value::as_str).unwrap_or("");
-    let mut checks = vec![match state {
-        "ready" => ok("model", "ready"),
-        other => warn("model", other, "requests get 503 until it is ready"),
-    }];
-    for node in status.get("nodes").and_then(Value::as_array).into_iter().flatten() {
-        let name = node.get("name").and_then(Value::as_str).unwrap_or("");
-        let rtt = node.get("rtt_ms").and_then(Value::as_f64).unwrap_or(0.0);
-        if rtt > SLOW_LINK_MS {
-            let fix = "use a cable instead of Wi-Fi; each token pays this for each hop";
-            checks.push(warn("link", format!("{name}: {rtt:.1} ms round trip"), fix));
-        } else if rtt > 0.0 {
-            checks.push(ok("link", format!("{name}: {rtt:.2} ms round trip")));
-        }
-        if let Some(why) = node.get("state").and_then(Value::as_str).and_then(|s| s.strip_prefix("failed: ")) {
-            checks.push(bad("node", format!("{name}: {why}"), "mend it there and restart `brigade join`"));
-        }
+    fn nodes() -> Vec<NodeFindings> {
+        let swap =
+            Finding { cost: "time".to_owned(), ..finding("swap", Severity::Warn, "2 GiB in use", "close programs") };
+        let findings = vec![swap, ok("memory", "much"), ok("link", "to b: fast"), ok("link", "to c: fast")];
+        let id = brigade_base::NodeId::from_bytes([1; 32]);
+        vec![NodeFindings { id, name: "a".to_owned(), role: "worker".to_owned(), findings }]
     }
-    checks
+
+    #[test]
+    fn what_is_well_takes_one_line() {
+        let expected = "a, worker\n  warn  swap          2 GiB in use\n\
+                        \x20                     costs: time\n                      fix: close programs\n\
+                        \x20 ok    memory, link\n";
+        assert_eq!(describe(&nodes(), false), expected);
+        let all = describe(&nodes(), true);
+        assert!(all.ends_with("  ok    link          to b: fast\n  ok    link          to c: fast\n"), "{all}");
+    }
 }

@@ -307,7 +307,7 @@ impl Endpoint {
 }
 
 /// What makes requests. Redirects are not followed: a key is for one place, and a moved POST would become a GET.
-fn agent(is_secure: bool, n_connections: usize, limit: Option<Duration>) -> Result<ureq::Agent, Failure> {
+pub fn agent(is_secure: bool, n_connections: usize, limit: Option<Duration>) -> Result<ureq::Agent, Failure> {
     let mut config = ureq::Agent::config_builder()
         .http_status_as_error(false)
         .max_redirects(0)

@@ -26,6 +26,7 @@ pub fn run(args: &JoinArgs) -> Result<(), Failure> {
         listen: args.node.listen(0),
         memory: args.node.memory(),
         threads: args.node.threads(),
+        throttle: args.node.throttle,
         cache_limit: args.cache_size,
         kv_spill: args.kv_spill,
         drain_timeout: args.drain_timeout,

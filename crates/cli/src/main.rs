@@ -22,6 +22,7 @@ mod model;
 mod node_note;
 mod output;
 mod plan;
+mod profile;
 mod progress;
 mod running;
 mod serve;
@@ -49,6 +50,7 @@ fn main() -> ExitCode {
         Verb::Status(args) => status::run(&args),
         Verb::Inspect(args) => inspect::run(&args),
         Verb::Plan(args) => plan::run(&args),
+        Verb::Profile(args) => profile::run(&args),
         Verb::Ticket(args) => ticket::run(&args),
         Verb::Doctor(args) => doctor::run(&args),
         Verb::Bench(args) => bench::run(&args),

@@ -14,8 +14,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use brigade_api::{ApiOptions, Server};
-use brigade_node::serving::{ClusterStatus, Readiness, Serving};
+use brigade_node::serving::{ClusterStatus, NodeStatus, Readiness, Serving};
 use brigade_node::{Gateway, Node, Part, WorkerStatus};
+use brigade_plan::{figure, seconds};
 
 use crate::ending::{Ending, Signals};
 use crate::endpoint::{Note, NoteGuard};
@@ -91,6 +92,12 @@ impl Running {
                 output::line(line)?;
                 node_note::write(&self.state_dir, &part);
             }
+            if let Part::Coordinates = part
+                && let Some(lines) = shown.plan(&self.node.front().status())
+            {
+                bars.clear();
+                lines.into_iter().try_for_each(output::line)?;
+            }
             std::thread::sleep(POLL);
         }
         bars.clear();
@@ -148,11 +155,13 @@ struct Shown {
     line: String,
     trouble: Option<String>,
     undecided_since: Option<Instant>,
+    /// Term and epoch of the plan that was shown.
+    planned: Option<(u64, u64)>,
 }
 
 impl Shown {
     fn new() -> Self {
-        Self { coordinates: None, line: String::new(), trouble: None, undecided_since: None }
+        Self { coordinates: None, line: String::new(), trouble: None, undecided_since: None, planned: None }
     }
 
     /// Whether the node did something else, or nothing, before this part.
@@ -163,6 +172,16 @@ impl Shown {
             Part::Works(_) => false,
         };
         self.coordinates.replace(coordinates) != Some(coordinates)
+    }
+
+    /// The plan of a placement that has become ready, if it was not said yet.
+    fn plan(&mut self, status: &ClusterStatus) -> Option<Vec<String>> {
+        let placed = Some((status.term, status.epoch));
+        if status.state != "ready" || self.planned == placed {
+            return None;
+        }
+        self.planned = placed;
+        Some(describe_plan(status))
     }
 
     /// The line to say, if there is news.
@@ -185,6 +204,23 @@ impl Shown {
         (self.line, self.trouble) = (line, trouble);
         is_news.then(|| self.line.clone())
     }
+}
+
+/// A placement in short: who has which layers, what to expect of it, and whether something else would be better.
+fn describe_plan(status: &ClusterStatus) -> Vec<String> {
+    let stage = |node: &NodeStatus| node.layers.map(|layers| format!("{} {layers}", node.name));
+    let stages: Vec<String> = status.nodes.iter().filter_map(stage).collect();
+    let mut line = format!("plan    {}", stages.join(" -> "));
+    if let Some(expected) = &status.prediction {
+        let one = figure(expected.tokens_per_s);
+        line.push_str(&format!("; expect {one} tokens/s for one stream"));
+        if expected.streams > 1 {
+            line.push_str(&format!(", {} for {}", figure(expected.streams_tokens_per_s), expected.streams));
+        }
+        let (tokens, wait) = (expected.prompt_tokens, seconds(expected.first_token_s));
+        line.push_str(&format!("; first token of a {tokens}-token prompt after {wait}"));
+    }
+    std::iter::once(line).chain(status.advice.iter().map(|advice| format!("advice  {advice}"))).collect()
 }
 
 fn show_progress(bars: &mut Bars, part: &Part, front: &Gateway) {

@@ -60,6 +60,8 @@ fn options(args: &ServeArgs, state_dir: &Path) -> CoordinatorOptions {
         nodes_wanted: args.nodes as usize,
         spread: args.spread,
         split: args.layers.clone(),
+        optimize: args.optimize,
+        throttle: args.node.throttle,
         prefix_cache: args.prefix_cache,
         kv_spill: args.kv_spill,
         redundancy: args.redundancy,

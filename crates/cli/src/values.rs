@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use brigade_base::ByteSize;
 use brigade_node::PrefixCache;
+use brigade_plan::Optimize;
 
 /// A month: beyond it a ticket is no ticket but an open door. The endpoint makes none that lives longer.
 const TICKET_TTL_MAX: Duration = Duration::from_secs(31 * 24 * 3600);
@@ -49,6 +50,24 @@ pub fn temperature(text: &str) -> Result<f32, String> {
     number.ok_or_else(|| "write a number from 0 to 2".to_owned())
 }
 
+/// A share of time.
+pub fn throttle(text: &str) -> Result<f32, String> {
+    // Below a hundredth a pass would outlast every timeout.
+    let share = text.parse().ok().filter(|share| (0.01..=1.0).contains(share));
+    share.ok_or_else(|| "write a share from 0.01 to 1, for example 0.5".to_owned())
+}
+
+/// What a placement is to be best at.
+pub fn optimize(text: &str) -> Result<Optimize, String> {
+    match text {
+        "latency" => Ok(Optimize::Latency),
+        "throughput" => Ok(Optimize::Throughput),
+        "balanced" => Ok(Optimize::Balanced),
+        "memory" => Ok(Optimize::Memory),
+        _ => Err("write latency, throughput, balanced or memory".to_owned()),
+    }
+}
+
 /// What the prefix cache may use.
 pub fn prefix_cache(text: &str) -> Result<PrefixCache, String> {
     match text {
@@ -74,10 +93,34 @@ pub fn listen_address(text: &str) -> Result<SocketAddr, String> {
     whole.parse().map_err(|_| "write IP:PORT, for example 192.168.1.5:7411, [::]:0 or :7411".to_owned())
 }
 
-/// A name and a size, as `tower=16GiB`.
-pub fn named_size(text: &str) -> Result<(String, ByteSize), String> {
-    let (name, size) = text.split_once('=').ok_or("write NAME=SIZE, for example tower=16GiB")?;
-    Ok((node_name(name)?, size.parse().map_err(|error: brigade_base::ByteSizeError| error.to_string())?))
+/// A machine that is not there: its name, its memory, and what it is, if that was said.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NamedNode {
+    /// Its name.
+    pub name: String,
+    /// What it gives.
+    pub memory: ByteSize,
+    /// What the catalogue calls it.
+    pub device: Option<String>,
+}
+
+/// A machine, as `tower=16GiB` or `tower=16GiB@rtx-3090`.
+pub fn named_node(text: &str) -> Result<NamedNode, String> {
+    let advice = "write NAME=SIZE or NAME=SIZE@DEVICE, for example tower=16GiB@rtx-3090";
+    let (name, rest) = text.split_once('=').ok_or(advice)?;
+    let (size, device) = rest.split_once('@').map_or((rest, None), |(size, device)| (size, Some(device)));
+    if device.is_some_and(str::is_empty) {
+        return Err(advice.to_owned());
+    }
+    let memory = size.parse().map_err(|error: brigade_base::ByteSizeError| error.to_string())?;
+    Ok(NamedNode { name: node_name(name)?, memory, device: device.map(str::to_owned) })
+}
+
+/// A price.
+pub fn price(text: &str) -> Result<f64, String> {
+    // Nobody pays more; and NaN and infinities lie in no range.
+    let price = text.parse().ok().filter(|price| (0.0..=1e6).contains(price));
+    price.ok_or_else(|| "write a price such as 0.30".to_owned())
 }
 
 #[cfg(test)]
@@ -98,6 +141,19 @@ mod tests {
         for wrong in ["nan", "inf", "-1", "2.1", "warm", ""] {
             assert!(temperature(wrong).is_err(), "{wrong}");
         }
-        assert_eq!(named_size("a=2GiB"), Ok(("a".into(), ByteSize::gib(2))));
+        assert_eq!((throttle("0.5"), throttle("1")), (Ok(0.5), Ok(1.0)));
+        for wrong in ["0", "-0.5", "1.1", "nan", "half"] {
+            assert!(throttle(wrong).is_err(), "{wrong}");
+        }
+        assert!(price("0.3") == Ok(0.3) && price("-1").is_err() && price("nan").is_err());
+        let node = |device: Option<&str>| NamedNode {
+            name: "a".to_owned(),
+            memory: ByteSize::gib(2),
+            device: device.map(str::to_owned),
+        };
+        assert_eq!((named_node("a=2GiB"), named_node("a=2GiB@m1")), (Ok(node(None)), Ok(node(Some("m1")))));
+        for wrong in ["a", "a=", "=2GiB", "a=2GiB@", "a=much"] {
+            assert!(named_node(wrong).is_err(), "{wrong}");
+        }
     }
 }

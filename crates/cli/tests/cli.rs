@@ -74,7 +74,7 @@ fn plan_tells_who_gets_what() {
 }
 
 #[test]
-fn status_and_doctor_show_the_cluster() {
+fn status_shows_the_cluster() {
     let cluster = Cluster::of(2);
     let [coordinator, worker] = ["a", "w0"].map(|node| cluster.state_dir(node));
     let [coordinator, worker] = [&coordinator, &worker].map(|dir| dir.to_str().unwrap());
@@ -127,13 +127,41 @@ fn status_and_doctor_show_the_cluster() {
     let report = parsed(&["status", "--state-dir", worker, "--json"]);
     assert_eq!((&report["state"], &report["connected"]), (&json!("running"), &json!(true)), "{report}");
 
-    for (dir, what) in [(coordinator, "model"), (worker, "coordinator")] {
-        let checks = parsed(&["doctor", "--state-dir", dir, "--json"]);
-        let checks = checks.as_array().unwrap();
-        assert!(checks.iter().all(|check| check["verdict"] != "fail" && check["found"].is_string()), "{checks:?}");
-        let found = checks.iter().find(|check| check["what"] == what).unwrap();
-        assert_eq!(found["verdict"], "ok", "{found}");
-        assert!(run(&["doctor", "--state-dir", dir]).ok().contains("ok    loopback"));
+    cluster.check_answer();
+}
+
+/// The findings of a node by name, of what `doctor --json` prints.
+fn findings<'a>(examination: &'a Value, name: &str) -> Vec<&'a Value> {
+    let nodes = examination["nodes"].as_array().unwrap();
+    let node = nodes.iter().find(|node| node["name"] == name).unwrap_or_else(|| panic!("no {name} in {examination}"));
+    node["findings"].as_array().unwrap().iter().collect()
+}
+
+#[test]
+fn doctor_examines_every_node_from_any_node() {
+    let cluster = Cluster::of(2);
+    cluster.check_answer();
+    let [coordinator, worker] = ["a", "w0"].map(|node| cluster.state_dir(node));
+    let [coordinator, worker] = [&coordinator, &worker].map(|dir| dir.to_str().unwrap());
+    let places = [["--state-dir", coordinator], ["--state-dir", worker], ["--url", cluster.url()]];
+    for place in places {
+        let found = parsed(&[&["doctor", "--json"], &place[..]].concat());
+        assert_eq!(found["nodes"].as_array().unwrap().len(), 2, "{found}");
+        for (name, checks) in [("a", ["memory", "disk", "model"]), ("w0", ["memory", "disk", "clock"])] {
+            let findings = findings(&found, name);
+            assert!(findings.iter().all(|finding| finding["severity"] != "fail"), "{findings:?}");
+            for check in checks {
+                let finding = findings.iter().find(|finding| finding["check"] == check);
+                assert!(finding.is_some_and(|finding| finding["detail"].is_string()), "{check} in {findings:?}");
+            }
+        }
+        let text = run(&[&["doctor", "--all"], &place[..]].concat()).ok();
+        assert!(text.contains("a, coordinator\n") && text.contains("w0, worker\n"), "{text}");
+    }
+    // What only the process that looks can tell is said of the node that it is beside.
+    for (dir, name) in [(coordinator, "a"), (worker, "w0")] {
+        let found = parsed(&["doctor", "--json", "--state-dir", dir]);
+        assert!(findings(&found, name).iter().any(|finding| finding["check"] == "loopback"), "{found}");
     }
     cluster.check_answer();
 }
@@ -172,10 +200,12 @@ fn doctor_finds_a_lost_coordinator() {
     for node in ["a", "w0"] {
         let ended = run(&["doctor", "--state-dir", cluster.state_dir(node).to_str().unwrap(), "--json"]);
         assert_eq!(ended.code, Some(1), "{ended:?}");
-        let checks: Value = serde_json::from_str(&ended.stdout).unwrap();
-        let failed: Vec<&Value> =
-            checks.as_array().unwrap().iter().filter(|check| check["verdict"] == "fail").collect();
-        assert!(failed.len() == 1 && failed[0]["fix"].is_string(), "{failed:?}");
+        let found: Value = serde_json::from_str(&ended.stdout).unwrap();
+        let [machine] = &found["nodes"].as_array().unwrap()[..] else { panic!("{found}") };
+        assert_eq!(machine["role"], "this machine", "it is examined all the same");
+        let findings = machine["findings"].as_array().unwrap();
+        assert_eq!(findings[0]["severity"], "fail", "the worst is first");
+        assert!(findings[1]["severity"] != "fail" && findings[0]["fix"] != "", "{findings:?}");
         assert!(ended.stderr.starts_with("brigade: 1 of "), "{ended:?}");
     }
 }

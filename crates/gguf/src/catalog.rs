@@ -10,7 +10,7 @@ use brigade_base::Hash;
 
 use crate::builder::Builder;
 use crate::ggml_type::GgmlType;
-use crate::header::{Header, HeaderError, MAX_FILE_BYTES, TensorInfo};
+use crate::header::{Header, HeaderError, MAX_FILE_BYTES, MAX_TENSORS, TensorInfo};
 use crate::value::Metadata;
 
 /// Gives the bytes of a model's tensors: a local file, or a peer.
@@ -54,6 +54,42 @@ impl Catalog {
     pub fn parse(bytes: &[u8], n_file_bytes: u64) -> Result<Self, HeaderError> {
         let Header { metadata, tensors } = Header::parse(bytes, n_file_bytes, 0)?;
         Self::new(&metadata, tensors)
+    }
+
+    /// Parses the headers of all files of a split model, in their order: the beginning of each file, and its length.
+    /// A model that is not split has one.
+    ///
+    /// # Errors
+    /// As [`Catalog::parse`], for the first file with an error; and if the files are not all of one model.
+    pub fn parse_parts(parts: &[(Vec<u8>, u64)]) -> Result<Self, HeaderError> {
+        let expected_count = parts.len() as u64;
+        let (mut merged, mut tensors) = (None, Vec::new());
+        for (expected_no, (bytes, n_file_bytes)) in (1..).zip(parts) {
+            // Files beyond the range of numbers cannot be told apart, so they are refused as the wrong ones.
+            let header = Header::parse(bytes, *n_file_bytes, u16::try_from(expected_no - 1).unwrap_or(u16::MAX))?;
+            let count = header.metadata.u64("split.count").unwrap_or(1);
+            let no = header.metadata.u64("split.no").unwrap_or(0).saturating_add(1);
+            if (no, count) != (expected_no, expected_count) {
+                return Err(HeaderError::Part { no, count, expected_no, expected_count });
+            }
+            tensors.extend(header.tensors);
+            merged.get_or_insert(header.metadata);
+            let found = tensors.len() as u64;
+            if found > MAX_TENSORS {
+                return Err(HeaderError::TooLarge {
+                    what: "number of tensors in all files",
+                    found,
+                    limit: MAX_TENSORS,
+                });
+            }
+        }
+        let metadata = merged.ok_or(HeaderError::Truncated { needed: 1, available: 0 })?;
+        match metadata.u64("split.tensors.count") {
+            Some(expected) if expected != tensors.len() as u64 => {
+                Err(HeaderError::TensorCount { expected, found: tensors.len() as u64 })
+            }
+            _ => Self::new(&metadata, tensors),
+        }
     }
 
     /// Parses a header that travels without its file, as [`Catalog::header_bytes`] makes it.

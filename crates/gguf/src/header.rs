@@ -91,6 +91,10 @@ pub enum HeaderError {
     OutOfFile { name: String, end: u64, n_file_bytes: u64 },
     #[error("the tensors {first:?} and {second:?} overlap")]
     Overlap { first: String, second: String },
+    #[error("this is file {no} of {count} of a model, expected file {expected_no} of {expected_count}; name them all")]
+    Part { no: u64, count: u64, expected_no: u64, expected_count: u64 },
+    #[error("the model says it has {expected} tensors, but its files hold {found}; download it again")]
+    TensorCount { expected: u64, found: u64 },
 }
 
 /// A tensor: its name, shape and type, and where its bytes are.

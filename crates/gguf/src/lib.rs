@@ -5,6 +5,7 @@
 //! - [`StageView`] is a model of its own for a range of layers: a synthesised header, and slices of the real tensors.
 //!   [`StageReader`] serves its bytes from any [`TensorSource`] (the local file, a peer) and never holds them all.
 //! - [`Manifest`] and [`model_id`] name a model by its content.
+//! - [`SyntheticTensors`] stand in for a model's weights where only its speed matters.
 //! - [`Builder`] writes GGUF; stage views and synthetic models are laid out by it.
 //!
 //! Catalog, architecture and view are plain values without I/O; only `ModelFile`, `Manifest` and readers touch bytes.
@@ -19,6 +20,7 @@ mod identity;
 mod reader;
 mod rules;
 mod stage;
+mod synthetic;
 mod value;
 
 pub use architecture::{Architecture, ArchitectureError, SlidingWindow};
@@ -34,4 +36,5 @@ pub use identity::{Manifest, model_id};
 pub use reader::StageReader;
 pub use rules::supported_architectures;
 pub use stage::{PLACEHOLDER_VOCAB, StageView, StageViewError};
+pub use synthetic::SyntheticTensors;
 pub use value::{Array, Metadata, Scalars, Strings, Value, ValueType};

@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use brigade_gguf::{Builder, Catalog, Manifest, ModelFile, OpenError, TensorSource, Value, model_id};
+use brigade_gguf::{Builder, Catalog, HeaderError, Manifest, ModelFile, OpenError, TensorSource, Value, model_id};
 use support::{Model, Recipe};
 
 fn split_name(dir: &Path, no: usize, n_splits: usize) -> PathBuf {
@@ -38,6 +38,30 @@ fn read(file: &ModelFile, name: &str) -> Vec<u8> {
     let mut bytes = vec![0; file.catalog().tensors()[idx].n_bytes as usize];
     file.read_at(idx, 0, &mut bytes).unwrap();
     bytes
+}
+
+#[test]
+fn the_beginnings_of_split_files_are_enough_for_a_catalog() {
+    let dir = tempfile::tempdir().unwrap();
+    let recipe = Recipe::new("llama", 5);
+    write_splits(dir.path(), &recipe, 3);
+    let whole: Vec<Vec<u8>> = (0..3).map(|no| fs::read(split_name(dir.path(), no, 3)).unwrap()).collect();
+    let beginning = |bytes: &Vec<u8>| {
+        let mut n_bytes = 64;
+        while let Err(HeaderError::Truncated { needed, .. }) = Catalog::parse(&bytes[..n_bytes], bytes.len() as u64) {
+            n_bytes = needed as usize;
+        }
+        (bytes[..n_bytes].to_vec(), bytes.len() as u64)
+    };
+    let parts: Vec<_> = whole.iter().map(beginning).collect();
+    assert!(parts.iter().zip(&whole).all(|(part, whole)| part.0.len() < whole.len()));
+    assert_eq!(Catalog::parse_parts(&parts).unwrap().header_hash(), recipe.model().catalog.header_hash());
+
+    let wrong = |parts: &[(Vec<u8>, u64)]| Catalog::parse_parts(parts).unwrap_err();
+    assert!(matches!(wrong(&parts[..1]), HeaderError::Part { no: 1, count: 3, expected_no: 1, expected_count: 1 }));
+    let swapped = [parts[1].clone(), parts[0].clone(), parts[2].clone()];
+    assert!(matches!(wrong(&swapped), HeaderError::Part { no: 2, expected_no: 1, .. }));
+    assert!(matches!(wrong(&[]), HeaderError::Truncated { .. }));
 }
 
 #[test]

@@ -9,11 +9,13 @@ use brigade_net::{Identity, TicketBook, TicketState};
 use tokio::sync::mpsc;
 
 use crate::coordinator::{CoordinatorOptions, MAX_WAITING};
+use crate::doctor::Rounds;
 use crate::meter::Meter;
 use crate::model::{LocalModel, tokenize};
 use crate::ring::{Open, Submission, Submissions};
 use crate::serving::{
-    ClusterStatus, Event, HopParts, ModelCard, Readiness, Request, RequestTrace, Serving, SubmitError, TicketInfo,
+    ClusterStatus, Event, Examination, HopParts, ModelCard, Optimize, Readiness, Request, RequestTrace, Serving,
+    SubmitError, TicketInfo,
 };
 use crate::threads::{lock, seconds_since_1970};
 
@@ -117,11 +119,12 @@ pub struct Handle {
     shared: Arc<Shared>,
     model: Arc<LocalModel>,
     meter: Arc<Meter>,
+    rounds: Rounds,
 }
 
 impl Handle {
-    pub(crate) fn new(shared: Arc<Shared>, model: Arc<LocalModel>, meter: Arc<Meter>) -> Self {
-        Self { shared, model, meter }
+    pub(crate) fn new(shared: Arc<Shared>, model: Arc<LocalModel>, meter: Arc<Meter>, rounds: Rounds) -> Self {
+        Self { shared, model, meter, rounds }
     }
 
     /// Makes a ticket and keeps what admits its bearer.
@@ -219,6 +222,10 @@ impl Serving for Handle {
         self.meter.trace(request)
     }
 
+    fn examine(&self) -> Result<Examination, String> {
+        self.rounds.examine(&|| self.status())
+    }
+
     fn create_ticket(&self, ttl: Duration) -> Result<TicketInfo, String> {
         let ticket = self.ticket(ttl)?;
         Ok(TicketInfo { id: ticket.id.to_string(), expires_in_s: ttl.as_secs(), ticket: Some(ticket.to_string()) })
@@ -268,6 +275,11 @@ pub(crate) fn blank_status(card: &ModelCard) -> ClusterStatus {
         uptime_s: 0,
         recoveries: 0,
         last_recovery: None,
+        optimize: Optimize::default(),
+        prediction: None,
+        explanation: Vec::new(),
+        advice: Vec::new(),
+        links: Vec::new(),
         nodes: Vec::new(),
     }
 }

@@ -3,10 +3,9 @@
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use brigade_base::NodeId;
-use brigade_net::{Identity, Link, Purpose, TcpLink, Ticket, TicketSecret, write_atomic};
+use brigade_net::{Identity, Purpose, TcpLink, Ticket, TicketSecret, write_atomic};
 use serde::{Deserialize, Serialize};
 
 use crate::reach::{ReachError, reach};
@@ -82,20 +81,6 @@ impl KnownCoordinator {
     ) -> Result<Arc<TcpLink>, ReachError> {
         reach(identity, self.node, &self.addresses, purpose, secret)
     }
-}
-
-/// How long the coordinator that this node has joined takes to be reached and to let it in; `None` if there is none.
-pub fn probe_coordinator(state_dir: &Path) -> Option<Result<Duration, String>> {
-    let known = KnownCoordinator::load(state_dir).ok()??;
-    let probe = || -> Result<Duration, String> {
-        let identity = Identity::load_or_create(state_dir).map_err(|error| error.to_string())?;
-        let begin = Instant::now();
-        let link = known.dial(&identity, Purpose::Weights, None).map_err(|error| error.to_string())?;
-        let took = begin.elapsed();
-        link.close();
-        Ok(took)
-    };
-    Some(probe())
 }
 
 #[cfg(test)]

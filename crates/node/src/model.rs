@@ -181,11 +181,13 @@ pub fn model_profile(catalog: &Catalog) -> Result<ModelProfile, ModelError> {
     Ok(profile_of(&Architecture::of(catalog)?))
 }
 
-fn profile_of(a: &Architecture) -> ModelProfile {
+/// What a model of this architecture costs.
+pub(crate) fn profile_of(a: &Architecture) -> ModelProfile {
     ModelProfile {
         layer_bytes: (0..a.n_layers).map(|i| a.layer_bytes(i)).collect(),
         kv_bytes_per_token: (0..a.n_layers).map(|i| a.kv_bytes_per_token(i)).collect(),
-        head_bytes: a.head_bytes() + if a.tied_head { 0 } else { a.embedding_bytes() },
+        head_bytes: a.head_bytes(),
+        embedding_bytes: a.unread_embedding_bytes(),
         cut_points: a.cut_points(),
         n_embd: a.n_embd,
         n_heads: a.n_head.iter().copied().max().unwrap_or(0),

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use brigade_base::{ByteSize, DeploymentId, Hash, NodeId};
 use brigade_net::{Ticket, TicketSecret};
+use brigade_plan::Optimize;
 use brigade_protocol::council::{Charter, Incumbent, Stored, Voter};
 
 use crate::coordinator::{Coordinator, CoordinatorError, CoordinatorOptions, DeploymentSettings};
@@ -131,6 +132,7 @@ impl Node {
             listen: options.listen,
             memory: options.memory,
             threads: options.threads,
+            throttle: options.throttle,
             cache_limit: CACHE_LIMIT,
             kv_spill: options.kv_spill,
             drain_timeout: options.drain_timeout,
@@ -173,6 +175,8 @@ impl Node {
             nodes_wanted: 1,
             spread: false,
             split: None,
+            optimize: Optimize::default(),
+            throttle: options.throttle,
             prefix_cache: PrefixCache::default(),
             kv_spill: options.kv_spill,
             redundancy: 1,
@@ -462,6 +466,8 @@ mod tests {
             nodes_wanted: 1,
             spread: false,
             split: None,
+            optimize: Optimize::default(),
+            throttle: 1.0,
             prefix_cache: PrefixCache::default(),
             kv_spill: ByteSize(0),
             redundancy: 1,

@@ -10,10 +10,12 @@ use std::time::Duration;
 
 use brigade_base::{ByteSize, DeploymentId, Epoch, PassId};
 use brigade_net::{Identity, TicketBook};
+use brigade_plan::Optimize;
 use brigade_protocol::frame::{KvStep, RowSet};
 use brigade_protocol::schedule::{Limits, PrefixCache};
 
 use crate::coordinator::{CHUNK, CoordinatorError, CoordinatorOptions};
+use crate::doctor::{Rounds, Subject};
 use crate::handle::{Handle, Shared};
 use crate::meter::Meter;
 use crate::model::LocalModel;
@@ -76,6 +78,8 @@ pub fn rehearse(
         nodes_wanted: 1,
         spread: false,
         split: None,
+        optimize: Optimize::Memory,
+        throttle: 1.0,
         prefix_cache: PrefixCache::Full,
         kv_spill: ByteSize(0),
         redundancy: 1,
@@ -130,5 +134,7 @@ pub fn rehearse(
     drop(connections.send(connection));
     spawn("ring", move || ring.run())?;
     let _ = is_up.recv();
-    Ok(Arc::new(Handle::new(shared, model, meter)))
+    // There are no nodes to examine.
+    let rounds = Rounds::new(identity.node_id(), Subject::coordinator(&options, &model, &[]), |_| false);
+    Ok(Arc::new(Handle::new(shared, model, meter, rounds)))
 }

@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use brigade_base::{ByteSize, LayerRange, ModelId, NodeId, TenantId, Token};
 pub use brigade_engine::Sampling;
+pub use brigade_plan::{Optimize, Prediction, Speed};
+pub use brigade_protocol::measure::{Finding, Severity};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
@@ -43,6 +45,13 @@ pub trait Serving: Send + Sync + 'static {
 
     /// The cluster as it stands.
     fn status(&self) -> ClusterStatus;
+
+    /// Has every node look at itself and at its links. Blocks for a second, some more where a node is slow or does not
+    /// answer.
+    ///
+    /// # Errors
+    /// If there is nobody to ask, in words for the operator.
+    fn examine(&self) -> Result<Examination, String>;
 
     /// Makes a ticket that admits nodes for `ttl`; the text is what `brigade join` takes.
     ///
@@ -331,8 +340,57 @@ pub struct ClusterStatus {
     pub recoveries: u64,
     /// The last time.
     pub last_recovery: Option<Recovery>,
+    /// What placements are to be best at.
+    pub optimize: Optimize,
+    /// What the present placement will do, by what was measured; missing where a speed is not known.
+    pub prediction: Option<Prediction>,
+    /// Why it is as it is, one thought per line.
+    pub explanation: Vec<String>,
+    /// What would be better than the present placement, for people.
+    pub advice: Vec<String>,
+    /// What was measured of links.
+    pub links: Vec<LinkStatus>,
     /// All nodes, those without a stage too, in ring order with the coordinator last.
     pub nodes: Vec<NodeStatus>,
+}
+
+/// What was found on all nodes; what `brigade doctor` prints.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Examination {
+    /// The coordinator first.
+    pub nodes: Vec<NodeFindings>,
+}
+
+/// What was found on one node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeFindings {
+    /// Its key.
+    pub id: NodeId,
+    /// Its name for people.
+    pub name: String,
+    /// `coordinator` or `worker`.
+    pub role: String,
+    /// The worst first.
+    pub findings: Vec<Finding>,
+}
+
+/// A link as one of its nodes measured it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LinkStatus {
+    /// Name of the node that measured.
+    pub from: String,
+    /// Name of the other one.
+    pub to: String,
+    /// Milliseconds of a round trip on the idle link, half of it each way: software included.
+    pub rtt_ms: f64,
+    /// Milliseconds between the median round trip and the 95th percentile.
+    pub jitter_ms: f64,
+    /// Milliseconds of a round trip while the link is full.
+    pub loaded_rtt_ms: f64,
+    /// Bytes in a second there.
+    pub there_bytes_per_s: f64,
+    /// Bytes in a second back.
+    pub back_bytes_per_s: f64,
 }
 
 /// A time when a ring was lost.
@@ -396,4 +454,10 @@ pub struct NodeStatus {
     pub bytes_per_token: u64,
     /// Round trip of its control link in milliseconds; 0 for the coordinator itself.
     pub rtt_ms: f32,
+    /// What its stage takes by the plan, headroom left out; 0 without a stage.
+    pub memory_predicted: ByteSize,
+    /// How fast it computes the model, as measured while nothing else ran; missing if that is not known.
+    pub speed: Option<Speed>,
+    /// How many times as long it takes now; missing if its speed is not known.
+    pub pace: Option<f64>,
 }

@@ -10,6 +10,8 @@
 //!
 //! [`PassRunner`] owns the stage, its saved sessions ([`Images`]), and the buffers of both.
 
+use std::time::Instant;
+
 use brigade_base::{Epoch, ImageId, PassId};
 use brigade_engine::{Input, KvError, Row, RunError, Stage};
 use brigade_protocol::control::{Held, MAX_SESSIONS};
@@ -17,6 +19,7 @@ use brigade_protocol::frame::{KvStep, RowSet};
 use brigade_protocol::handover::Room;
 
 use crate::images::{ImageError, Images};
+use crate::throttle::Throttle;
 
 /// Memory that is kept for the next image: sessions of a small model fit, and those of a large one, which are hundreds
 /// of megabytes, must not stay in memory twice.
@@ -67,6 +70,7 @@ pub struct PassRunner {
     input_scale: f32,
     n_slots: u32,
     images: Images,
+    throttle: Throttle,
     /// Whose names the images have.
     epoch: Epoch,
     /// The last pass that was applied, all of it; 0 before the first.
@@ -92,6 +96,7 @@ impl PassRunner {
             input_scale,
             n_slots,
             images,
+            throttle: Throttle::default(),
             epoch: Epoch(0),
             applied: PassId(0),
             valid: vec![0; n_slots as usize],
@@ -102,6 +107,11 @@ impl PassRunner {
             wave_out: Vec::new(),
             image: Vec::new(),
         }
+    }
+
+    /// Computes for a `share` of the time from now on, and rests in between; 1 does not rest.
+    pub fn set_throttle(&mut self, share: f32) {
+        self.throttle = Throttle::new(share);
     }
 
     /// The stage itself.
@@ -335,13 +345,20 @@ impl PassRunner {
         if held < keep { Err(PassError::OutOfStep { slot, keep, held }) } else { Ok(held) }
     }
 
-    /// Runs a pass. `hidden` is `[n_rows, n_embd]` and may be scaled in place; `out` becomes the next hidden states
-    /// `[n_rows, n_embd]`, or in a final stage the logits `[n_outputs, n_vocab]`.
+    /// Runs a pass, and rests behind it if it is throttled. `hidden` is `[n_rows, n_embd]` and may be scaled in place;
+    /// `out` becomes the next hidden states `[n_rows, n_embd]`, or in a final stage the logits `[n_outputs, n_vocab]`.
     ///
     /// # Errors
     /// If the stage does not hold what the pass builds on, or the engine fails; the pass then has no effect that a
     /// later `keep` would not undo.
     pub fn run(&mut self, sets: &[RowSet], hidden: &mut [f32], out: &mut Vec<f32>) -> Result<(), PassError> {
+        let begin = Instant::now();
+        self.run_waves(sets, hidden, out)?;
+        self.throttle.pause(begin.elapsed());
+        Ok(())
+    }
+
+    fn run_waves(&mut self, sets: &[RowSet], hidden: &mut [f32], out: &mut Vec<f32>) -> Result<(), PassError> {
         if self.input_scale != 1.0 {
             hidden.iter_mut().for_each(|value| *value *= self.input_scale);
         }

@@ -1,8 +1,12 @@
-//! What the machine has and what this process takes of it.
+//! What the machine has, how it is, and what this process takes of it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
 
 use brigade_base::ByteSize;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use sysinfo::{MemoryRefreshKind, ProcessRefreshKind, ProcessesToUpdate, RefreshKind, System};
+use serde::{Deserialize, Serialize};
+use sysinfo::{CpuRefreshKind, MemoryRefreshKind, ProcessRefreshKind, ProcessesToUpdate, RefreshKind, System};
 
 /// Memory that can be had without swapping, within the limits of a container.
 pub fn available_memory() -> ByteSize {
@@ -37,6 +41,131 @@ pub fn default_threads() -> u32 {
     System::physical_core_count().map_or(usable, |cores| usable.min(cores)).max(1) as u32
 }
 
+/// The processor.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cpu {
+    /// As it calls itself; empty if it does not.
+    pub name: String,
+    /// Cores, where that is known.
+    pub n_cores: Option<u32>,
+    /// Threads that this process may run at once.
+    pub n_threads: u32,
+    /// What it can that matters for computing, by the system's names.
+    pub features: Vec<String>,
+}
+
+/// Features of processors that llama.cpp has kernels for, as Linux names them.
+const FEATURES: [&str; 20] = [
+    "sse3",
+    "ssse3",
+    "sse4_2",
+    "avx",
+    "avx2",
+    "avx_vnni",
+    "fma",
+    "f16c",
+    "bmi2",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_vbmi",
+    "avx512_bf16",
+    "amx_int8",
+    "amx_bf16",
+    "asimd",
+    "asimddp",
+    "i8mm",
+    "sve",
+    "sme",
+];
+
+/// The processor of this machine.
+pub fn cpu() -> Cpu {
+    let system = System::new_with_specifics(RefreshKind::nothing().with_cpu(CpuRefreshKind::nothing()));
+    Cpu {
+        name: system.cpus().first().map_or("", sysinfo::Cpu::brand).trim().to_owned(),
+        n_cores: System::physical_core_count().map(|n| n as u32),
+        n_threads: std::thread::available_parallelism().map_or(1, std::num::NonZero::get) as u32,
+        features: features(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default()),
+    }
+}
+
+/// The features that the first processor of `/proc/cpuinfo` has.
+fn features(cpuinfo: &str) -> Vec<String> {
+    let line = cpuinfo.lines().find(|line| line.starts_with("flags") || line.starts_with("Features"));
+    let words: Vec<&str> = line.and_then(|line| line.split_once(':')).map_or("", |(_, all)| all).split(' ').collect();
+    FEATURES.iter().filter(|feature| words.contains(feature)).map(|&feature| feature.to_owned()).collect()
+}
+
+/// How the machine is at this moment. What cannot be read is `None`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+pub struct Condition {
+    /// Frequency of the first core in MHz.
+    pub mhz: Option<u64>,
+    /// The most that it may have.
+    pub mhz_max: Option<u64>,
+    /// How frequencies are chosen, for example `powersave`.
+    pub governor: Option<String>,
+    /// How often cores were slowed for heat since the machine was started, all cores together.
+    pub thermal_throttles: Option<u64>,
+    /// Whether it runs on a battery; `None` where there is none.
+    pub on_battery: Option<bool>,
+    /// How full the battery is.
+    pub battery_percent: Option<u64>,
+}
+
+/// How this machine is.
+pub fn condition() -> Condition {
+    let cpus = Path::new("/sys/devices/system/cpu");
+    let frequency = |name: &str| number(&cpus.join("cpu0/cpufreq").join(name)).map(|khz| khz / 1000);
+    let (on_battery, battery_percent) = battery(Path::new("/sys/class/power_supply"));
+    Condition {
+        mhz: frequency("scaling_cur_freq").or_else(first_core_mhz),
+        mhz_max: frequency("cpuinfo_max_freq"),
+        governor: text(&cpus.join("cpu0/cpufreq/scaling_governor")),
+        thermal_throttles: thermal_throttles(cpus),
+        on_battery,
+        battery_percent,
+    }
+}
+
+fn first_core_mhz() -> Option<u64> {
+    let kind = RefreshKind::nothing().with_cpu(CpuRefreshKind::nothing().with_frequency());
+    let system = System::new_with_specifics(kind);
+    system.cpus().first().map(sysinfo::Cpu::frequency).filter(|mhz| *mhz > 0)
+}
+
+fn thermal_throttles(cpus: &Path) -> Option<u64> {
+    let counts = entries(cpus).into_iter().filter_map(|cpu| number(&cpu.join("thermal_throttle/core_throttle_count")));
+    counts.reduce(u64::saturating_add)
+}
+
+/// Whether a battery empties, and how full it is; of several the first counts.
+fn battery(supplies: &Path) -> (Option<bool>, Option<u64>) {
+    let is_battery = |supply: &PathBuf| text(&supply.join("type")).as_deref() == Some("Battery");
+    // Mice and keyboards have batteries too, and say so.
+    let is_ours = |supply: &PathBuf| text(&supply.join("scope")).as_deref() != Some("Device");
+    let found = entries(supplies).into_iter().find(|supply| is_battery(supply) && is_ours(supply));
+    let Some(supply) = found else { return (None, None) };
+    let status = text(&supply.join("status"));
+    (status.map(|status| status == "Discharging"), number(&supply.join("capacity")))
+}
+
+/// What is in a folder, in the order of names.
+fn entries(dir: &Path) -> Vec<PathBuf> {
+    let mut paths: Vec<PathBuf> =
+        fs::read_dir(dir).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path())).collect();
+    paths.sort();
+    paths
+}
+
+fn text(path: &Path) -> Option<String> {
+    fs::read_to_string(path).ok().map(|text| text.trim().to_owned()).filter(|text| !text.is_empty())
+}
+
+fn number(path: &Path) -> Option<u64> {
+    text(path)?.parse().ok()
+}
+
 /// The machine's name for people.
 pub fn host_name() -> String {
     let name = System::host_name().unwrap_or_else(|| "node".to_owned());
@@ -65,6 +194,38 @@ mod tests {
     fn the_limit_of_open_files_rises_to_its_most() {
         raise_open_files();
         assert_eq!(getrlimit(Resource::Nofile).current, open_files_max());
+    }
+
+    #[test]
+    fn features_are_those_that_matter() {
+        let x86 = "processor\t: 0\nflags\t\t: fpu sse3 avx avx2 f16c foo\nprocessor\t: 1\nflags\t\t: amx_int8\n";
+        assert_eq!(features(x86), ["sse3", "avx", "avx2", "f16c"]);
+        assert_eq!(features("Features\t: fp asimd i8mm"), ["asimd", "i8mm"]);
+        assert!(features("").is_empty());
+        assert!(cpu().n_threads >= 1);
+    }
+
+    #[test]
+    fn batteries_and_heat_are_read_as_linux_tells_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |path: &str, text: &str| {
+            let path = dir.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        };
+        assert_eq!(battery(dir.path()), (None, None));
+        write("a-mouse/type", "Battery\n");
+        write("a-mouse/scope", "Device\n");
+        write("ac/type", "Mains\n");
+        assert_eq!(battery(dir.path()), (None, None));
+        for (file, text) in [("type", "Battery\n"), ("status", "Discharging\n"), ("capacity", "42\n")] {
+            write(&format!("bat/{file}"), text);
+        }
+        assert_eq!(battery(dir.path()), (Some(true), Some(42)));
+        assert_eq!(thermal_throttles(dir.path()), None);
+        write("cpu0/thermal_throttle/core_throttle_count", "3\n");
+        write("cpu1/thermal_throttle/core_throttle_count", "4\n");
+        assert_eq!(thermal_throttles(dir.path()), Some(7));
     }
 
     #[test]

@@ -1,21 +1,26 @@
 //! Places a model's layers on nodes, and explains the choice.
 //!
-//! Flow: profiles of the model, the nodes and the links go in, a [`Plan`] with a [`Prediction`] or a reason why there is
-//! none comes out. Nothing is measured, read or timed here; what a profile says is taken as true.
+//! Flow: profiles of the model, the nodes and the links go in, a [`Plan`] with a [`Prediction`] or a reason why there
+//! is none comes out. Nothing is measured, read or timed here; what a profile says is taken as true.
 
+pub mod catalogue;
 mod memory;
+mod optimise;
 mod place;
 mod predict;
 mod profile;
 mod standby;
+mod study;
+mod units;
 
 pub use memory::{COMPUTE_FLOOR, HEADROOM_DIVISOR, StageMemory};
-pub use place::{check_split, place, predict};
+pub use place::{check_split, place, place_anywhere, predict};
 pub use predict::{ANSWER_TOKENS, Bound, PROMPT_TOKENS, Prediction, RingModel, RingStage, StagePrediction};
 pub use profile::{
     Curve, CurveError, Demand, LinkProfile, Links, MAX_POINTS, ModelProfile, NodeProfile, Optimize, Speed, SpeedSource,
 };
 pub use standby::{MAX_STAGES_OF_WORKER, Standby, Uncovered, Worker, explain_standbys, stand_in, standbys};
+pub use study::{Alternative, AlternativeKind, Coordinator, Forecast, Member, Study, advice, figure, seconds, study};
 
 use std::fmt;
 
@@ -52,7 +57,7 @@ pub struct PlannedStage {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PlanError {
     /// The nodes together, or the largest of them, hold too little.
-    #[error("{}", does_not_fit(*.needed, *.offered, *.missing, *.n_nodes))]
+    #[error("{}{}", does_not_fit(*.needed, *.offered, *.missing, *.n_nodes), would_fit(*.fits_context, *.fits_parallel))]
     DoesNotFit {
         /// Bytes that the model needs with KV cache and working memory.
         needed: ByteSize,
@@ -62,6 +67,11 @@ pub enum PlanError {
         missing: ByteSize,
         /// How many nodes are there.
         n_nodes: usize,
+        /// The longest context with which it would fit, the sessions being as many as asked for; `None` if it does not
+        /// fit with any.
+        fits_context: Option<u32>,
+        /// The most sessions with which it would fit, the context being as long as asked for.
+        fits_parallel: Option<u32>,
     },
     /// The pinned split does not add up.
     #[error("--layers {split:?} has {} layers, but the model has {n_layers}", .split.iter().map(|&n| u64::from(n)).sum::<u64>())]
@@ -117,6 +127,17 @@ fn does_not_fit(needed: ByteSize, offered: ByteSize, missing: ByteSize, n_nodes:
         );
     }
     format!("the model needs {needed} with its KV cache, and {who} can use {offered}: {missing} are missing. {advice}")
+}
+
+fn would_fit(context: Option<u32>, parallel: Option<u32>) -> String {
+    match (context, parallel) {
+        (Some(context), Some(parallel)) => {
+            format!(". It would fit with --context {context}, or with --parallel {parallel}")
+        }
+        (Some(context), None) => format!(". It would fit with --context {context}"),
+        (None, Some(parallel)) => format!(". It would fit with --parallel {parallel}"),
+        (None, None) => String::new(),
+    }
 }
 
 fn list(cuts: &[u32]) -> String {

@@ -17,7 +17,7 @@ pub const COMPUTE_FLOOR: u64 = 48 << 20;
 const MAX_SCORES_BYTES: u64 = 512 << 20;
 
 /// libllama rounds each session's KV cache up to so many tokens.
-const KV_PADDING: u32 = 256;
+pub(crate) const KV_PADDING: u32 = 256;
 
 /// Bytes that a stage takes on its node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -50,10 +50,15 @@ pub(crate) fn stage_memory(model: &ModelProfile, demand: &Demand, layers: LayerR
     let scores = if scores <= MAX_SCORES_BYTES { scores } else { 0 };
     let logits = if is_tail { 4 * u64::from(model.n_vocab) * u64::from(demand.parallel.max(1)) } else { 0 };
     StageMemory {
-        weights: ByteSize(of(&model.layer_bytes).saturating_add(if is_tail { model.head_bytes } else { 0 })),
+        weights: ByteSize(of(&model.layer_bytes).saturating_add(if is_tail { tail_bytes(model) } else { 0 })),
         kv: ByteSize(of(&model.kv_bytes_per_token).saturating_mul(tokens)),
         compute: ByteSize(COMPUTE_FLOOR + row.saturating_mul(u64::from(demand.max_rows)) + scores + logits),
     }
+}
+
+/// What the coordinator holds of the weights beside its layers.
+fn tail_bytes(model: &ModelProfile) -> u64 {
+    model.head_bytes.saturating_add(model.embedding_bytes)
 }
 
 /// What of a node's memory may be used.

@@ -2,15 +2,22 @@
 
 use brigade_base::{ByteSize, LayerRange};
 
-use crate::memory::{stage_memory, usable};
+use crate::memory::{KV_PADDING, stage_memory, usable};
+use crate::optimise::{Choice, Ring, explain};
 use crate::predict::{Prediction, RingModel, RingStage};
-use crate::{Demand, Links, ModelProfile, NodeProfile, Plan, PlanError, PlannedStage};
+use crate::units::Units;
+use crate::{Demand, Links, ModelProfile, NodeProfile, Optimize, Plan, PlanError, PlannedStage};
 
-/// Places a model on nodes, in ring order with the coordinator last.
+/// Places a model on nodes; the last of them is the coordinator.
 ///
-/// The fewest nodes that hold the model are used (all of them with [`Demand::spread`]): each further one adds a hop to
-/// every token. Among those, the cuts minimise the fullest node's use of its memory, which is what a split in
-/// proportion to memory does where layers can be divided freely; an exact dynamic programme over the legal cuts,
+/// Where a node's speed is known, the ring with the least [`RingModel::cost_s`] is chosen, exactly for up to 12 nodes
+/// and layers that are alike. The coordinator alone is kept unless a split is expected to be 5 % better, and with
+/// [`Demand::spread`] all nodes are used as far as there are places to cut. A node whose speed is not known counts as
+/// the slowest of the others.
+///
+/// Where none is known, or with [`Optimize::Memory`], the fewest nodes that hold the model are used: each further one
+/// adds a hop to every token. Among those, the cuts minimise the fullest node's use of its memory, which is what a
+/// split in proportion to memory does where layers can be divided freely; an exact dynamic programme over the legal cuts,
 /// O(nodes · cuts²).
 ///
 /// # Errors
@@ -19,9 +26,68 @@ use crate::{Demand, Links, ModelProfile, NodeProfile, Plan, PlanError, PlannedSt
 /// # Panics
 /// Never for a profile whose lists are as long as they say.
 pub fn place(model: &ModelProfile, nodes: &[NodeProfile], links: &Links, demand: &Demand) -> Result<Plan, PlanError> {
-    let mut plan = choose(model, nodes, demand)?;
-    plan.prediction = predict(model, nodes, links, demand, &plan.stages);
+    if let Some(split) = &demand.split {
+        return pinned(model, nodes, links, demand, split);
+    }
+    let by_memory = by_memory(model, nodes, demand);
+    if is_measured(nodes, demand)
+        && let Some(choice) = Choice::new(model, nodes, links, demand, by_memory.as_ref())
+        && let Some(ring) = choice.ring()
+    {
+        return Ok(chosen(model, nodes, links, demand, &choice, &ring));
+    }
+    let ring = by_memory.ok_or_else(|| does_not_fit(model, nodes, demand))?;
+    let mut plan = assemble(model, nodes, links, demand, &ring);
+    plan.explanation = explain_by_memory(model, nodes, demand, ring.len());
     Ok(plan)
+}
+
+/// Places a model on nodes of which any may be the coordinator: for machines that are not there yet. With a pinned
+/// split, and where no speed is known, it is the last one, or the one with the most memory.
+///
+/// # Errors
+/// As [`place`].
+pub fn place_anywhere(
+    model: &ModelProfile,
+    nodes: &[NodeProfile],
+    links: &Links,
+    demand: &Demand,
+) -> Result<Plan, PlanError> {
+    if demand.split.is_some() {
+        return place(model, nodes, links, demand);
+    }
+    // The first of those with the most memory.
+    let largest = (0..nodes.len()).rev().max_by_key(|&i| nodes[i].memory).unwrap_or(0);
+    let mut others = nodes.to_vec();
+    if largest < others.len() {
+        let coordinator = others.remove(largest);
+        others.push(coordinator);
+    }
+    let by_memory = by_memory(model, &others, demand);
+    if is_measured(nodes, demand)
+        && let Some(choice) = Choice::anywhere(model, &others, links, demand, by_memory.as_ref())
+        && let Some(ring) = choice.ring()
+    {
+        return Ok(chosen(model, &others, links, demand, &choice, &ring));
+    }
+    place(model, &others, links, demand)
+}
+
+fn is_measured(nodes: &[NodeProfile], demand: &Demand) -> bool {
+    demand.optimize != Optimize::Memory && nodes.iter().any(|node| node.speed.is_some())
+}
+
+fn chosen(
+    model: &ModelProfile,
+    nodes: &[NodeProfile],
+    links: &Links,
+    demand: &Demand,
+    choice: &Choice,
+    ring: &Ring,
+) -> Plan {
+    let mut plan = assemble(model, nodes, links, demand, ring);
+    plan.explanation = explain(choice, plan.prediction.as_ref());
+    plan
 }
 
 /// What these stages will do, if the speed of all their nodes is known.
@@ -40,27 +106,34 @@ pub fn predict(
     Some(RingModel::new(model, &ring, links, demand).predict())
 }
 
-fn choose(model: &ModelProfile, nodes: &[NodeProfile], demand: &Demand) -> Result<Plan, PlanError> {
-    if let Some(split) = &demand.split {
-        return pinned(model, nodes, demand, split);
-    }
-    let Some((coordinator, workers)) = nodes.split_last() else {
-        return Err(does_not_fit(model, nodes, demand));
-    };
+/// The ring that memory alone would choose, `None` if there is none.
+pub(crate) fn by_memory(model: &ModelProfile, nodes: &[NodeProfile], demand: &Demand) -> Option<Ring> {
+    let (coordinator, workers) = nodes.split_last()?;
+    let units = Units::new(model, demand)?;
     // The largest workers first, so that the fewest are needed; those chosen stay in the order in which they came.
     let mut by_memory: Vec<usize> = (0..workers.len()).collect();
     by_memory.sort_by_key(|&i| std::cmp::Reverse(workers[i].memory));
-    let most = workers.len().min(model.cut_points.len());
+    let most = workers.len().min(units.len() - 1);
     let fewest = if demand.spread { most } else { 0 };
-    for count in fewest..=most {
+    let mut room = units.most(usable(coordinator.memory).0, true, false);
+    for count in 0..=most {
+        room += count.checked_sub(1).map_or(0, |k| units.most(usable(workers[by_memory[k]].memory).0, false, false));
+        if count < fewest || room < units.len() {
+            continue;
+        }
         let mut chosen = by_memory[..count].to_vec();
         chosen.sort_unstable();
-        let ring: Vec<&NodeProfile> = chosen.iter().map(|&i| &workers[i]).chain([coordinator]).collect();
-        if let Some(ranges) = balance(model, &ring, demand) {
-            return Ok(explain(model, nodes, &ring, &ranges, demand));
+        // Where pieces differ, what does not fit in one order may fit in another.
+        let by_size = by_memory[..count].to_vec();
+        for mut chosen in [chosen, by_size.iter().rev().copied().collect(), by_size] {
+            chosen.push(workers.len());
+            let usable: Vec<u64> = chosen.iter().map(|&i| usable(nodes[i].memory).0).collect();
+            if let Some(ranges) = balance(&units, &usable) {
+                return Some(chosen.into_iter().zip(ranges).collect());
+            }
         }
     }
-    Err(does_not_fit(model, nodes, demand))
+    None
 }
 
 /// Cost of a way to fill the first nodes: the fullest node's share, then evenness.
@@ -70,46 +143,43 @@ struct Fill {
     squares: f64,
 }
 
-/// The cuts for exactly these nodes that leave the fullest one emptiest, or `None` if they cannot hold the model.
-fn balance(model: &ModelProfile, ring: &[&NodeProfile], demand: &Demand) -> Option<Vec<LayerRange>> {
-    let mut bounds = vec![0];
-    bounds.extend(&model.cut_points);
-    bounds.push(model.n_layers());
-    // best[c] is the best way for the nodes so far to hold everything before bound c, and the bound where the last
-    // of them begins.
-    let mut best: Vec<Vec<Option<(Fill, usize)>>> = Vec::with_capacity(ring.len());
-    for (k, node) in ring.iter().enumerate() {
-        let capacity = usable(node.memory).0;
-        let is_tail = k + 1 == ring.len();
-        let mut row = vec![None; bounds.len()];
-        for end in 1..bounds.len() {
-            for start in 0..end {
+/// The cuts for nodes that can use so many bytes, in ring order, that leave the fullest one emptiest; `None` if they
+/// cannot hold the model.
+fn balance(units: &Units, usable: &[u64]) -> Option<Vec<LayerRange>> {
+    let n = units.len();
+    // best[k][end] is the best way for the nodes up to k to hold everything before that piece, and the piece with which
+    // the last of them begins.
+    let mut best: Vec<Vec<Option<(Fill, usize)>>> = Vec::with_capacity(usable.len());
+    for (k, &capacity) in usable.iter().enumerate() {
+        let is_tail = k + 1 == usable.len();
+        let mut row = vec![None; n + 1];
+        for end in if is_tail { n..=n } else { 1..=n } {
+            for start in (0..end).rev() {
+                let needed = units.needs(start, end, is_tail);
+                if needed > capacity {
+                    break;
+                }
                 let before = match k {
                     0 if start == 0 => Some(Fill { fullest: 0.0, squares: 0.0 }),
                     0 => None,
                     _ => best[k - 1][start].map(|(fill, _)| fill),
                 };
-                let (Some(before), Ok(layers)) = (before, LayerRange::new(bounds[start], bounds[end])) else {
-                    continue;
-                };
-                let needed = stage_memory(model, demand, layers, is_tail).total().0;
-                if needed > capacity {
-                    continue;
-                }
+                let Some(before) = before else { continue };
                 let share = needed as f64 / capacity as f64;
                 let fill = Fill { fullest: before.fullest.max(share), squares: before.squares + share * share };
-                if row[end].is_none_or(|(other, _)| fill < other) {
+                // Of equals the one that begins first.
+                if row[end].is_none_or(|(other, _)| fill <= other) {
                     row[end] = Some((fill, start));
                 }
             }
         }
         best.push(row);
     }
-    let mut end = bounds.len() - 1;
-    let mut ranges = Vec::with_capacity(ring.len());
+    let mut end = n;
+    let mut ranges = Vec::with_capacity(usable.len());
     for row in best.iter().rev() {
         let (_, start) = row[end]?;
-        ranges.push(LayerRange::new(bounds[start], bounds[end]).ok()?);
+        ranges.push(units.layers(start, end)?);
         end = start;
     }
     ranges.reverse();
@@ -138,68 +208,71 @@ pub fn check_split(model: &ModelProfile, split: &[u32]) -> Result<(), PlanError>
     Ok(())
 }
 
-fn pinned(model: &ModelProfile, nodes: &[NodeProfile], demand: &Demand, split: &[u32]) -> Result<Plan, PlanError> {
+fn pinned(
+    model: &ModelProfile,
+    nodes: &[NodeProfile],
+    links: &Links,
+    demand: &Demand,
+    split: &[u32],
+) -> Result<Plan, PlanError> {
     check_split(model, split)?;
-    let (Some((coordinator, workers)), true) = (nodes.split_last(), split.len() <= nodes.len()) else {
+    if split.len() > nodes.len() {
         return Err(PlanError::SplitNodes { stages: split.len(), nodes: nodes.len() });
-    };
-    let ring: Vec<&NodeProfile> = workers[..split.len() - 1].iter().chain([coordinator]).collect();
-    let mut ranges = Vec::new();
+    }
+    let places = (0..split.len() - 1).chain([nodes.len() - 1]);
+    let mut ring = Ring::new();
     let mut start = 0;
-    for (k, (&count, node)) in split.iter().zip(&ring).enumerate() {
+    for (place, &count) in places.zip(split) {
         let layers =
             LayerRange::new(start, start + count).map_err(|_| PlanError::SplitEmpty { split: split.to_vec() })?;
-        let needed = stage_memory(model, demand, layers, k + 1 == ring.len()).total();
-        let usable = usable(node.memory);
+        let needed = stage_memory(model, demand, layers, ring.len() + 1 == split.len()).total();
+        let usable = usable(nodes[place].memory);
         if needed > usable {
-            return Err(PlanError::SplitTooLarge { name: node.name.clone(), layers: count, needed, usable });
+            return Err(PlanError::SplitTooLarge { name: nodes[place].name.clone(), layers: count, needed, usable });
         }
-        ranges.push(layers);
+        ring.push((place, layers));
         start += count;
     }
-    let mut plan = explain(model, nodes, &ring, &ranges, demand);
+    let mut plan = assemble(model, nodes, links, demand, &ring);
     plan.explanation = vec!["The split was pinned with --layers.".to_owned()];
     Ok(plan)
 }
 
-fn explain(
-    model: &ModelProfile,
-    nodes: &[NodeProfile],
-    ring: &[&NodeProfile],
-    ranges: &[LayerRange],
-    demand: &Demand,
-) -> Plan {
-    let stages: Vec<PlannedStage> = ring
-        .iter()
-        .zip(ranges)
-        .enumerate()
-        .map(|(k, (node, &layers))| PlannedStage {
-            node: node.id,
-            name: node.name.clone(),
-            layers,
-            memory: stage_memory(model, demand, layers, k + 1 == ring.len()),
-            offered: node.memory,
-        })
-        .collect();
-    let mut explanation = Vec::new();
-    let idle = nodes.len() - ring.len();
-    explanation.push(match (ring.len(), idle) {
+/// The plan of a ring, yet without words.
+fn assemble(model: &ModelProfile, nodes: &[NodeProfile], links: &Links, demand: &Demand, ring: &Ring) -> Plan {
+    let stage = |(k, &(place, layers)): (usize, &(usize, LayerRange))| PlannedStage {
+        node: nodes[place].id,
+        name: nodes[place].name.clone(),
+        layers,
+        memory: stage_memory(model, demand, layers, k + 1 == ring.len()),
+        offered: nodes[place].memory,
+    };
+    let stages: Vec<PlannedStage> = ring.iter().enumerate().map(stage).collect();
+    let prediction = predict(model, nodes, links, demand, &stages);
+    Plan { stages, prediction, explanation: Vec::new() }
+}
+
+fn explain_by_memory(model: &ModelProfile, nodes: &[NodeProfile], demand: &Demand, n_stages: usize) -> Vec<String> {
+    let idle = nodes.len() - n_stages;
+    let mut explanation = vec![match (n_stages, idle) {
         (1, 0) => "The coordinator holds the whole model.".to_owned(),
-        (1, _) => "The coordinator alone holds the model, which is faster than any split: no token waits for a link. \
-                   --spread uses the other nodes all the same."
-            .to_owned(),
+        (1, _) => {
+            "The coordinator alone holds the model: no token waits for a link. --spread uses the other nodes all \
+                   the same."
+                .to_owned()
+        }
         (n, 0) => format!("The model is split over all {n} nodes, in proportion to what each can use."),
         (n, idle) => {
             format!("The model needs {n} of {} nodes; {idle} stay idle, since each hop costs time.", nodes.len())
         }
-    });
+    }];
     if demand.spread && idle > 0 {
         explanation.push(format!(
             "The model has only {} places to cut, so not every node gets a stage.",
             model.cut_points.len()
         ));
     }
-    Plan { stages, prediction: None, explanation }
+    explanation
 }
 
 fn does_not_fit(model: &ModelProfile, nodes: &[NodeProfile], demand: &Demand) -> PlanError {
@@ -213,7 +286,29 @@ fn does_not_fit(model: &ModelProfile, nodes: &[NodeProfile], demand: &Demand) ->
     // Where the sum would do, it is the grain that does not: at least the smallest piece must fit somewhere more.
     let piece = model.layer_bytes.iter().copied().max().unwrap_or(0);
     let missing = ByteSize(needed.0.saturating_sub(offered.0).max(piece));
-    PlanError::DoesNotFit { needed, offered, missing, n_nodes: nodes.len() }
+    let fits = |demand: Demand| by_memory(model, nodes, &demand).is_some();
+    let blocks = |count: u32| Demand { context: count * KV_PADDING, ..demand.clone() };
+    let sessions = |count: u32| Demand { parallel: count, ..demand.clone() };
+    let fits_context = most_that(demand.context.saturating_sub(1) / KV_PADDING, |n| fits(blocks(n)));
+    let fits_parallel = most_that(demand.parallel.saturating_sub(1), |n| fits(sessions(n)));
+    PlanError::DoesNotFit {
+        needed,
+        offered,
+        missing,
+        n_nodes: nodes.len(),
+        fits_context: fits_context.map(|count| count * KV_PADDING),
+        fits_parallel,
+    }
+}
+
+/// The largest count from 1 to `most` that holds, if those below one that holds do.
+fn most_that(most: u32, holds: impl Fn(u32) -> bool) -> Option<u32> {
+    let (mut held, mut failed) = (0, most.saturating_add(1));
+    while held + 1 < failed {
+        let half = held.midpoint(failed);
+        if holds(half) { held = half } else { failed = half }
+    }
+    (held > 0).then_some(held)
 }
 
 #[cfg(test)]
@@ -341,10 +436,11 @@ mod tests {
             let (model, nodes) = (model(n_layers), nodes(&memory));
             let demand = Demand { spread: true, ..demand() };
             let ring: Vec<_> = nodes.iter().collect();
+            let capacities: Vec<u64> = nodes.iter().map(|node| usable(node.memory).0).collect();
             let fullest = |ranges: &[LayerRange]| ranges.iter().enumerate().map(|(k, &r)| {
                 stage_memory(&model, &demand, r, k + 1 == ring.len()).total().0 as f64 / usable(ring[k].memory).0 as f64
             }).fold(0.0, f64::max);
-            let found = fullest(&balance(&model, &ring, &demand).unwrap());
+            let found = fullest(&balance(&Units::new(&model, &demand).unwrap(), &capacities).unwrap());
             let cuts: Vec<Vec<u32>> = if ring.len() == 2 {
                 (1..n_layers).map(|a| vec![0, a, n_layers]).collect()
             } else {

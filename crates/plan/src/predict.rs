@@ -9,7 +9,7 @@
 //! The same rules by which `protocol::schedule` deals sessions over passes and cuts prompts into chunks.
 
 use brigade_base::LayerRange;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::profile::{Demand, LinkProfile, Links, ModelProfile, NodeProfile, Optimize, Speed};
 
@@ -26,7 +26,7 @@ const FRAME_BYTES: f64 = 160.0;
 const ROWS_PER_READ: f64 = 16.0;
 
 /// Most passes for each stage; as the schedule has it.
-const MOST_PASSES_PER_STAGE: u32 = 4;
+pub(crate) const MOST_PASSES_PER_STAGE: u32 = 4;
 
 /// How much better another number of passes must be than one for each stage; as the schedule has it.
 const CLEARLY_BETTER: f64 = 0.95;
@@ -43,7 +43,7 @@ pub struct RingStage<'a> {
 }
 
 /// What a plan is expected to do.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Prediction {
     /// Tokens in a second of a lone stream, behind a prompt of `prompt_tokens`.
     pub tokens_per_s: f64,
@@ -64,7 +64,7 @@ pub struct Prediction {
 }
 
 /// What a stage adds to a token of a lone stream.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct StagePrediction {
     /// Seconds that it computes.
     pub compute_s: f64,
@@ -77,7 +77,7 @@ pub struct StagePrediction {
 }
 
 /// What takes most of the time.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Bound {
     /// A stage, by its place in the ring: it computes.
@@ -111,27 +111,18 @@ impl<'a> RingModel<'a> {
 
     /// Tokens of the prompt that predictions are about.
     pub fn prompt_tokens(&self) -> u32 {
-        PROMPT_TOKENS.min(self.demand.context / 2).max(1)
-    }
-
-    /// Tokens before a typical decode row: the prompt and half of the answer.
-    fn depth(&self) -> f64 {
-        f64::from((self.prompt_tokens() + ANSWER_TOKENS / 2).min(self.demand.context))
+        prompt_tokens(self.demand)
     }
 
     /// Seconds of stage `k` for a pass of `rows` decode rows.
     pub fn decode_s(&self, k: usize, rows: f64) -> f64 {
-        let (speed, work) = (self.stages[k].speed, self.work[k]);
-        let layers = work * (speed.decode.at(rows) + rows * self.depth() * speed.decode_context_s);
-        speed.pass_s + layers + self.head_s(k, rows)
+        Line::of_decode(self.demand, self.stages[k].speed, rows).at(self.work[k]) + self.head_s(k, rows)
     }
 
     /// Seconds of stage `k` for a chunk of `rows` with `before` tokens before it.
     fn chunk_s(&self, k: usize, rows: f64, before: f64, is_last: bool) -> f64 {
-        let (speed, work) = (self.stages[k].speed, self.work[k]);
-        // A row of the chunk looks at half of the chunk itself; that is in the curve.
-        let layers = work * (speed.chunk.at(rows) + rows * before * speed.chunk_context_s);
-        speed.pass_s + layers + if is_last { self.head_s(k, 1.0) } else { 0.0 }
+        let layers = Line::of_chunk(self.stages[k].speed, rows, before).at(self.work[k]);
+        layers + if is_last { self.head_s(k, 1.0) } else { 0.0 }
     }
 
     fn head_s(&self, k: usize, rows: f64) -> f64 {
@@ -140,12 +131,12 @@ impl<'a> RingModel<'a> {
 
     /// Seconds of the hop behind stage `k` for `rows`; 0 in a ring of one.
     pub fn hop_s(&self, k: usize, rows: f64) -> f64 {
-        self.hops.get(k).map_or(0.0, |link| link.seconds(FRAME_BYTES + rows * self.model.row_bytes()))
+        self.hops.get(k).map_or(0.0, |link| link.seconds(frame_bytes(self.model, rows)))
     }
 
     /// Seconds for which the hop behind stage `k` is taken by `rows`.
     fn wire_s(&self, k: usize, rows: f64) -> f64 {
-        self.hops.get(k).map_or(0.0, |link| (FRAME_BYTES + rows * self.model.row_bytes()) / link.bytes_per_s.max(1.0))
+        self.hops.get(k).map_or(0.0, |link| frame_bytes(self.model, rows) / link.bytes_per_s.max(1.0))
     }
 
     fn places(&self) -> std::ops::Range<usize> {
@@ -286,7 +277,8 @@ impl<'a> RingModel<'a> {
     ///
     /// - Latency: a lone stream's token, and a token's share of the time until the first.
     /// - Throughput: a round of all sessions, over the best number of passes.
-    /// - Balanced: a lone stream's token, and the busiest stage's time for a round.
+    /// - Balanced: a lone stream's token, and the busiest stage's time for a round. With a single session it is
+    ///   latency: nobody else could use a stage that is free.
     pub fn cost_s(&self) -> f64 {
         let n = self.demand.parallel.max(1);
         let most = n.min(MOST_PASSES_PER_STAGE * self.stages.len() as u32);
@@ -294,7 +286,7 @@ impl<'a> RingModel<'a> {
             let of = |passes: u32| round_s(passes.into(), f64::from(n.div_ceil(passes)));
             (1..=most).map(of).fold(f64::INFINITY, f64::min)
         };
-        match self.demand.optimize {
+        match objective(self.demand) {
             Optimize::Latency => self.token_s() + self.flow_s() / f64::from(ANSWER_TOKENS),
             Optimize::Throughput => least(&|passes, rows| self.around_s(rows).max(passes * self.slowest_s(rows))),
             Optimize::Balanced | Optimize::Memory => {
@@ -309,8 +301,55 @@ impl<'a> RingModel<'a> {
     }
 }
 
+/// What is minimised, see [`RingModel::cost_s`].
+pub(crate) fn objective(demand: &Demand) -> Optimize {
+    match demand.optimize {
+        Optimize::Balanced | Optimize::Memory if demand.parallel < 2 => Optimize::Latency,
+        Optimize::Memory => Optimize::Balanced,
+        other => other,
+    }
+}
+
+/// Seconds of a stage by its work (see [`ModelProfile::work`]), head left out.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Line {
+    /// Seconds without any layer.
+    pub fixed_s: f64,
+    /// Seconds for each mean layer.
+    pub slope_s: f64,
+}
+
+impl Line {
+    /// A pass of `rows` decode rows with as many tokens before them as predictions are about: the prompt, and half of
+    /// the answer.
+    pub fn of_decode(demand: &Demand, speed: &Speed, rows: f64) -> Self {
+        let depth = f64::from((prompt_tokens(demand) + ANSWER_TOKENS / 2).min(demand.context));
+        Self { fixed_s: speed.pass_s, slope_s: speed.decode.at(rows) + rows * depth * speed.decode_context_s }
+    }
+
+    /// A chunk of `rows` with `before` tokens before it. What a row of it sees of the chunk itself is in the curve.
+    pub fn of_chunk(speed: &Speed, rows: f64, before: f64) -> Self {
+        Self { fixed_s: speed.pass_s, slope_s: speed.chunk.at(rows) + rows * before * speed.chunk_context_s }
+    }
+
+    /// Seconds for so much work.
+    pub fn at(&self, work: f64) -> f64 {
+        self.fixed_s + self.slope_s * work
+    }
+}
+
+/// Tokens of the prompt that predictions are about.
+pub(crate) fn prompt_tokens(demand: &Demand) -> u32 {
+    PROMPT_TOKENS.min(demand.context / 2).max(1)
+}
+
+/// Bytes of a frame of `rows`.
+pub(crate) fn frame_bytes(model: &ModelProfile, rows: f64) -> f64 {
+    FRAME_BYTES + rows * model.row_bytes()
+}
+
 /// Number of chunks of a prompt and rows of each, by the number of stages alone; see [`RingModel::flow_s`].
-fn flow_chunks(prompt: u32, n_stages: usize, demand: &Demand) -> (f64, f64) {
+pub(crate) fn flow_chunks(prompt: u32, n_stages: usize, demand: &Demand) -> (f64, f64) {
     let most = f64::from(demand.max_rows.saturating_sub(demand.parallel).max(2));
     let prompt = f64::from(prompt);
     let rows = if n_stages < 2 { most } else { (prompt * ROWS_PER_READ / (n_stages - 1) as f64).sqrt().max(32.0) };

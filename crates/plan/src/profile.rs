@@ -16,8 +16,10 @@ pub struct ModelProfile {
     pub layer_bytes: Vec<u64>,
     /// Bytes of KV cache per token of each layer; as long as `layer_bytes`.
     pub kv_bytes_per_token: Vec<u64>,
-    /// Bytes that the coordinator holds beside its layers: the head, and what the token embedding needs.
+    /// Bytes of the final norm and the head, which are with the last layer.
     pub head_bytes: u64,
+    /// Bytes that the coordinator holds of the token embedding, beside the head.
+    pub embedding_bytes: u64,
     /// Layers before which the model may be cut, ascending, without 0 and the number of layers.
     pub cut_points: Vec<u32>,
     /// Width of the hidden state.
@@ -82,6 +84,11 @@ impl Curve {
         let is_sound = points.iter().all(|&(rows, s)| rows > 0 && s.is_finite() && s >= 0.0);
         let is_some = (1..=MAX_POINTS).contains(&points.len());
         if is_some && is_ascending && is_sound { Ok(Self(points)) } else { Err(CurveError) }
+    }
+
+    /// As long for one row as for any other number.
+    pub(crate) fn constant(seconds: f64) -> Self {
+        Self(vec![(1, seconds), (2, seconds)])
     }
 
     /// Seconds for `rows`: on the line between its neighbours. Below the first point it is that of the first; beyond

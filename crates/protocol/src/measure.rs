@@ -56,6 +56,14 @@ pub struct LinkReport {
     pub loaded_rtt_s: f64,
 }
 
+impl LinkReport {
+    /// Whether all numbers are ones to calculate with; for what comes from another node or from a file.
+    pub fn is_sound(&self) -> bool {
+        let is_time = |s: f64| s.is_finite() && s >= 0.0;
+        self.there.is_sound() && self.back.is_sound() && is_time(self.jitter_s) && is_time(self.loaded_rtt_s)
+    }
+}
+
 /// How bad a finding is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -105,11 +113,7 @@ impl Measured {
         let malformed = |why: &str| DecodeError::Malformed { what: "measurement", why: why.to_owned() };
         cap("number of links", self.links.len() as u64, MAX_PEERS as u64)?;
         cap("text length", self.trouble.as_ref().map_or(0, String::len) as u64, MAX_FINDING_BYTES as u64)?;
-        let is_time = |s: f64| s.is_finite() && s >= 0.0;
-        let is_sound = |link: &LinkReport| {
-            link.there.is_sound() && link.back.is_sound() && is_time(link.jitter_s) && is_time(link.loaded_rtt_s)
-        };
-        if !self.links.iter().all(is_sound) {
+        if !self.links.iter().all(LinkReport::is_sound) {
             return Err(malformed("a link that cannot be"));
         }
         if !self.speed.as_ref().is_none_or(Speed::is_sound) {

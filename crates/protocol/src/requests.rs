@@ -133,6 +133,8 @@ pub enum Question {
     Metrics,
     /// What became of the request with this id; the report is JSON: its tenant and its trace, or nothing.
     Trace(String),
+    /// What is wrong with each node; the report is JSON. It takes some seconds, and one at a time is answered.
+    Examine,
 }
 
 /// From the coordinator to a gateway.

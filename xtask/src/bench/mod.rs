@@ -2,12 +2,14 @@
 //!
 //! - [`cluster`] compares a split model with the same model in one process, side by side in one run.
 //! - [`serve`] compares the two under many streams, with the targets of the project, and plots them.
+//! - [`plan`] compares what the planner predicts with what clusters of unlike nodes do.
 //! - [`scheduler`] leaves the model out and measures what is around it.
 //! - [`whole`] measures one process; the other benchmarks start it as a child, so that its memory is its own.
 //!
 //! Prompts are tokens, answers have an exact length and are greedy, so that two runs do the same work.
 
 pub mod cluster;
+pub mod plan;
 pub mod scheduler;
 pub mod serve;
 pub mod whole;
@@ -36,6 +38,11 @@ pub enum Bench {
     /// against the targets, which are meant for two pinned processes of one thread: `--pin`. Streams count while all of
     /// them decode; times of the cluster are those of an HTTP client on this machine.
     Serve(serve::ServeArgs),
+    /// What the planner predicts against what clusters of unlike nodes do, with targets and a drawing
+    ///
+    /// Two to four processes of one thread, throttled and capped in memory, on links that are shaped; nobody else may
+    /// use this machine meanwhile, and shaped links need root. It takes about 20 minutes.
+    Plan(plan::PlanArgs),
     /// A model in one process, without HTTP
     Whole(whole::WholeArgs),
     /// A thousand streams without a model: what scheduling and HTTP cost
@@ -52,6 +59,7 @@ pub enum Bench {
 pub fn run(bench: &Bench) -> Outcome {
     match bench {
         Bench::Cluster(args) => cluster::run(args),
+        Bench::Plan(args) => plan::run(args),
         Bench::Scheduler(args) => scheduler::run(args),
         Bench::Rehearsal(args) => scheduler::run_rehearsal(args),
         Bench::Serve(args) => serve::run(args),

@@ -265,7 +265,7 @@ impl Events {
 }
 
 /// Seconds of processor time that a process has used.
-fn cpu_time(pid: Option<u32>) -> Outcome<f64> {
+pub fn cpu_time(pid: Option<u32>) -> Outcome<f64> {
     let pid = pid.ok_or_else(|| Failure::said("the child is gone"))?;
     let text = std::fs::read_to_string(format!("/proc/{pid}/stat")).map_err(Failure::io("/proc"))?;
     // After the name, which may hold anything, in parentheses: the 12th and 13th fields, in hundredths of a second.

@@ -12,7 +12,7 @@
 mod asks;
 mod callers;
 mod faults;
-mod network;
+pub mod network;
 mod nodes;
 #[path = "../../../crates/cli/tests/support/proxy.rs"]
 mod proxy;

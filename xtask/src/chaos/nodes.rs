@@ -231,6 +231,8 @@ fn serve(spec: &NodesSpec<'_>, dir: &Path, ticket_file: &Path) -> Command {
     let mut command = without_settings(Command::new(spec.brigade));
     command.arg("serve").arg(spec.model).arg("--state-dir").arg(dir.join(COORDINATOR));
     command.args(["--name", COORDINATOR, "--listen", "127.0.0.1:0", "--port", "0", "--threads", "1"]);
+    // All processes share this machine, so that what one of them measures says nothing.
+    command.args(["--optimize", "memory"]);
     command.args(["--spread", "--nodes", &(spec.workers + 1).to_string(), "--context", &CONTEXT.to_string()]);
     command.args([
         "--parallel",

@@ -10,8 +10,8 @@ use std::time::Duration;
 use brigade_api::{ApiOptions, Server};
 use brigade_base::{ModelId, NodeId, Token};
 use brigade_node::serving::{
-    ClusterStatus, Event, FinishReason, HopParts, ModelCard, Readiness, Request, RequestTrace, Serving, SubmitError,
-    TicketInfo, Usage,
+    ClusterStatus, Event, Examination, FinishReason, HopParts, ModelCard, Optimize, Readiness, Request, RequestTrace,
+    Serving, SubmitError, TicketInfo, Usage,
 };
 use serde_json::Value;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
@@ -31,6 +31,8 @@ pub struct Mock {
     /// Senders of sessions that do not end by themselves.
     pub held: Mutex<Vec<UnboundedSender<Event>>>,
     pub tickets: Mutex<Vec<TicketInfo>>,
+    /// What is found when nodes are examined.
+    pub examination: Mutex<Result<Examination, String>>,
 }
 
 /// What the node tells of itself.
@@ -141,8 +143,17 @@ impl Serving for Mock {
             uptime_s: 9,
             recoveries: 0,
             last_recovery: None,
+            optimize: Optimize::default(),
+            prediction: None,
+            explanation: Vec::new(),
+            advice: Vec::new(),
+            links: Vec::new(),
             nodes: Vec::new(),
         }
+    }
+
+    fn examine(&self) -> Result<Examination, String> {
+        self.examination.lock().unwrap().clone()
     }
 
     fn create_ticket(&self, ttl: Duration) -> Result<TicketInfo, String> {
@@ -198,6 +209,7 @@ impl House {
             tokenized: Mutex::default(),
             held: Mutex::default(),
             tickets: Mutex::default(),
+            examination: Mutex::new(Err("nobody was asked".to_owned())),
         });
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let server = Server::start(listener, mock.clone(), &options).unwrap();

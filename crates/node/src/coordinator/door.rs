@@ -12,11 +12,12 @@ use crate::doorway::{Doorkeeper, receive_attach};
 use crate::gateway::{Coordinating, serve_requests};
 use crate::handle::Shared;
 use crate::model::LocalModel;
+use crate::probe::Seats;
 use crate::threads::{lock, seconds_since_1970};
 use crate::weights::serve_weights;
 
-/// Lets in workers that are members or bring a ticket, the data link of the last worker, and members that want weights
-/// or have requests.
+/// Lets in workers that are members or bring a ticket, the data link of the last worker, and members that want weights,
+/// have requests, or measure their link to this node.
 pub(super) struct Door {
     pub(super) members: Arc<Mutex<Members>>,
     pub(super) shared: Arc<Shared>,
@@ -26,6 +27,7 @@ pub(super) struct Door {
     /// The model's header with its vocabulary, for gateways.
     pub(super) vocabulary: OnceLock<Vec<u8>>,
     pub(super) requests: Arc<RequestLinks>,
+    pub(super) seats: Seats,
 }
 
 /// The links of gateways while this node coordinates.
@@ -61,6 +63,7 @@ impl Doorkeeper for Door {
                 let admitted = members.admit(peer, &peer.short(), now);
                 admitted.map(drop).map_err(|error| Refusal::NotExpected(error.to_string()))
             }
+            Purpose::Probe if members.contains(&peer) => self.seats.check(peer),
             _ if members.contains(&peer) => Ok(()),
             _ => Err(Refusal::NotAMember),
         }
@@ -86,6 +89,7 @@ impl Doorkeeper for Door {
                 let link = link as Arc<dyn Link>;
                 serve_requests(&link, &self.handle, self.vocabulary.get_or_init(header));
             }
+            Purpose::Probe => self.seats.serve(&link),
             // The council has a door of its own.
             Purpose::Council => link.close(),
         }

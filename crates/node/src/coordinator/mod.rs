@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use brigade_base::ByteSize;
 use brigade_gguf::StageViewError;
 use brigade_net::{Members, TicketBook};
-use brigade_plan::{Demand, NodeProfile, check_split};
+use brigade_plan::{Demand, NodeProfile, Optimize, check_split};
 use brigade_protocol::cluster::{Cluster, Settings};
 use brigade_protocol::council::Charter;
 use brigade_protocol::frame::{FrameHead, RowSet};
@@ -31,19 +31,24 @@ use brigade_protocol::schedule::PrefixCache;
 use self::door::{Door, RequestLinks};
 use self::muster::{Muster, Voters};
 use self::owner::{Event, Owner, Tail};
+use self::pace::Pace;
 pub(crate) use self::settings::DeploymentSettings;
+use crate::doctor::{Rounds, Subject};
 use crate::gateway::Coordinating;
 use crate::handle::{Handle, Shared};
 use crate::meter::Meter;
 use crate::model::{LocalModel, ModelError};
+use crate::probe::Seats;
 use crate::ring::{Ring, RingOptions, Submissions, Watch};
 use crate::site::Site;
 use crate::threads::seconds_since_1970;
 
 mod connector;
 mod door;
+mod examine;
 mod muster;
 mod owner;
+mod pace;
 mod settings;
 mod status;
 mod worker_link;
@@ -78,6 +83,10 @@ pub struct CoordinatorOptions {
     pub nodes_wanted: usize,
     /// Use every node, even where fewer would do.
     pub spread: bool,
+    /// What placements are to be best at.
+    pub optimize: Optimize,
+    /// Share of the time in which it computes, above 0 to 1.
+    pub throttle: f32,
     /// Layers of each stage, workers in the order of joining and this node last.
     pub split: Option<Vec<u32>>,
     /// Whose cached tokens a session may use.
@@ -198,10 +207,11 @@ impl Coordinator {
             max_rows: CHUNK + options.parallel,
             spread: options.spread,
             split: options.split.clone(),
+            optimize: options.optimize,
         };
         let settings = Settings {
             deployment: charter.deployment,
-            coordinator: NodeProfile { id: me, name: options.name.clone(), memory: options.memory },
+            coordinator: NodeProfile { id: me, name: options.name.clone(), memory: options.memory, speed: None },
             model: profile,
             demand,
             nodes_wanted: options.nodes_wanted.max(1),
@@ -214,7 +224,9 @@ impl Coordinator {
         let addresses = &site.link_addresses;
         let shared = Shared::new(&model, &site.identity, &options, context, tickets, addresses, submissions);
         let shared = Arc::new(shared);
-        let handle = Arc::new(Handle::new(Arc::clone(&shared), Arc::clone(&model), Arc::clone(&meter)));
+        let (subject, ask) = (Subject::coordinator(&options, &model, addresses), events.clone());
+        let rounds = Rounds::new(me, subject, move |asker| ask.send(Event::Examine(asker)).is_ok());
+        let handle = Arc::new(Handle::new(Arc::clone(&shared), Arc::clone(&model), Arc::clone(&meter), rounds));
         let requests = Arc::new(RequestLinks::default());
         let keeper = site.keep(Arc::new(Door {
             members: Arc::clone(&members),
@@ -224,6 +236,7 @@ impl Coordinator {
             handle: Arc::clone(&handle) as Arc<dyn Coordinating>,
             vocabulary: OnceLock::new(),
             requests: Arc::clone(&requests),
+            seats: Seats::default(),
         }));
         let settings_of_all = DeploymentSettings::of(&options, &model);
         let (connections, connected) = channel();
@@ -235,6 +248,9 @@ impl Coordinator {
             voters: Voters::new(me, &options, addresses, charter, settings_of_all, members),
             requests,
             shadows: Vec::new(),
+            pace: Pace::default(),
+            askers: Vec::new(),
+            took_over,
             council: Arc::clone(&site.council),
             had_quorum: true,
             header: model.file().catalog().header_bytes(true),
@@ -259,6 +275,7 @@ impl Coordinator {
             watch: Arc::clone(&watch),
             said_missing: String::new(),
             said_slow: None,
+            advice: (None, Vec::new()),
             started: Instant::now(),
             _keeper: keeper,
         };

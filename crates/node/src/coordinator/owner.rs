@@ -10,20 +10,20 @@ use std::time::{Duration, Instant};
 use brigade_base::{DeploymentId, Epoch, LayerRange, NodeId};
 use brigade_gguf::{StageView, StageViewError, TensorSource};
 use brigade_net::{Identity, Link, TcpLink};
-use brigade_plan::PlannedStage;
+use brigade_plan::{PlannedStage, Speed};
 use brigade_protocol::cluster::{Action, Cluster, Input, Order, Role, Settings};
-use brigade_protocol::control::{
-    Assign, HEARTBEAT_MS, Held, ModelRef, Peer, StageOrder, StageRole, ToCoordinator, ToWorker,
-};
+use brigade_protocol::control::{Assign, HEARTBEAT_MS, Held, Peer, StageOrder, StageRole, ToCoordinator, ToWorker};
 use brigade_protocol::frame::{Attach, Feed};
 use brigade_protocol::schedule::Limits;
 
 use super::connector::{Connector, RingStopper};
 use super::door::RequestLinks;
 use super::muster::{Muster, Voters};
+use super::pace::Pace;
 use super::worker_link::{Pulse, WorkerLink, read_worker, with_seen_address, write_worker};
 use super::{CHUNK, CoordinatorError, CoordinatorOptions};
 use crate::council::CouncilHost;
+use crate::doctor::Report;
 use crate::handle::Shared;
 use crate::images::Images;
 use crate::loaded::{LoadedStage, StageKey, chain, load_stage};
@@ -60,7 +60,11 @@ pub(super) enum Event {
     DataLink(Arc<dyn Link>, Attach),
     TailProgress(Epoch, f32),
     TailLoaded(Epoch, Result<Box<LoadedStage>, String>),
+    /// This node has measured itself, or cannot.
+    OwnSpeed(Option<Box<Speed>>),
     Ring(News<LoadedStage>),
+    /// All nodes are to be examined; who asks hears of it.
+    Examine(Sender<Report>),
     Stop,
 }
 
@@ -102,6 +106,11 @@ pub(super) struct Owner {
     pub(super) settings: Settings,
     pub(super) muster: Muster,
     pub(super) voters: Voters,
+    pub(super) pace: Pace,
+    /// Who waits for workers to examine themselves.
+    pub(super) askers: Vec<Sender<Report>>,
+    /// Another node coordinated before.
+    pub(super) took_over: bool,
     /// The links of gateways, which end with this.
     pub(super) requests: Arc<RequestLinks>,
     /// Who computes along in the present epoch: whose frames, and who.
@@ -139,12 +148,15 @@ pub(super) struct Owner {
     pub(super) said_missing: String,
     /// The epoch of which it was said that it is slow.
     pub(super) said_slow: Option<Epoch>,
+    /// What would be better than a placement, and which one.
+    pub(super) advice: (Option<Epoch>, Vec<String>),
     pub(super) started: Instant,
     pub(super) _keeper: Keeping,
 }
 
 impl Owner {
     pub(super) fn run(mut self, inbox: &Receiver<Event>) -> Result<(), CoordinatorError> {
+        self.measure_own();
         let result = match self.muster(inbox) {
             Some(early) => self.serve(early, inbox),
             None => Ok(()),
@@ -175,7 +187,7 @@ impl Owner {
                 _ => false,
             };
             let n_here = early.iter().filter(is_here).count();
-            if !self.muster.waits(n_here) {
+            if !self.muster.waits(n_here) && !self.pace.waits() {
                 let nodes_wanted = self.settings.nodes_wanted.max(n_here + 1);
                 self.cluster = Cluster::new(Settings { nodes_wanted, ..self.settings.clone() });
                 return Some(early);
@@ -183,6 +195,8 @@ impl Owner {
             match inbox.recv_timeout(LOOK_EVERY) {
                 Ok(Event::Stop) | Err(RecvTimeoutError::Disconnected) => return None,
                 Ok(Event::WorkerLink(link)) => self.greet_worker(&link),
+                // The cluster that hears of it is the one that begins then.
+                Ok(Event::OwnSpeed(speed)) => drop(self.own_speed(speed)),
                 // What it has said is not heeded then.
                 Ok(Event::WorkerGone(id, generation, _)) if self.is_current(id, generation) => {
                     self.workers.remove(&id);
@@ -216,6 +230,7 @@ impl Owner {
                 given_up = given_up.or(self.feed(stuck));
             }
             given_up = given_up.or(self.ask_council());
+            given_up = given_up.or(self.look_at_paces());
             self.dismiss_leavers();
         }
     }
@@ -260,6 +275,7 @@ impl Owner {
             Event::WorkerGone(id, generation, reason) if self.is_current(id, generation) => {
                 tracing::warn!(node = %id.short(), reason, "a worker is gone");
                 self.workers.remove(&id);
+                self.pace.forget(id);
                 self.voters.went(id, false);
                 if let Some(member) = self.cluster.members().iter().find(|m| m.id == id) {
                     let name = &member.offer.name;
@@ -288,6 +304,11 @@ impl Owner {
                 None
             }
             Event::TailLoaded(epoch, result) => self.tail_loaded(epoch, result),
+            Event::OwnSpeed(speed) => self.own_speed(speed),
+            Event::Examine(asker) => {
+                self.examine(asker);
+                None
+            }
             Event::Ring(News::WentAround(epoch)) => self.feed(Input::WentAround(epoch)),
             Event::Ring(News::Drained(epoch)) => self.feed(Input::Drained(epoch)),
             Event::Ring(News::Ended(epoch, tail, end)) => {
@@ -345,7 +366,12 @@ impl Owner {
                 let offer = with_seen_address(offer, &seen_as);
                 self.voters.came(id, &offer);
                 self.send(id, ToWorker::Accept { seen_as, deployment: self.deployment() });
-                self.feed(Input::Offer(id, offer))
+                self.offered(id, offer)
+            }
+            ToCoordinator::Measured(measured) => self.measured(id, *measured),
+            ToCoordinator::Examined(examined) => {
+                self.examined(id, &examined);
+                None
             }
             ToCoordinator::Progress { epoch, stage, done, total } => {
                 let share = if total == 0 { 1.0 } else { done as f32 / total as f32 };
@@ -376,6 +402,7 @@ impl Owner {
                 if let Some(worker) = self.workers.remove(&id) {
                     worker.link.close();
                 }
+                self.pace.forget(id);
                 self.voters.went(id, true);
                 self.feed(Input::Gone(id, reason))
             }
@@ -384,13 +411,13 @@ impl Owner {
         }
     }
 
-    fn send(&self, id: NodeId, message: ToWorker) {
+    pub(super) fn send(&self, id: NodeId, message: ToWorker) {
         if let Some(worker) = self.workers.get(&id) {
             let _ = worker.outbox.send(message);
         }
     }
 
-    fn feed(&mut self, input: Input) -> Option<String> {
+    pub(super) fn feed(&mut self, input: Input) -> Option<String> {
         let actions = self.cluster.handle(Instant::now(), input);
         let mut given_up = None;
         for action in actions {
@@ -477,14 +504,7 @@ impl Owner {
 
     /// Orders with all that a worker needs to know: what the state machine says in names.
     fn assign(&self, epoch: Epoch, revision: u32, orders: &[Order]) -> Result<Assign, StageViewError> {
-        let model = ModelRef {
-            name: self.shared.card.name.clone(),
-            header_hash: self.model.header_hash(),
-            header: self.header.clone(),
-            context: self.context,
-            sessions: self.options.parallel,
-            max_rows: CHUNK + self.options.parallel,
-        };
+        let model = self.model_ref();
         let stages = orders.iter().map(|order| self.stage_order(order)).collect::<Result<Vec<_>, _>>()?;
         let model = (!stages.is_empty()).then_some(model);
         Ok(Assign { deployment: self.deployment(), epoch, revision, model, stages })
@@ -511,7 +531,7 @@ impl Owner {
     }
 
     /// A node and where it listens.
-    fn peer(&self, node: NodeId) -> Peer {
+    pub(super) fn peer(&self, node: NodeId) -> Peer {
         if node == self.identity.node_id() {
             return Peer { node, addresses: self.shared.link_addresses.clone() };
         }
@@ -551,6 +571,7 @@ impl Owner {
         let (cancelled, events, threads) = (Arc::clone(&cancel), self.events.clone(), self.options.threads);
         let source = Arc::clone(self.model.file()) as Arc<dyn TensorSource>;
         let (state_dir, kv_spill) = (self.options.state_dir.clone(), self.options.kv_spill);
+        let throttle = self.options.throttle;
         let load = move || {
             let mut progress = |share| {
                 let _ = events.send(Event::TailProgress(epoch, share));
@@ -558,7 +579,11 @@ impl Owner {
             };
             let images = Images::of_node(&state_dir, kv_spill);
             let result = load_stage(key, &view, source, threads, images, &mut progress);
-            let result = result.map(Box::new).map_err(|error| chain(&error));
+            let throttled = result.map(|mut stage| {
+                stage.runner.set_throttle(throttle);
+                Box::new(stage)
+            });
+            let result = throttled.map_err(|error| chain(&error));
             let _ = events.send(Event::TailLoaded(epoch, result));
         };
         self.tail = Tail::Loading(cancel);
@@ -601,6 +626,7 @@ impl Owner {
             ..self.limits()
         };
         self.meter.placed(epoch, self.ring_names());
+        self.meter.expect(self.expected());
         let stopper = RingStopper {
             stop: Arc::default(),
             canceller: tail.runner.stage().canceller(),

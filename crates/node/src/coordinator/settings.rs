@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use brigade_base::{Hash, NodeId};
 use brigade_net::Members;
+use brigade_plan::Optimize;
 use brigade_protocol::schedule::PrefixCache;
 use serde::{Deserialize, Serialize};
 
@@ -27,6 +28,7 @@ pub(crate) struct DeploymentSettings {
     nodes_wanted: usize,
     spread: bool,
     split: Option<Vec<u32>>,
+    optimize: Optimize,
     prefix_cache: PrefixCache,
     redundancy: u32,
     shadow: bool,
@@ -44,6 +46,7 @@ impl DeploymentSettings {
             nodes_wanted: options.nodes_wanted,
             spread: options.spread,
             split: options.split.clone(),
+            optimize: options.optimize,
             prefix_cache: options.prefix_cache,
             redundancy: options.redundancy,
             shadow: options.shadow,
@@ -79,6 +82,7 @@ impl DeploymentSettings {
             nodes_wanted: 1,
             spread: self.spread,
             split: self.split,
+            optimize: self.optimize,
             prefix_cache: self.prefix_cache,
             redundancy: self.redundancy,
             shadow: self.shadow,

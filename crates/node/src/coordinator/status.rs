@@ -1,17 +1,20 @@
 //! What a coordinator tells of itself and its workers.
 
-use brigade_base::{ByteSize, LayerRange};
-use brigade_protocol::cluster::{Member, MemberState, Phase, StageState};
+use brigade_base::{ByteSize, LayerRange, NodeId};
+use brigade_plan::advice;
+use brigade_protocol::cluster::{Member, MemberState, Phase, Settings, StageState};
+use brigade_protocol::measure::LinkReport;
 
 use super::owner::{Owner, Tail};
 use crate::ring::Happening;
-use crate::serving::{ClusterStatus, NodeStatus};
+use crate::serving::{ClusterStatus, LinkStatus, NodeStatus};
 use crate::system::resident_memory;
 use crate::threads::lock;
 
 impl Owner {
     /// Brings the status that callers see up to date.
     pub(super) fn publish(&mut self) {
+        self.advise();
         let phase = match self.cluster.phase() {
             Phase::Ready => "ready".to_owned(),
             Phase::Waiting(why) => format!("waiting: {why}"),
@@ -60,8 +63,53 @@ impl Owner {
             uptime_s: self.started.elapsed().as_secs(),
             recoveries: self.meter.recoveries(),
             last_recovery: self.meter.last_recovery(),
+            optimize: self.options.optimize,
+            prediction: self.cluster.plan().and_then(|plan| plan.prediction.clone()),
+            explanation: self.cluster.plan().map(|plan| plan.explanation.clone()).unwrap_or_default(),
+            advice: self.advice.1.clone(),
+            links: self.link_status(),
             nodes,
         };
+    }
+
+    /// Looks once for each placement whether something else would be better.
+    fn advise(&mut self) {
+        let epoch = self.cluster.epoch();
+        let (Phase::Ready, Some(plan)) = (self.cluster.phase(), self.cluster.plan()) else { return };
+        if self.advice.0 != Some(epoch) {
+            let Settings { model, demand, .. } = &self.settings;
+            let advice = advice(model, &self.cluster.nodes(), self.cluster.links(), demand, plan);
+            self.advice = (Some(epoch), advice);
+        }
+    }
+
+    /// What a node's stages take by the plan.
+    fn memory_predicted(&self, node: NodeId) -> ByteSize {
+        let its = self.stages().iter().filter(|stage| stage.node == node);
+        ByteSize(its.fold(0, |sum, stage| sum.saturating_add(stage.memory.total().0)))
+    }
+
+    fn link_status(&self) -> Vec<LinkStatus> {
+        let name = |id: NodeId| {
+            let member = self.cluster.members().iter().find(|m| m.id == id);
+            let own = (id == self.identity.node_id()).then(|| self.options.name.clone());
+            own.or_else(|| member.map(|m| m.offer.name.clone()))
+        };
+        let ms = |s: f64| s * 1000.0;
+        let of = |(from, link): (NodeId, &LinkReport)| {
+            Some(LinkStatus {
+                from: name(from)?,
+                to: name(link.peer)?,
+                rtt_ms: ms(link.there.latency_s + link.back.latency_s),
+                jitter_ms: ms(link.jitter_s),
+                loaded_rtt_ms: ms(link.loaded_rtt_s),
+                there_bytes_per_s: link.there.bytes_per_s,
+                back_bytes_per_s: link.back.bytes_per_s,
+            })
+        };
+        let mut links: Vec<LinkStatus> = self.pace.links().filter_map(of).collect();
+        links.sort_by(|a, b| (&a.from, &a.to).cmp(&(&b.from, &b.to)));
+        links
     }
 
     fn worker_status(&self, member: &Member) -> NodeStatus {
@@ -105,6 +153,9 @@ impl Owner {
             busy: place.map_or(0.0, |k| self.meter.busy(k)),
             bytes_per_token: if place.is_some() { self.meter.bytes_per_token() } else { 0 },
             rtt_ms,
+            memory_predicted: self.memory_predicted(member.id),
+            speed: self.pace.speed(member.id).cloned(),
+            pace: self.pace.factor(member.id),
         }
     }
 
@@ -134,6 +185,9 @@ impl Owner {
             busy: self.meter.busy(n_workers),
             bytes_per_token: if n_workers > 0 { self.meter.bytes_per_token() } else { 0 },
             rtt_ms: 0.0,
+            memory_predicted: self.memory_predicted(self.identity.node_id()),
+            speed: self.pace.speed(self.identity.node_id()).cloned(),
+            pace: self.pace.factor(self.identity.node_id()),
         }
     }
 }

@@ -34,7 +34,7 @@ use self::standing::{Lead, Shared};
 use crate::handle::blank_status;
 use crate::model::tokenize;
 use crate::serving::{
-    ClusterStatus, Event, ModelCard, Readiness, Request, RequestTrace, Serving, SubmitError, TicketInfo,
+    ClusterStatus, Event, Examination, ModelCard, Readiness, Request, RequestTrace, Serving, SubmitError, TicketInfo,
 };
 use crate::threads::{lock, spawn};
 
@@ -45,6 +45,7 @@ mod session;
 mod standing;
 mod wire;
 
+pub(crate) use remote::ask_to_examine;
 pub use server::{Coordinating, serve_requests};
 
 /// Most requests of one gateway that are open: those that a coordinator lets wait and run together, twice, since each
@@ -245,6 +246,15 @@ impl Serving for Gateway {
         };
         let last = lock(&self.shared.status).clone().unwrap_or_else(|| blank_status(self.shared.known_card()));
         ClusterStatus { state: format!("waiting: {why}"), ..last }
+    }
+
+    fn examine(&self) -> Result<Examination, String> {
+        match self.shared.lead() {
+            Lead::Here(coordinator) => coordinator.examine(),
+            Lead::There(remote) => remote.examine(),
+            Lead::Nobody { why } => Err(why),
+            Lead::Stopping => Err(SubmitError::Stopping.to_string()),
+        }
     }
 
     fn create_ticket(&self, ttl: Duration) -> Result<TicketInfo, String> {

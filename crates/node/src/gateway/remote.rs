@@ -19,7 +19,8 @@ use brigade_protocol::requests::{self, Card, FromGateway, Question, ToGateway};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use super::wire;
-use crate::serving::{Event, Readiness, Request, SubmitError};
+use crate::doctor::EXAMINE_WITHIN;
+use crate::serving::{Event, Examination, Readiness, Request, SubmitError};
 use crate::threads::{lock, spawn};
 
 /// Messages that wait for the writer. All requests that a gateway may have open fit, so it is full only if the
@@ -29,6 +30,9 @@ const MAX_QUEUE: usize = super::MAX_OPEN;
 /// How long a question waits for its report. Whoever asks holds a thread that serves HTTP, and a coordinator that needs
 /// longer is taken for dead soon.
 const ASK_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How long a coordinator may take to have all nodes examined: a round that others began, one of its own, and the way.
+const EXAMINE_TIMEOUT: Duration = Duration::from_secs(2 * EXAMINE_WITHIN.as_secs() + 2);
 
 const NO_WORD: &str = "the coordinator has not said yet whether it is ready";
 
@@ -227,11 +231,26 @@ impl Remote {
 
     /// Asks and waits for the report, at most [`ASK_TIMEOUT`].
     pub(super) fn ask(&self, question: Question) -> Option<String> {
+        self.ask_within(question, ASK_TIMEOUT)
+    }
+
+    /// Has the coordinator examine all nodes.
+    ///
+    /// # Errors
+    /// What it says instead, or that it says nothing.
+    pub(super) fn examine(&self) -> Result<Examination, String> {
+        let told =
+            self.ask_within(Question::Examine, EXAMINE_TIMEOUT).and_then(|text| serde_json::from_str(&text).ok());
+        told.unwrap_or_else(|| Err("the coordinator did not say how the nodes are; ask there".to_owned()))
+    }
+
+    /// Asks and waits for the report, at most so long.
+    fn ask_within(&self, question: Question, timeout: Duration) -> Option<String> {
         let number = self.numbers.fetch_add(1, Ordering::Relaxed);
         let (asker, report) = channel();
         lock(&self.asked).insert(number, asker);
         let said = self.say(FromGateway::Ask { number, question });
-        let text = said.ok().and_then(|()| report.recv_timeout(ASK_TIMEOUT).ok());
+        let text = said.ok().and_then(|()| report.recv_timeout(timeout).ok());
         lock(&self.asked).remove(&number);
         text
     }
@@ -240,6 +259,27 @@ impl Remote {
     pub(super) fn readiness(&self) -> Readiness {
         lock(&self.readiness).clone().unwrap_or_else(|| Readiness::NotReady(NO_WORD.to_owned()))
     }
+}
+
+/// Has the coordinator behind a link examine all nodes, and ends the link.
+///
+/// # Errors
+/// What it says instead, or that it says nothing.
+pub(crate) fn ask_to_examine(link: Arc<dyn Link>) -> Result<Examination, String> {
+    link.set_frame_limit(requests::MAX_REQUESTS_BYTES);
+    let no_thread = |error: std::io::Error| format!("the system gives no thread: {error}");
+    let remote = Remote::start(link).map_err(no_thread)?;
+    let asked = remote.receive_card().and_then(|_| {
+        let reader = Arc::clone(&remote);
+        spawn("gateway", move || {
+            reader.run();
+            reader.end();
+        })
+        .map_err(no_thread)?;
+        remote.examine()
+    });
+    remote.end();
+    asked
 }
 
 fn lost() -> SubmitError {

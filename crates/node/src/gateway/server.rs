@@ -9,6 +9,7 @@
 //! waits in the socket, and [`brigade_net::WRITE_TIMEOUT`] ends the link. With the link end its sessions.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -21,7 +22,8 @@ use tokio::sync::mpsc::{Receiver, Sender, UnboundedReceiver, channel};
 
 use super::wire;
 use crate::handle::Handle;
-use crate::serving::{Event, Failure, Readiness, Request, Serving, SubmitError};
+use crate::serving::{Event, Examination, Failure, Readiness, Request, Serving, SubmitError};
+use crate::threads::spawn;
 
 /// Orders that wait for the writer. Pieces of the vocabulary are among them, so these are a megabyte at most; the
 /// reader waits where there is no room.
@@ -77,14 +79,15 @@ pub fn serve_requests(link: &Arc<dyn Link>, coordinator: &Arc<dyn Coordinating>,
         std::thread::Builder::new().name("gateway writer".into()).spawn(run)
     };
     match writer {
-        Ok(_) => read(&**link, &**coordinator, vocabulary, &orders),
+        Ok(_) => read(&**link, coordinator, vocabulary, &orders),
         Err(error) => tracing::error!(%error, "no thread for a gateway's link"),
     }
     link.close();
 }
 
-fn read(link: &dyn Link, coordinator: &dyn Coordinating, vocabulary: &[u8], orders: &Sender<Order>) {
+fn read(link: &dyn Link, coordinator: &Arc<dyn Coordinating>, vocabulary: &[u8], orders: &Sender<Order>) {
     let mut buf = Vec::new();
+    let examines = Arc::new(AtomicBool::new(false));
     loop {
         let deadline = Instant::now() + Duration::from_millis(DEAD_AFTER_MS);
         let message = match link.recv(&mut buf, Some(deadline)) {
@@ -94,10 +97,13 @@ fn read(link: &dyn Link, coordinator: &dyn Coordinating, vocabulary: &[u8], orde
         };
         let is_taken = match message {
             Ok(FromGateway::Beat) => true,
-            Ok(FromGateway::Submit(submit)) => orders.blocking_send(open(coordinator, *submit)).is_ok(),
+            Ok(FromGateway::Submit(submit)) => orders.blocking_send(open(&**coordinator, *submit)).is_ok(),
             Ok(FromGateway::Cancel { number }) => orders.blocking_send(Order::Cancel(number)).is_ok(),
+            Ok(FromGateway::Ask { number, question: Question::Examine }) => {
+                examine(number, coordinator, orders, &examines)
+            }
             Ok(FromGateway::Ask { number, question }) => {
-                let text = report(coordinator, &question);
+                let text = report(&**coordinator, &question);
                 orders.blocking_send(Order::Say(ToGateway::Report { number, text })).is_ok()
             }
             Ok(FromGateway::FetchVocabulary) => {
@@ -131,11 +137,42 @@ fn refused(number: u64, error: SubmitError) -> ToGateway {
     wire::message(number, Event::Failed(Failure::Refused(error)))
 }
 
+/// Has all nodes examined on a thread, since that takes a second or ten and requests are to get through meanwhile; one
+/// such thread for each gateway. False if the writer has ended.
+fn examine(
+    number: u64,
+    coordinator: &Arc<dyn Coordinating>,
+    orders: &Sender<Order>,
+    examines: &Arc<AtomicBool>,
+) -> bool {
+    let refuse = |why: &str| {
+        let text = serde_json::to_string(&Err::<Examination, &str>(why)).unwrap_or_default();
+        orders.blocking_send(Order::Say(ToGateway::Report { number, text })).is_ok()
+    };
+    if examines.swap(true, Ordering::Relaxed) {
+        return refuse("the nodes are being examined already; ask again in a moment");
+    }
+    let (coordinator, orders, done) = (Arc::clone(coordinator), orders.clone(), Arc::clone(examines));
+    let work = move || {
+        let text = report(&*coordinator, &Question::Examine);
+        done.store(false, Ordering::Relaxed);
+        let _ = orders.blocking_send(Order::Say(ToGateway::Report { number, text }));
+    };
+    match spawn("examine", work) {
+        Ok(()) => true,
+        Err(error) => {
+            examines.store(false, Ordering::Relaxed);
+            refuse(&format!("the system gives no thread: {error}"))
+        }
+    }
+}
+
 /// Writing JSON to memory fails for no value of these types.
 fn report(coordinator: &dyn Coordinating, question: &Question) -> String {
     match question {
         Question::Status => serde_json::to_string(&coordinator.status()).unwrap_or_default(),
         Question::Metrics => coordinator.metrics(),
+        Question::Examine => serde_json::to_string(&coordinator.examine()).unwrap_or_default(),
         Question::Trace(id) => {
             let trace = coordinator.trace(id);
             serde_json::to_string(&trace.map(|trace| (trace.tenant, trace))).unwrap_or_default()

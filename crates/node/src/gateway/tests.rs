@@ -14,7 +14,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use super::standing::no_card;
 use super::*;
-use crate::serving::{Failure, FinishReason, Sampling, Usage};
+use crate::serving::{Failure, Finding, FinishReason, NodeFindings, Sampling, Severity, Usage};
 use crate::threads::lock;
 
 /// Long enough for a busy machine; no test waits for it unless it fails.
@@ -125,6 +125,23 @@ impl Serving for Fake {
 
     fn status(&self) -> ClusterStatus {
         ClusterStatus { epoch: 9, state: "ready".to_owned(), ..blank_status(&self.card) }
+    }
+
+    fn examine(&self) -> Result<Examination, String> {
+        let finding = Finding {
+            check: "swap".to_owned(),
+            severity: Severity::Warn,
+            detail: "2 GiB in use".to_owned(),
+            cost: "time".to_owned(),
+            fix: "close programs".to_owned(),
+        };
+        let node = NodeFindings {
+            id: NodeId::from_bytes([5; 32]),
+            name: "a".to_owned(),
+            role: "worker".to_owned(),
+            findings: vec![finding],
+        };
+        Ok(Examination { nodes: vec![node] })
     }
 
     fn create_ticket(&self, _ttl: Duration) -> Result<TicketInfo, String> {
@@ -304,8 +321,13 @@ async fn operators_hear_of_the_cluster_from_any_node() {
     let (status, metrics, trace, none) = tokio::task::spawn_blocking(ask).await.unwrap();
     assert_eq!((status.epoch, status.state.as_str(), metrics.as_str()), (9, "ready", "brigade_tokens 7"));
     assert_eq!((trace, none), (fake.trace("cmpl-1"), None), "with its tenant, who alone may see it");
+    let asking = Arc::clone(&gateway);
+    let examined = tokio::task::spawn_blocking(move || asking.examine()).await.unwrap();
+    assert!(examined.is_ok());
+    assert_eq!(examined, fake.examine());
     assert!(gateway.create_ticket(PATIENCE).unwrap_err().contains("coordinator"));
     gateway.follow(None);
+    assert!(gateway.examine().is_err());
     let status = gateway.status();
     assert_eq!(status.epoch, 9, "what was told last");
     assert!(status.state.starts_with("waiting: "), "{}", status.state);

@@ -10,6 +10,7 @@
 //! Time is an argument where the ring thread tells, which has looked at its clock anyway.
 
 mod metrics;
+mod pace;
 mod pass;
 #[cfg(test)]
 mod tests;
@@ -27,6 +28,8 @@ use prometheus_client::encoding::text;
 use prometheus_client::metrics::histogram::Histogram;
 
 use self::metrics::{LinkMetrics, Metrics, StageMetrics};
+pub use self::pace::Expected;
+use self::pace::Paces;
 use self::pass::Costs;
 pub use self::pass::PassReport;
 use self::traces::{PassInfo, State, Traces, Track};
@@ -105,6 +108,7 @@ struct Inner {
     load: Load,
     n_tokens: u64,
     speed: Speed,
+    paces: Paces,
     hops: Hops,
     nodes: Arc<[String]>,
     stages: Vec<Stage>,
@@ -243,6 +247,7 @@ impl Meter {
         let costs = Costs::of(&report);
         let mut inner = self.lock();
         inner.stages_worked(&report, &costs);
+        inner.paces.add(report.tail_end, report.rows, &costs.spans);
         if report.n_rows == 0 {
             return;
         }
@@ -312,6 +317,17 @@ impl Meter {
         inner.nodes = stages.into();
         inner.speed = Speed::default();
         inner.hops = Hops::default();
+    }
+
+    /// Compares the stages of the present placement with this from now on.
+    pub fn expect(&self, expected: Option<Expected>) {
+        self.lock().paces = Paces::new(expected);
+    }
+
+    /// How many times as long as expected each stage takes, in ring order with the tail last; `None` where too little
+    /// was computed to tell, and nothing at all where nothing is expected.
+    pub fn paces(&self) -> Vec<Option<f64>> {
+        self.lock().paces.factors()
     }
 
     /// A ring that answered is lost.
@@ -474,7 +490,7 @@ impl Inner {
             spans: costs.spans.into(),
             nodes: Arc::clone(&self.nodes),
         });
-        for PassRows { session, n_rows: rows, is_prompt } in report.rows {
+        for PassRows { session, n_rows: rows, is_prompt, .. } in report.rows {
             if let Some(track) = self.traces.open(*session) {
                 track.pass(&info, *rows, *is_prompt);
             }

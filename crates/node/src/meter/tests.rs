@@ -47,7 +47,7 @@ const TIMINGS: [Timing; 2] = [
 ];
 
 fn rows(session: u64, n_rows: u32, is_prompt: bool) -> PassRows {
-    PassRows { session: SessionId(session), n_rows, is_prompt }
+    PassRows { session: SessionId(session), n_rows, is_prompt, before: 0 }
 }
 
 /// A pass that left at `sent`, was back after 1,480 us, and whose tail took 500 us.

@@ -70,6 +70,8 @@ pub(super) struct Loader {
     /// Who has the weights; another one where the council says so.
     pub(super) known: Arc<Mutex<KnownCoordinator>>,
     pub(super) threads: u32,
+    /// Share of the time in which the stage computes.
+    pub(super) throttle: f32,
     /// Where idle sessions are kept, and how many bytes of them.
     pub(super) state_dir: PathBuf,
     pub(super) kv_spill: ByteSize,
@@ -125,7 +127,9 @@ impl Loader {
         let mut go_on = |_share: f32| !self.leash.is_cancelled();
         let images = Images::of_node(&self.state_dir, self.kv_spill).sharing(self.spilled);
         let loaded = load_stage(key.clone(), &view, source, self.threads, images, &mut go_on);
-        loaded.map_err(|error| other(chain(&error)))
+        let mut loaded = loaded.map_err(|error| other(chain(&error)))?;
+        loaded.runner.set_throttle(self.throttle);
+        Ok(loaded)
     }
 
     /// A link to the coordinator of this moment, for weights.

@@ -4,6 +4,7 @@
 //!   What follows from it is decided by [`brigade_protocol::worker::Stages`].
 //! - A *control thread* dials the coordinator, answers its pings, and passes its messages on. It dials again when the
 //!   link is lost, for as long as the worker runs; the stages stop meanwhile, and after a while their memory is free.
+//! - A *measuring thread* finds out how fast this node is, when the coordinator asks; another one, what is wrong with it.
 //! - A *loader thread* gathers and verifies weights and loads a stage, one at a time.
 //! - *Dialing threads* reach the stages behind; the node's [`Site`] takes the links of those before.
 //! - A *stage thread* owns a stage while it serves or stands by, see [`crate::stage_thread`]; a *handover thread*,
@@ -26,11 +27,13 @@ use brigade_protocol::worker::Stages;
 use serde::Serialize;
 
 use self::control::Control;
-use self::door::DataDoor;
+use self::door::WorkerDoor;
+use self::measuring::{Measurable, Measuring};
 use self::owner::{Event, Owner};
 use crate::activity::WorkerActivity;
 use crate::cache::Cache;
 use crate::known::KnownCoordinator;
+use crate::probe::Seats;
 use crate::reach::ReachError;
 use crate::site::Site;
 use crate::threads::{lock, spawn};
@@ -38,6 +41,7 @@ use crate::threads::{lock, spawn};
 mod control;
 mod door;
 mod loader;
+mod measuring;
 mod owner;
 #[cfg(test)]
 mod tests;
@@ -57,6 +61,8 @@ pub struct WorkerOptions {
     pub memory: ByteSize,
     /// Threads that compute.
     pub threads: u32,
+    /// Share of the time in which they do; 1 without pauses.
+    pub throttle: f32,
     /// Most bytes of cached weights.
     pub cache_limit: ByteSize,
     /// Most bytes of idle sessions that are kept on disk; 0 keeps none.
@@ -153,7 +159,13 @@ impl Worker {
         let addresses: Vec<String> = site.link_addresses.iter().map(ToString::to_string).collect();
         let (events, inbox) = channel();
         let peers = Arc::new(Mutex::new(Vec::new()));
-        let keeper = site.keep(Arc::new(DataDoor { peers: Arc::clone(&peers), events: events.clone() }));
+        let fellows = Arc::new(Mutex::new(Vec::new()));
+        let keeper = site.keep(Arc::new(WorkerDoor {
+            peers: Arc::clone(&peers),
+            fellows: Arc::clone(&fellows),
+            seats: Seats::default(),
+            events: events.clone(),
+        }));
         let status = Arc::new(Mutex::new(WorkerStatus {
             node: site.identity.node_id(),
             coordinator: known.node,
@@ -170,6 +182,15 @@ impl Worker {
         let stopping = Arc::new(AtomicBool::new(false));
         let activity = Arc::new(WorkerActivity::default());
         let known = Arc::new(Mutex::new(known));
+        let measuring = Measuring::new(Measurable {
+            identity: Arc::clone(&site.identity),
+            state_dir: site.state_dir.clone(),
+            own: own_hash.zip(own.clone()),
+            memory: options.memory,
+            threads: options.threads,
+            throttle: options.throttle,
+            addresses: addresses.clone(),
+        });
         let owner = Owner {
             state_dir: site.state_dir.clone(),
             identity: Arc::clone(&site.identity),
@@ -179,12 +200,15 @@ impl Worker {
             own_hash,
             cache,
             threads: options.threads,
+            throttle: options.throttle,
+            measuring,
             kv_spill: options.kv_spill,
             spilled: Arc::default(),
             events: events.clone(),
             status: Arc::clone(&status),
             drain_timeout: options.drain_timeout,
             peers,
+            fellows,
             activity: Arc::clone(&activity),
             stopping: Arc::clone(&stopping),
             control: None,

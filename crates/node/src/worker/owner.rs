@@ -20,6 +20,7 @@ use brigade_protocol::kind;
 use brigade_protocol::worker::{Action, DialId, End, HoldId, Input, LinkId, Load, Stages};
 
 use super::loader::{Leash, Loader};
+use super::measuring::Measuring;
 use super::{WorkerError, WorkerStatus};
 use crate::activity::WorkerActivity;
 use crate::cache::Cache;
@@ -82,6 +83,8 @@ pub(super) struct Owner {
     pub(super) own_hash: Option<Hash>,
     pub(super) cache: Arc<Cache>,
     pub(super) threads: u32,
+    pub(super) throttle: f32,
+    pub(super) measuring: Measuring,
     pub(super) kv_spill: ByteSize,
     /// Bytes of idle sessions on disk, of all stages.
     pub(super) spilled: Arc<AtomicU64>,
@@ -90,6 +93,8 @@ pub(super) struct Owner {
     pub(super) status: Arc<Mutex<WorkerStatus>>,
     /// Who may open a data link; shared with the door.
     pub(super) peers: Arc<Mutex<Vec<NodeId>>>,
+    /// Who may measure links to this node; shared with the door.
+    pub(super) fellows: Arc<Mutex<Vec<NodeId>>>,
     pub(super) activity: Arc<WorkerActivity>,
     pub(super) stopping: Arc<AtomicBool>,
     pub(super) control: Option<Arc<dyn Link>>,
@@ -128,6 +133,7 @@ impl Owner {
             Leaving::Failed(error) => ("it cannot go on", Err(error)),
         };
         self.stopping.store(true, Ordering::Relaxed);
+        self.measuring.stop();
         self.tell(&ToCoordinator::Goodbye { reason: reason.to_owned() });
         for place in self.places.values() {
             end_place(place);
@@ -167,6 +173,7 @@ impl Owner {
                 tracing::warn!(reason, "the coordinator is gone; this node's stages stop");
                 self.set_trouble(format!("the coordinator is gone: {reason}"));
                 self.control = None;
+                self.measuring.stop();
                 self.cut_loaders();
                 self.input(Input::CoordinatorGone)
             }
@@ -223,6 +230,23 @@ impl Owner {
                     tracing::warn!(%error, "the coordinator could not be remembered; the next join needs a ticket");
                 }
                 lock(&self.status).trouble = None;
+                Ok(())
+            }
+            ToWorker::Measure(request) => {
+                if let Some(control) = self.control.clone() {
+                    self.measuring.measure(*request, !self.places.is_empty(), control);
+                }
+                Ok(())
+            }
+            ToWorker::Examine => {
+                if let Some(control) = self.control.clone() {
+                    let addresses = lock(&self.known).addresses.clone();
+                    self.measuring.examine(&addresses, !self.places.is_empty(), control);
+                }
+                Ok(())
+            }
+            ToWorker::Fellows(nodes) => {
+                *lock(&self.fellows) = nodes;
                 Ok(())
             }
             ToWorker::Assign(assign) => {
@@ -341,6 +365,7 @@ impl Owner {
             identity: Arc::clone(&self.identity),
             known: Arc::clone(&self.known),
             threads: self.threads,
+            throttle: self.throttle,
             state_dir: self.state_dir.clone(),
             kv_spill: self.kv_spill,
             spilled: Arc::clone(&self.spilled),

@@ -6,12 +6,14 @@ use std::time::Instant;
 
 use brigade_base::{DeploymentId, Epoch, Hash, PassId};
 use brigade_gguf::{Manifest, StageView};
-use brigade_net::{Hello, Identity, Link, LinkError, Listener, Purpose, Refusal, TcpLink};
+use brigade_net::{Hello, Identity, Link, Listener, Purpose, Refusal, TcpLink};
 use brigade_protocol::control::{
-    Assign, Held, MAX_CONTROL_BYTES, ModelRef, Peer, Progress, StageOrder, StageRole, ToCoordinator, ToWorker,
+    Assign, HEARTBEAT_MS, Held, MAX_CONTROL_BYTES, ModelRef, Peer, Progress, StageOrder, StageRole, ToCoordinator,
+    ToWorker,
 };
 use brigade_protocol::frame::{Attach, Feed, FrameHead, row_bytes};
 use brigade_protocol::kind;
+use brigade_protocol::measure::{Measure, Measured};
 
 use super::*;
 use crate::doorway::{Doorkeeper, Doorway, receive_attach};
@@ -88,6 +90,7 @@ impl Coordinator {
             listen: ([127, 0, 0, 1], 0).into(),
             memory: ByteSize(1 << 30),
             threads: 1,
+            throttle: 1.0,
             cache_limit: ByteSize(1 << 30),
             kv_spill: ByteSize(0),
             drain_timeout: PATIENCE,
@@ -99,6 +102,7 @@ impl Coordinator {
         control.set_frame_limit(MAX_CONTROL_BYTES);
         let ToCoordinator::Offer(offer) = next(&*control) else { panic!("no offer") };
         assert_eq!(offer.own_copy, own_copy);
+        ping(&control);
         let it = Peer { node: site.identity.node_id(), addresses: offer.addresses };
         Node { worker, it, control, _site: site, _dir: dir }
     }
@@ -111,18 +115,27 @@ impl Coordinator {
         StageOrder { stage, layers, tensors, role, keep_kv: true }
     }
 
-    fn assign(&self, to: &Node, epoch: u64, stages: Vec<StageOrder>) {
-        let model = ModelRef {
+    fn model(&self) -> ModelRef {
+        ModelRef {
             name: "abacus".into(),
             header_hash: self.file.catalog().header_hash(),
             header: self.file.catalog().header_bytes(true),
             context: 64,
             sessions: test_stage::N_SLOTS,
             max_rows: test_stage::MAX_ROWS,
-        };
-        let (epoch, model) = (Epoch(epoch), Some(model));
+        }
+    }
+
+    fn assign(&self, to: &Node, epoch: u64, stages: Vec<StageOrder>) {
+        let (epoch, model) = (Epoch(epoch), Some(self.model()));
         let assign = Assign { deployment: DEPLOYMENT, epoch, revision: 0, model, stages };
         to.tell(ToWorker::Assign(Box::new(assign)));
+    }
+
+    /// Asks a worker how fast it is, and how far from `peers`.
+    fn measure(&self, node: &Node, peers: &[&Node]) {
+        let peers = peers.iter().map(|peer| peer.it.clone()).collect();
+        node.tell(ToWorker::Measure(Box::new(Measure { model: self.model(), peers })));
     }
 
     /// Has the ring of `first` to `last` joined; the links into it and out of it.
@@ -177,6 +190,14 @@ impl Node {
         }
     }
 
+    /// What it answers when it was asked how fast it is.
+    fn measured(&self) -> Measured {
+        match next(&*self.control) {
+            ToCoordinator::Measured(measured) => *measured,
+            other => panic!("{other:?}"),
+        }
+    }
+
     fn progress(&self) -> Progress {
         self.tell(ToWorker::Ping { nonce: 7 });
         let mut buf = Vec::new();
@@ -189,19 +210,22 @@ impl Node {
     }
 }
 
-/// The next message that is no news of loading. Pings keep the worker from taking this side for dead.
+/// Keeps a worker from taking this side for dead, until its link ends.
+fn ping(control: &Arc<TcpLink>) {
+    let control = Arc::downgrade(control);
+    let ping = ToWorker::Ping { nonce: 1 }.encode();
+    std::thread::spawn(move || {
+        while control.upgrade().is_some_and(|link| link.send(kind::CONTROL, &[&ping]).is_ok()) {
+            std::thread::sleep(Duration::from_millis(HEARTBEAT_MS));
+        }
+    });
+}
+
+/// The next message that is no news of loading.
 fn next(control: &dyn Link) -> ToCoordinator {
     let (mut buf, deadline) = (Vec::new(), Instant::now() + PATIENCE);
     loop {
-        assert!(Instant::now() < deadline, "nothing was told");
-        match control.recv(&mut buf, Some(Instant::now() + Duration::from_millis(200))) {
-            Ok(_) => {}
-            Err(LinkError::TimedOut) => {
-                let _ = control.send(kind::CONTROL, &[&ToWorker::Ping { nonce: 1 }.encode()]);
-                continue;
-            }
-            Err(error) => panic!("{error}"),
-        }
+        control.recv(&mut buf, Some(deadline)).unwrap();
         match ToCoordinator::decode(&buf).unwrap() {
             ToCoordinator::Progress { .. } | ToCoordinator::Pong { .. } => {}
             message => return message,
@@ -373,4 +397,48 @@ fn a_worker_that_nobody_needs_ends_at_once_and_another_one_when_told_twice() {
     assert!(matches!(next(&*busy.control), ToCoordinator::Goodbye { .. }));
     busy.worker.wait().unwrap();
     assert!(matches!(coordinator.came.try_recv(), Err(std::sync::mpsc::TryRecvError::Empty)));
+}
+
+#[test]
+fn a_worker_measures_itself_and_its_links_and_only_while_it_has_no_work() {
+    let coordinator = Coordinator::new();
+    let (node, fellow) = (coordinator.worker(), coordinator.worker());
+    fellow.tell(ToWorker::Fellows(vec![node.it.node, coordinator.me.node]));
+    fellow.tell(ToWorker::Examine);
+    // It has heard of its fellows by then.
+    assert!(matches!(next(&*fellow.control), ToCoordinator::Examined(examined) if !examined.findings.is_empty()));
+
+    coordinator.measure(&node, &[]);
+    coordinator.measure(&node, &[&fellow]);
+    let measured = node.measured();
+    assert!(measured.speed.is_some() && measured.trouble.is_none(), "{measured:?}");
+    assert_eq!(measured.links.iter().map(|link| link.peer).collect::<Vec<_>>(), [fellow.it.node]);
+    node.tell(ToWorker::Examine);
+    assert!(matches!(next(&*node.control), ToCoordinator::Examined(_)), "the first question has no answer");
+
+    let new = coordinator.worker();
+    for (node, knows_itself) in [(&node, true), (&new, false)] {
+        coordinator.assign(node, 1, vec![coordinator.order(0, serve(&coordinator.me, &coordinator.me))]);
+        node.loaded(0);
+        coordinator.measure(node, &[&fellow]);
+        let measured = node.measured();
+        assert_eq!((measured.speed.is_some(), measured.links.len() == 1), (knows_itself, knows_itself), "{measured:?}");
+    }
+}
+
+#[test]
+fn a_worker_lets_only_its_fellows_measure_their_links() {
+    let (coordinator, stranger) = (Coordinator::new(), Identity::generate().unwrap());
+    let node = coordinator.worker();
+    let probe = |by: &Identity| reach(by, node.it.node, &node.it.addresses, Purpose::Probe, None);
+    let refused = probe(&stranger).unwrap_err().to_string();
+    assert!(refused.contains("does not know that node"), "{refused}");
+    let refused = probe(&coordinator.identity).unwrap_err().to_string();
+    assert!(refused.contains("does not know that node"), "{refused}");
+    node.tell(ToWorker::Fellows(vec![coordinator.me.node]));
+    let deadline = Instant::now() + PATIENCE;
+    while let Err(error) = probe(&coordinator.identity) {
+        assert!(Instant::now() < deadline, "{error}");
+    }
+    assert!(probe(&stranger).is_err());
 }

@@ -332,7 +332,7 @@ impl Scheduler {
         pass.sets.push(RowSet { slot: slot as u32, keep: session.n_sent, n_rows, n_outputs: last.into() });
         let start = session.n_sent as usize;
         pass.tokens.extend_from_slice(&session.tokens[start..start + n_rows as usize]);
-        pass.rows.push(PassRows { session: session.id, n_rows, is_prompt });
+        pass.rows.push(PassRows { session: session.id, n_rows, is_prompt, before: session.n_sent });
         if is_prompt && session.n_chunked == session.n_sent && session.n_prompt > 1 {
             session.n_chunked += n_rows;
         }

@@ -48,6 +48,8 @@ pub struct PassRows {
     pub n_rows: u32,
     /// Whether they are of its prompt.
     pub is_prompt: bool,
+    /// Tokens of the session before the first of them.
+    pub before: u32,
 }
 
 impl Pass {

@@ -24,10 +24,10 @@
 //! `cargo xtask bench serve --pin --json FILE --svg FILE`.
 
 mod bar;
-mod load;
+pub mod load;
 mod metrics;
 mod parts;
-mod plot;
+pub mod plot;
 mod report;
 mod rounds;
 

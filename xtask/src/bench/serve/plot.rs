@@ -2,7 +2,7 @@
 //!
 //! The axis of streams is logarithmic, since their numbers double; the other one as each plot wants it, from 0 where it
 //! is linear. Ticks are at 1, 2 and 5 times powers of ten. The colours can be told apart by the colour-blind
-//! (Okabe and Ito, 2008), and each series has a mark of its own.
+//! (Okabe and Ito, 2008), and each series has a mark of its own. Its parts serve other drawings, too.
 
 use std::fmt::Write;
 
@@ -114,14 +114,14 @@ fn panel(plot: &Plot) -> String {
 }
 
 /// Where values lie between two ends.
-struct Axis {
+pub struct Axis {
     scale: Scale,
     /// The least and the greatest value.
     values: (f64, f64),
     /// Where these are drawn.
     ends: (f64, f64),
     /// Values that get a number.
-    ticks: Vec<f64>,
+    pub ticks: Vec<f64>,
 }
 
 impl Axis {
@@ -136,7 +136,7 @@ impl Axis {
     }
 
     /// From 0 or the tick below the least, to the tick above the greatest.
-    fn of_values(scale: Scale, values: impl Iterator<Item = f64>, ends: (f64, f64)) -> Self {
+    pub fn of_values(scale: Scale, values: impl Iterator<Item = f64>, ends: (f64, f64)) -> Self {
         let (low, high) = values.fold((f64::INFINITY, 0.0), |(low, high): (f64, f64), y| (low.min(y), high.max(y)));
         let ticks = match scale {
             Scale::Linear if high == 0.0 => linear_ticks(1.0),
@@ -146,7 +146,8 @@ impl Axis {
         Self { scale, values: (ticks[0], ticks[ticks.len() - 1]), ends, ticks }
     }
 
-    fn at(&self, value: f64) -> f64 {
+    /// Where a value is drawn.
+    pub fn at(&self, value: f64) -> f64 {
         let (low, high) = self.values;
         let share = match self.scale {
             Scale::Linear => (value - low) / (high - low),
@@ -180,13 +181,13 @@ fn log_ticks(low: f64, high: f64) -> Vec<f64> {
 }
 
 /// A tick's number without digits that say nothing.
-fn number(value: f64) -> String {
+pub fn number(value: f64) -> String {
     let rounded = format!("{value:.3}");
     rounded.trim_end_matches('0').trim_end_matches('.').to_owned()
 }
 
 /// A mark of its own shape and colour for each series.
-fn mark(series: usize, x: f64, y: f64) -> String {
+pub fn mark(series: usize, x: f64, y: f64) -> String {
     let colour = COLOURS[series % COLOURS.len()];
     let shape = match series % 3 {
         0 => format!("<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"4\""),
@@ -196,7 +197,8 @@ fn mark(series: usize, x: f64, y: f64) -> String {
     format!("{shape} fill=\"{colour}\"/>\n")
 }
 
-fn text(x: f64, y: f64, anchor: &str, text: &str) -> String {
+/// A line of text.
+pub fn text(x: f64, y: f64, anchor: &str, text: &str) -> String {
     let text = text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
     format!("<text x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\">{text}</text>\n")
 }

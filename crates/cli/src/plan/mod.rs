@@ -1,0 +1,137 @@
+//! `brigade plan`: how a model would be placed, how fast it would be, and what else could be done, without running it.
+//!
+//! - [`model`] finds out what the model costs: from a file, from a header over the network ([`remote`]), or by name.
+//! - [`machines`] finds out who there is: from a description, from flags, from the cluster that runs here, or this
+//!   machine alone, measured.
+//! - `brigade_plan::study` does the rest; [`what_if`] asks it about machines that are not there, [`cost`] about money.
+//! - [`show`] writes the text; the JSON is [`Report`].
+
+mod cost;
+mod machines;
+mod model;
+mod remote;
+mod show;
+mod what_if;
+
+use brigade_node::DEFAULT_CONTEXT_MAX;
+use brigade_plan::{Demand, Forecast, Optimize, PlanError, Study, study};
+use serde::Serialize;
+
+use crate::args::PlanArgs;
+use crate::error::Failure;
+use crate::output;
+use cost::Cost;
+use machines::Machines;
+use model::Model;
+use what_if::WhatIf;
+
+/// What a kilowatt-hour costs in US dollars, where nobody says: what homes in Europe pay, about.
+const PRICE_KWH: f64 = 0.30;
+
+/// All that is known of a plan; printed with `--json`, and described in docs/planning.md.
+#[derive(Serialize)]
+struct Report {
+    model: ModelReport,
+    /// Tokens of one session.
+    context: u32,
+    /// Sessions at once.
+    parallel: u32,
+    optimize: Optimize,
+    machines: MachinesReport,
+    #[serde(flatten)]
+    study: Study,
+    /// Where it is known how much power all machines of the plan take.
+    cost: Option<Cost>,
+    what_if: Vec<WhatIf>,
+}
+
+#[derive(Serialize)]
+struct ModelReport {
+    name: String,
+    quantisation: String,
+    layers: u32,
+    /// Bytes of all weights.
+    bytes: u64,
+}
+
+#[derive(Serialize)]
+struct MachinesReport {
+    /// Where they come from.
+    source: String,
+    nodes: usize,
+    /// What is doubtful about them.
+    notes: Vec<String>,
+}
+
+/// Prints the plan.
+pub fn run(args: &PlanArgs) -> Result<(), Failure> {
+    let model = Model::find(args)?;
+    let demand = Demand {
+        context: context(model.trained, args.context)?,
+        parallel: args.parallel,
+        max_rows: brigade_node::CHUNK + args.parallel,
+        spread: args.spread,
+        split: args.layers.clone(),
+        optimize: args.optimize,
+    };
+    let machines = Machines::find(args, &model, &demand)?;
+    let (nodes, links, coordinator) = (&machines.nodes, &machines.links, machines.coordinator);
+    let study = study(&model.profile, nodes, links, &demand, coordinator)
+        .map_err(|error| does_not_fit(&error, &model, &machines, &demand))?;
+    let what_if = if args.explain { what_if::all(&model, &machines, &demand, &study) } else { Vec::new() };
+    let cost = study.plan.prediction.as_ref().and_then(|prediction| {
+        let watts = machines.watts(study.plan.stages.iter().map(|stage| stage.node))?;
+        let price_kwh = args.price_kwh.or(machines.prices.kwh_usd).unwrap_or(PRICE_KWH);
+        let cloud = args.cloud_price.or(machines.prices.cloud_usd_per_million);
+        Some(Cost::of(watts, &Forecast::from(prediction), price_kwh, cloud))
+    });
+    let report = Report {
+        model: ModelReport {
+            name: model.name.clone(),
+            quantisation: model.quantisation.clone(),
+            layers: model.profile.n_layers(),
+            bytes: model.profile.layer_bytes.iter().sum::<u64>().saturating_add(model.profile.head_bytes),
+        },
+        context: demand.context,
+        parallel: demand.parallel,
+        optimize: demand.optimize,
+        machines: MachinesReport { source: machines.source, nodes: machines.nodes.len(), notes: machines.notes },
+        study,
+        cost,
+        what_if,
+    };
+    if args.json { output::json(&report) } else { output::text(&show::text(&report, args.explain)) }
+}
+
+/// Why there is no plan, and of a model that is given by name the largest quantisation that would fit.
+fn does_not_fit(error: &PlanError, model: &Model, machines: &Machines, demand: &Demand) -> Failure {
+    let fits = what_if::smaller_that_fits(model, machines, demand);
+    match fits.filter(|_| matches!(error, PlanError::DoesNotFit { .. })) {
+        Some(quant) => Failure::run(format!("{error}. With --quant {quant} it would fit")),
+        None => Failure::run(error),
+    }
+}
+
+/// Tokens of a session, as `brigade serve` would have it: what was asked for, or what the model was `trained` for.
+fn context(trained: u32, asked: Option<u32>) -> Result<u32, Failure> {
+    match asked {
+        Some(context) if context > trained => Err(Failure::run(format!(
+            "--context {context} is more than the {trained} tokens that this model was trained for"
+        ))),
+        Some(context) => Ok(context),
+        None => Ok(trained.min(DEFAULT_CONTEXT_MAX)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_session_is_no_longer_than_the_model_was_trained_for() {
+        assert_eq!(context(1024, None).unwrap(), 1024);
+        assert_eq!(context(1 << 20, None).unwrap(), DEFAULT_CONTEXT_MAX);
+        assert_eq!(context(1024, Some(100)).unwrap(), 100);
+        assert!(context(1024, Some(1025)).unwrap_err().to_string().contains("the 1024 tokens"));
+    }
+}

@@ -1,0 +1,88 @@
+//! What a model costs, by its header or by its name.
+
+use std::sync::Arc;
+
+use brigade_gguf::{Architecture, Catalog, ModelFile};
+use brigade_node::model_profile;
+use brigade_plan::ModelProfile;
+use brigade_plan::catalogue::models::{self, Quant};
+
+use super::remote::Location;
+use crate::args::PlanArgs;
+use crate::error::Failure;
+
+/// Tokens of a session that models of the catalogue are taken to be trained for: what most of them are.
+const SHAPE_CONTEXT: u32 = 131_072;
+
+/// A model to plan for.
+pub struct Model {
+    /// For people.
+    pub name: String,
+    /// How its weights are stored.
+    pub quantisation: String,
+    /// What it costs.
+    pub profile: ModelProfile,
+    /// Tokens of a session that it was trained for.
+    pub trained: u32,
+    /// What it was found by.
+    pub origin: Origin,
+}
+
+/// What a model was found by.
+pub enum Origin {
+    /// A file here.
+    File(Arc<ModelFile>),
+    /// A header that was read elsewhere.
+    Header(Catalog),
+    /// Its name in the catalogue.
+    Name(Quant),
+}
+
+impl Model {
+    /// The model that the arguments name: a place on the network, a file, or a name.
+    pub fn find(args: &PlanArgs) -> Result<Self, Failure> {
+        let text = args.model.to_str().unwrap_or_default();
+        if let Some(location) = Location::parse(text)? {
+            let catalog = location.catalog()?;
+            return Self::of(location.file_name(), catalog.clone(), Origin::Header(catalog));
+        }
+        let looks_like_a_path = args.model.components().count() != 1 || text.is_empty() || text.ends_with(".gguf");
+        if looks_like_a_path || args.model.exists() {
+            let file = Arc::new(ModelFile::open(&args.model).map_err(Failure::run)?);
+            let name = args.model.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+            return Self::of(&name, file.catalog().clone(), Origin::File(file));
+        }
+        let quant: Quant = args.quant.parse().map_err(Failure::usage)?;
+        Self::by_name(text, quant).map_err(|error| {
+            Failure::usage(format!("{text} is no file here, and no model that is known by name: {error}"))
+        })
+    }
+
+    /// A model of the catalogue.
+    pub fn by_name(name: &str, quant: Quant) -> Result<Self, models::UnknownModel> {
+        let shape = models::shape(name)?;
+        Ok(Self {
+            name: shape.name.clone(),
+            quantisation: quant.to_string(),
+            profile: shape.profile(quant),
+            trained: SHAPE_CONTEXT,
+            origin: Origin::Name(quant),
+        })
+    }
+
+    fn of(file_name: &str, catalog: Catalog, origin: Origin) -> Result<Self, Failure> {
+        let profile = model_profile(&catalog).map_err(Failure::run)?;
+        let trained = Architecture::of(&catalog).map_err(Failure::run)?.n_ctx_train;
+        let name = file_name.strip_suffix(".gguf").unwrap_or(file_name).to_owned();
+        Ok(Self { name, quantisation: catalog.quantisation(), profile, trained, origin })
+    }
+
+    /// Its header, where it has one.
+    pub fn catalog(&self) -> Option<&Catalog> {
+        match &self.origin {
+            Origin::File(file) => Some(file.catalog()),
+            Origin::Header(catalog) => Some(catalog),
+            Origin::Name(_) => None,
+        }
+    }
+}

@@ -1,0 +1,241 @@
+//! How fast this node and its workers are: asked before they get a stage, and looked after while they have one.
+//!
+//! A worker's offer is held back until it has told how fast it is, or its time is over. From then on what its stages
+//! take is compared with that, and where they differ the state machine is told so.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use brigade_base::NodeId;
+use brigade_plan::{LinkProfile, Optimize, Speed};
+use brigade_protocol::cluster::Input;
+use brigade_protocol::control::{MAX_FELLOWS, ModelRef, Offer, ToWorker};
+use brigade_protocol::measure::{LinkReport, MAX_PEERS, Measure, Measured};
+
+use super::CHUNK;
+use super::owner::{Event, Owner};
+use crate::measure::{self, MeasureOptions, MeasureRequest, ProfileKey, Profiles};
+use crate::meter::Expected;
+use crate::threads::spawn;
+
+/// So long a worker may measure; then it takes part without. It has five seconds, and time to get there.
+const MEASURE_WITHIN: Duration = Duration::from_secs(8);
+
+/// How often it is looked whether a node has become slower or faster.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+
+/// By how much a node's pace must change before others are told: what passes take wavers by some percent.
+const TELLING: f64 = 0.1;
+
+/// Beyond this a number is a mistake, and no pace.
+const PACES: std::ops::RangeInclusive<f64> = 0.05..=50.0;
+
+/// What is known of speeds.
+#[derive(Default)]
+pub(super) struct Pace {
+    /// This node is still measuring itself, since then.
+    own_since: Option<Instant>,
+    /// Offers of workers that are still measuring, and since when.
+    waiting: HashMap<NodeId, (Offer, Instant)>,
+    /// As measured while nothing else ran, and how many times as long nodes take now.
+    speeds: HashMap<NodeId, (Speed, f64)>,
+    /// What workers measured of links, and what they said went wrong.
+    reports: HashMap<NodeId, (Vec<LinkReport>, Option<String>)>,
+    looked: Option<Instant>,
+}
+
+impl Pace {
+    /// This node measures itself.
+    pub(super) fn begin_own(&mut self) {
+        self.own_since = Some(Instant::now());
+    }
+
+    /// Whether the first placement is to wait for this node's own measurement.
+    pub(super) fn waits(&self) -> bool {
+        self.own_since.is_some_and(|since| since.elapsed() < MEASURE_WITHIN)
+    }
+
+    /// What was measured of a node while nothing else ran.
+    pub(super) fn speed(&self, node: NodeId) -> Option<&Speed> {
+        self.speeds.get(&node).map(|(speed, _)| speed)
+    }
+
+    /// How many times as long as measured a node takes; `None` if nothing was measured.
+    pub(super) fn factor(&self, node: NodeId) -> Option<f64> {
+        self.speeds.get(&node).map(|(_, factor)| *factor)
+    }
+
+    /// What workers measured of their links, by who did.
+    pub(super) fn links(&self) -> impl Iterator<Item = (NodeId, &LinkReport)> {
+        self.reports.iter().flat_map(|(node, (links, _))| links.iter().map(move |link| (*node, link)))
+    }
+
+    /// What went wrong when a worker measured itself.
+    pub(super) fn trouble(&self, node: NodeId) -> Option<&str> {
+        self.reports.get(&node)?.1.as_deref()
+    }
+
+    /// A worker is gone.
+    pub(super) fn forget(&mut self, node: NodeId) {
+        self.waiting.remove(&node);
+        self.speeds.remove(&node);
+        self.reports.remove(&node);
+    }
+}
+
+impl Owner {
+    fn is_measured(&self) -> bool {
+        self.options.optimize != Optimize::Memory
+    }
+
+    /// Begins to measure this node, unless speeds do not count. One that has taken over from another coordinator uses
+    /// what it knows already: nobody is to wait for it.
+    pub(super) fn measure_own(&mut self) {
+        if !self.is_measured() {
+            return;
+        }
+        self.pace.begin_own();
+        let file = Arc::clone(self.model.file());
+        let request = MeasureRequest {
+            catalog: file.catalog().clone(),
+            context: self.context,
+            sessions: self.options.parallel,
+            max_rows: CHUNK + self.options.parallel,
+        };
+        let options = MeasureOptions::new(self.options.threads, self.options.throttle, Some(file));
+        let (profiles, events, is_urgent) =
+            (Profiles::open(&self.options.state_dir), self.events.clone(), self.took_over);
+        let measure = move || {
+            let known = || profiles.get(&ProfileKey::of(&request, &options));
+            let measured = || measure::speed(&request, &options, &profiles, false);
+            let speed = if is_urgent {
+                known()
+            } else {
+                measured().inspect_err(|error| tracing::warn!(%error, "this node's speed is not known")).ok()
+            };
+            let _ = events.send(Event::OwnSpeed(speed.map(Box::new)));
+        };
+        if let Err(error) = spawn("measure", measure) {
+            tracing::warn!(%error, "this node's speed is not known");
+        }
+    }
+
+    /// This node has measured itself, or cannot.
+    pub(super) fn own_speed(&mut self, speed: Option<Box<Speed>>) -> Option<String> {
+        self.pace.own_since = None;
+        let own = self.identity.node_id();
+        if let Some(speed) = &speed {
+            self.pace.speeds.insert(own, (Speed::clone(speed), 1.0));
+        }
+        self.settings.coordinator.speed = speed.as_deref().cloned();
+        self.feed(Input::Measured(own, speed, Vec::new()))
+    }
+
+    /// A worker offers itself: it is asked how fast it is first.
+    pub(super) fn offered(&mut self, id: NodeId, offer: Offer) -> Option<String> {
+        if !self.is_measured() {
+            return self.feed(Input::Offer(id, offer));
+        }
+        self.tell_fellows();
+        self.pace.waiting.insert(id, (offer, Instant::now()));
+        let model = self.model_ref();
+        // The coordinator first: it sends the weights.
+        let others = self.workers.keys().filter(|other| **other != id);
+        let peers = std::iter::once(self.identity.node_id()).chain(others.copied());
+        let peers =
+            peers.map(|node| self.peer(node)).filter(|peer| !peer.addresses.is_empty()).take(MAX_PEERS).collect();
+        self.send(id, ToWorker::Measure(Box::new(Measure { model, peers })));
+        None
+    }
+
+    /// Lets all workers measure their links to each other.
+    fn tell_fellows(&self) {
+        let own = self.identity.node_id();
+        let all: Vec<NodeId> = std::iter::once(own).chain(self.workers.keys().copied()).take(MAX_FELLOWS).collect();
+        for id in self.workers.keys() {
+            self.send(*id, ToWorker::Fellows(all.clone()));
+        }
+    }
+
+    /// What a stage's node needs to know of the model.
+    pub(super) fn model_ref(&self) -> ModelRef {
+        ModelRef {
+            name: self.shared.card.name.clone(),
+            header_hash: self.model.header_hash(),
+            header: self.header.clone(),
+            context: self.context,
+            sessions: self.options.parallel,
+            max_rows: CHUNK + self.options.parallel,
+        }
+    }
+
+    /// A worker has told how fast it is.
+    pub(super) fn measured(&mut self, id: NodeId, measured: Measured) -> Option<String> {
+        let Measured { speed, links, trouble } = measured;
+        if let Some(trouble) = &trouble {
+            tracing::warn!(node = %id.short(), trouble, "a worker could not measure everything");
+        }
+        if let Some(speed) = &speed {
+            self.pace.speeds.insert(id, (speed.clone(), 1.0));
+        }
+        let both_ways = links.iter().flat_map(|link| [(id, link.peer, link.there), (link.peer, id, link.back)]);
+        let known: Vec<(NodeId, NodeId, LinkProfile)> = both_ways.collect();
+        self.pace.reports.insert(id, (links, trouble));
+        let given_up = self.feed(Input::Measured(id, speed.map(Box::new), known));
+        given_up.or(self.admit(id))
+    }
+
+    /// A worker takes part from now on, if it waits for that.
+    fn admit(&mut self, id: NodeId) -> Option<String> {
+        let (offer, _) = self.pace.waiting.remove(&id)?;
+        self.feed(Input::Offer(id, offer))
+    }
+
+    /// Admits those that measure for too long, and looks how fast stages are.
+    pub(super) fn look_at_paces(&mut self) -> Option<String> {
+        let late = |(_, since): &(Offer, Instant)| since.elapsed() >= MEASURE_WITHIN;
+        let late: Vec<NodeId> = self.pace.waiting.iter().filter(|(_, waits)| late(waits)).map(|(id, _)| *id).collect();
+        let mut given_up = None;
+        for id in late {
+            tracing::warn!(node = %id.short(), "a worker did not tell how fast it is; it takes part without");
+            given_up = given_up.or(self.admit(id));
+        }
+        if self.pace.looked.is_none_or(|looked| looked.elapsed() >= LOOK_EVERY) {
+            self.pace.looked = Some(Instant::now());
+            given_up = given_up.or(self.tell_paces());
+        }
+        given_up
+    }
+
+    fn tell_paces(&mut self) -> Option<String> {
+        let nodes: Vec<NodeId> = self.stages().iter().map(|stage| stage.node).collect();
+        let serves_one: HashSet<NodeId> =
+            nodes.iter().filter(|id| nodes.iter().filter(|other| other == id).count() == 1).copied().collect();
+        let mut given_up = None;
+        for (id, factor) in nodes.into_iter().zip(self.meter.paces()) {
+            // One that serves two stages computes them in turn, and neither time says how fast it is.
+            let Some(factor) = factor.filter(|f| serves_one.contains(&id) && PACES.contains(f)) else { continue };
+            let Some((speed, told)) = self.pace.speeds.get_mut(&id) else { continue };
+            if (factor / *told - 1.0).abs() < TELLING {
+                continue;
+            }
+            tracing::info!(node = %id.short(), factor, before = *told, "a node's pace has changed");
+            *told = factor;
+            let speed = Some(Box::new(speed.slowed(factor)));
+            given_up = given_up.or(self.feed(Input::Measured(id, speed, Vec::new())));
+        }
+        given_up
+    }
+
+    /// What the stages of the present placement are expected to take.
+    pub(super) fn expected(&self) -> Option<Expected> {
+        let model = self.settings.model.clone();
+        let of = |stage: &brigade_plan::PlannedStage| {
+            let speed = self.pace.speed(stage.node)?;
+            Some((speed.clone(), model.work(stage.layers)))
+        };
+        let stages: Vec<_> = self.stages().iter().map(of).collect();
+        stages.iter().any(Option::is_some).then_some(Expected { model, stages })
+    }
+}

@@ -1,0 +1,166 @@
+//! A stage that is computed for its time alone: hidden states that mean nothing, through the engine as in production.
+//!
+//! [`Bench`] owns the stage. Rows go through [`PassRunner::run`], as those of every pass do; filling the rows in is not
+//! timed.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use brigade_base::LayerRange;
+use brigade_engine::{LoadError, Stage, StageOptions};
+use brigade_gguf::{StageView, TensorSource};
+use brigade_protocol::frame::RowSet;
+
+use crate::images::Images;
+use crate::stage_pass::{PassError, PassRunner};
+
+/// Most runs of which the lower quartile is taken: enough that three that were disturbed do not count.
+const MOST_RUNS: usize = 5;
+
+/// A stage and what to feed it.
+pub(super) struct Bench {
+    runner: PassRunner,
+    /// Its layers as a multiple of the model's mean layer.
+    pub(super) work: f64,
+    n_ctx: u32,
+    /// `[max_rows, n_embd]`.
+    template: Vec<f32>,
+    hidden: Vec<f32>,
+    pub(super) out: Vec<f32>,
+    sets: Vec<RowSet>,
+    /// Bytes that were read in a second while it was loaded.
+    pub(super) load_bytes_per_s: f64,
+}
+
+/// What a bench is loaded for.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Shape {
+    pub(super) layers: LayerRange,
+    pub(super) n_ctx: u32,
+    pub(super) n_sessions: u32,
+    pub(super) max_rows: u32,
+}
+
+impl Bench {
+    /// Loads a view's layers, which count as `work` mean layers; `go_on` hears the loaded share.
+    pub(super) fn load(
+        view: &StageView,
+        source: Arc<dyn TensorSource>,
+        shape: Shape,
+        work: f64,
+        n_threads: u32,
+        go_on: &mut dyn FnMut(f32) -> bool,
+    ) -> Result<Self, LoadError> {
+        let options = StageOptions {
+            n_ctx: shape.n_ctx,
+            n_sessions: shape.n_sessions,
+            max_rows: shape.max_rows,
+            max_outputs: shape.n_sessions,
+            n_threads,
+            n_embd: view.n_embd(),
+            n_vocab: if view.is_final() { view.n_vocab() } else { 0 },
+            input_node: view.input_node(),
+            stop_node: view.stop_node(),
+        };
+        let begin = Instant::now();
+        let stage = Stage::load(Box::new(view.reader(source)), view.n_bytes(), options, go_on)?;
+        let load_bytes_per_s = view.weight_bytes() as f64 / begin.elapsed().as_secs_f64().max(1e-6);
+        let runner = PassRunner::new(stage, view.input_scale(), shape.n_sessions, Images::off());
+        let n_values = shape.max_rows as usize * view.n_embd() as usize;
+        Ok(Self {
+            runner,
+            work,
+            n_ctx: shape.n_ctx,
+            template: (0..n_values as u32).map(hidden_value).collect(),
+            hidden: Vec::new(),
+            out: Vec::new(),
+            sets: Vec::new(),
+            load_bytes_per_s,
+        })
+    }
+
+    /// Most rows of a run.
+    pub(super) fn max_rows(&self) -> u32 {
+        self.runner.stage().options().max_rows
+    }
+
+    /// Most sessions.
+    pub(super) fn n_sessions(&self) -> u32 {
+        self.runner.stage().options().n_sessions
+    }
+
+    /// Seconds of a run of `n_rows` decode rows, each in a slot of its own behind what the slot holds. A final stage
+    /// yields logits for all.
+    pub(super) fn decode(&mut self, n_rows: u32) -> Result<f64, PassError> {
+        self.sets.clear();
+        for slot in 0..n_rows {
+            let len = self.runner.stage().len(slot);
+            let keep = if len < self.n_ctx { len } else { 0 };
+            self.sets.push(RowSet { slot, keep, n_rows: 1, n_outputs: 1 });
+        }
+        self.run(n_rows)
+    }
+
+    /// Seconds of a run of `n_rows` rows of a slot behind its first `keep` tokens; a single one is a decode row.
+    pub(super) fn rows_behind(&mut self, slot: u32, keep: u32, n_rows: u32) -> Result<f64, PassError> {
+        self.sets.clear();
+        self.sets.push(RowSet { slot, keep, n_rows, n_outputs: 0 });
+        self.run(n_rows)
+    }
+
+    fn run(&mut self, n_rows: u32) -> Result<f64, PassError> {
+        let n_values = n_rows as usize * self.runner.stage().n_embd() as usize;
+        self.hidden.clear();
+        self.hidden.extend_from_slice(&self.template[..n_values.min(self.template.len())]);
+        let begin = Instant::now();
+        self.runner.run(&self.sets, &mut self.hidden, &mut self.out)?;
+        Ok(begin.elapsed().as_secs_f64())
+    }
+}
+
+/// A number between -1 and 1; neighbours have nothing to do with each other.
+fn hidden_value(index: u32) -> f32 {
+    let mixed = (index ^ (index >> 15)).wrapping_mul(0x2c1b_3c6d);
+    let mixed = (mixed ^ (mixed >> 12)).wrapping_mul(0x297a_2d39);
+    (mixed >> 8) as f32 / (1u32 << 23) as f32 - 1.0
+}
+
+/// What a run takes where nothing disturbs it, by runs within `most`. The first one warms up and counts only where there
+/// is no time for another.
+pub(super) fn time<E>(most: Duration, mut run: impl FnMut() -> Result<f64, E>) -> Result<f64, E> {
+    let begin = Instant::now();
+    let first = run()?;
+    let mut times = Vec::with_capacity(MOST_RUNS);
+    while times.len() < MOST_RUNS && begin.elapsed().as_secs_f64() + first < most.as_secs_f64() {
+        times.push(run()?);
+    }
+    Ok(if times.is_empty() { first } else { undisturbed(&mut times) })
+}
+
+/// The lower quartile of some times, 0 of none: what disturbs a run makes it longer, never shorter.
+pub(super) fn undisturbed(times: &mut [f64]) -> f64 {
+    times.sort_by(f64::total_cmp);
+    times.get(times.len() / 4).copied().unwrap_or(0.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_run_warms_up_and_counts_only_alone() {
+        let mut times = [9.0, 1.0, 3.0, 2.0, 5.0, 4.0].into_iter();
+        let next = || Ok::<_, ()>(times.next().unwrap());
+        assert_eq!(time(Duration::from_secs(3600), next), Ok(2.0));
+        assert_eq!(time(Duration::ZERO, || Ok::<_, ()>(7.0)), Ok(7.0));
+        assert_eq!(time(Duration::from_secs(1), || Err::<f64, _>("no")), Err("no"));
+    }
+
+    #[test]
+    fn hidden_values_are_all_over_the_place() {
+        let values: Vec<f32> = (0..4096).map(hidden_value).collect();
+        assert!(values.iter().all(|v| (-1.0..=1.0).contains(v)));
+        let mean = values.iter().sum::<f32>() / 4096.0;
+        assert!(mean.abs() < 0.05, "{mean}");
+    }
+}

@@ -1,0 +1,109 @@
+//! The small model of the repository is measured, with its own weights and with others.
+
+use std::sync::atomic::Ordering;
+
+use brigade_engine::dequantize_rows;
+use brigade_gguf::{Builder, GgmlType, Metadata, SyntheticTensors, TensorSource};
+use brigade_plan::{Curve, SpeedSource};
+
+use super::session::{DECODE_ROWS, Points, decode_rows, expected};
+use super::*;
+
+fn file() -> Arc<ModelFile> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/abacus-f16.gguf");
+    Arc::new(ModelFile::open(path).unwrap())
+}
+
+fn request(sessions: u32) -> MeasureRequest {
+    MeasureRequest { catalog: file().catalog().clone(), context: 256, sessions, max_rows: 64 + sessions }
+}
+
+/// With time for every point, however busy the machine is; the model is small, so that it is not needed.
+fn options(own: Option<Arc<ModelFile>>) -> MeasureOptions {
+    MeasureOptions { budget: Duration::from_secs(60), ..MeasureOptions::new(1, 1.0, own) }
+}
+
+fn rows(curve: &Curve) -> Vec<u32> {
+    curve.points().iter().map(|(rows, _)| *rows).collect()
+}
+
+#[test]
+fn a_node_with_the_model_measures_its_layers_and_head() {
+    let speed = measure(&request(4), &options(Some(file()))).unwrap();
+    assert!(speed.is_sound(), "{speed:?}");
+    assert_eq!(speed.source, SpeedSource::Layers);
+    assert_eq!((rows(&speed.decode), rows(&speed.chunk)), (vec![1, 2, 4], vec![2, 16, 64]));
+    assert_eq!(rows(speed.head.as_ref().unwrap()), [1, 4]);
+    assert!(speed.decode.at(1.0) > 0.0 && speed.load_bytes_per_s > 0.0 && speed.pass_s >= FRAME_S);
+}
+
+#[test]
+fn a_node_without_it_measures_its_shapes() {
+    let speed = measure(&request(6), &options(None)).unwrap();
+    assert!(speed.is_sound(), "{speed:?}");
+    assert_eq!((speed.source, speed.head), (SpeedSource::Shapes, None));
+    assert_eq!(rows(&speed.decode), [1, 2, 4, 6]);
+}
+
+#[test]
+fn what_was_measured_is_not_measured_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let (request, options, profiles) = (request(1), options(None), Profiles::open(dir.path()));
+    let measured = speed(&request, &options, &profiles, false).unwrap();
+    let stored = speed(&request, &options, &profiles, false).unwrap();
+    assert_eq!(rows(&stored.chunk), rows(&measured.chunk));
+    assert_eq!(speed(&request, &options, &profiles, false).unwrap(), stored);
+    let key = ProfileKey::of(&request, &options);
+    for other in [MeasureOptions { threads: 2, ..options.clone() }, MeasureOptions { own: Some(file()), ..options }] {
+        assert_ne!(ProfileKey::of(&request, &other), key);
+    }
+}
+
+#[test]
+fn a_measurement_that_is_cancelled_ends() {
+    let options = options(None);
+    options.cancel.store(true, Ordering::Relaxed);
+    assert!(matches!(measure(&request(1), &options), Err(MeasureError::Cancelled)));
+}
+
+#[test]
+fn too_little_memory_is_said() {
+    let request = request(1);
+    let options = options(None);
+    let mut session = Session::new(&request, &options).unwrap();
+    session.room = 1000;
+    let Err(error) = session.load_thin().map(drop) else { panic!() };
+    assert!(error.to_string().contains("free some memory"), "{error}");
+}
+
+#[test]
+fn made_up_weights_are_numbers_as_usual() {
+    let integers = [GgmlType::I8, GgmlType::I16, GgmlType::I32, GgmlType::I64, GgmlType::F64];
+    let never_stored = [GgmlType::Q8_1, GgmlType::Q8_K];
+    for ty in GgmlType::all().filter(|ty| !integers.contains(ty) && !never_stored.contains(ty)) {
+        let mut builder = Builder::new(&Metadata::new());
+        builder.tensor("blk.0.ffn_up.weight", &[4096, 4], ty).unwrap();
+        let source = SyntheticTensors::new(&Catalog::parse_header(&builder.header_bytes()).unwrap());
+        let mut bytes = vec![0; ty.tensor_bytes(&[4096, 4]).unwrap() as usize];
+        source.read_tensor(0, 0, &mut bytes).unwrap();
+        let mut values = Vec::new();
+        dequantize_rows(ty.id(), &bytes, 4096, &mut values).unwrap();
+        let n = values.len() as f32;
+        let (mean, rms) = (values.iter().sum::<f32>() / n, (values.iter().map(|v| v * v).sum::<f32>() / n).sqrt());
+        assert!((0.004..0.06).contains(&rms) && mean.abs() < 0.02, "{ty}: mean {mean}, rms {rms}");
+    }
+}
+
+#[test]
+fn rows_go_up_to_the_number_of_sessions() {
+    assert_eq!(decode_rows(1), [1]);
+    assert_eq!(decode_rows(6), [1, 4, 2, 6]);
+    assert_eq!(decode_rows(256), DECODE_ROWS);
+}
+
+#[test]
+fn what_a_run_will_take_follows_from_others() {
+    let points = vec![(4, 1.0), (16, 2.0)];
+    assert_eq!([2, 4, 8, 16, 32].map(|rows| expected(&points, rows)), [1.0, 1.0, 2.0, 2.0, 4.0]);
+    assert_eq!(expected(&Points::new(), 64), 0.0);
+}

@@ -1,0 +1,305 @@
+//! What numbers mean, in words: why an alternative is not the plan, and what to do.
+
+use brigade_base::ByteSize;
+
+use super::{Alternative, AlternativeKind, Forecast, Question};
+use crate::memory::{stage_memory, usable};
+use crate::predict::{RingModel, RingStage};
+use crate::{LinkProfile, Links, NodeProfile, Plan};
+use brigade_base::LayerRange;
+
+/// Below this gain nothing is worth a machine moved or a cable bought; predictions are no finer.
+const WORTH_SAYING: f64 = 1.1;
+
+/// From this factor on people say "2.1x" and not "110 %".
+const SAID_AS_FACTOR: f64 = 1.5;
+
+/// Below this difference two numbers are the same.
+const SAME: f64 = 1.02;
+
+/// Most names in a list.
+const MAX_NAMES: usize = 6;
+
+/// A number with two significant digits.
+pub fn figure(value: f64) -> String {
+    if !value.is_finite() || value <= 0.0 {
+        return "0".to_owned();
+    }
+    // Rounded first, so that 9.96 becomes 10 and not 10.0.
+    let unit = 10f64.powi(value.log10().floor() as i32 - 1);
+    let rounded = (value / unit).round() * unit;
+    let digits = (1 - rounded.log10().floor() as i32).max(0) as usize;
+    format!("{rounded:.digits$}")
+}
+
+/// A time with two significant digits, in the unit that people would use.
+pub fn seconds(value: f64) -> String {
+    match value {
+        s if s < 0.000_999_5 => format!("{} us", figure(s * 1e6)),
+        s if s < 0.999_5 => format!("{} ms", figure(s * 1e3)),
+        s if s < 119.5 => format!("{} s", figure(s)),
+        s if s < 7_200.0 => format!("{} min", figure(s / 60.0)),
+        s => format!("{} h", figure(s / 3600.0)),
+    }
+}
+
+/// A share as whole percent.
+pub(super) fn percent(share: f64) -> String {
+    format!("{:.0} %", share * 100.0)
+}
+
+/// Names as in a sentence; long lists are cut.
+pub(super) fn listed(names: &[&str]) -> String {
+    match names {
+        [] => "nothing".to_owned(),
+        [one] => (*one).to_owned(),
+        many if many.len() > MAX_NAMES => {
+            format!("{} and {} more", many[..MAX_NAMES - 1].join(", "), many.len() + 1 - MAX_NAMES)
+        }
+        [first @ .., last] => format!("{} and {last}", first.join(", ")),
+    }
+}
+
+/// How much faster the new rate is, as "2.1x faster" or "31 % slower".
+fn change(new: f64, old: f64) -> String {
+    let factor = new / old;
+    match factor {
+        f if f >= SAID_AS_FACTOR => format!("{}x faster", figure(f)),
+        f if f >= SAME => format!("{} faster", percent(f - 1.0)),
+        f if f > 1.0 / SAME => "as fast".to_owned(),
+        f if f > 1.0 / SAID_AS_FACTOR => format!("{} slower", percent(1.0 - f)),
+        f => format!("{}x slower", figure(1.0 / f)),
+    }
+}
+
+impl Forecast {
+    /// This one against another, as "one stream would be 31 % faster, 4 would be as fast".
+    pub fn compared_with(&self, other: &Self) -> String {
+        let one = change(self.tokens_per_s, other.tokens_per_s);
+        let many = change(self.streams_tokens_per_s, other.streams_tokens_per_s);
+        match other.streams {
+            1 => format!("one stream would be {one}"),
+            n if one == many => format!("one stream and {n} would be {one}"),
+            n => format!("one stream would be {one}, {n} would be {many}"),
+        }
+    }
+}
+
+/// Why an alternative is not the plan.
+pub(super) fn why_not(question: &Question<'_>, plan: &Plan, other: &Alternative) -> String {
+    let plan_forecast = plan.prediction.as_ref().map(Forecast::from);
+    let compared = match (&other.forecast, &plan_forecast) {
+        (Some(other), Some(plan)) => other.compared_with(plan),
+        _ => "how fast it would be is not known".to_owned(),
+    };
+    match other.kind {
+        AlternativeKind::Alone if !other.stages.iter().any(|stage| coordinates(question, stage.node)) => {
+            format!("{compared}; `brigade serve` would have to run there")
+        }
+        AlternativeKind::Replicas => format!("{compared}; Brigade does not route requests over copies yet"),
+        AlternativeKind::TensorGroup => format!("{compared}; {}; not executed by this version", other.why_not),
+        _ => compared,
+    }
+}
+
+fn coordinates(question: &Question<'_>, node: brigade_base::NodeId) -> bool {
+    question.nodes.iter().any(|known| known.id == node && question.may_coordinate(known))
+}
+
+/// What to do.
+pub(super) fn advice(question: &Question<'_>, plan: &Plan, others: &[Alternative]) -> Vec<String> {
+    let Some(prediction) = &plan.prediction else {
+        return vec![unknown_speeds(question)];
+    };
+    let now = Forecast::from(prediction);
+    let mut lines: Vec<String> = Vec::new();
+    lines.extend(serve_elsewhere(&now, plan, others));
+    lines.extend(route_instead(&now, others));
+    lines.extend(ask_for_less(question, &now));
+    lines.extend(leave_out(&now, others));
+    lines.extend(network(question, plan, &now));
+    lines.extend(more_memory(question, plan, &now));
+    if question.nodes.iter().any(|node| node.speed.is_none()) {
+        lines.push(unknown_speeds(question));
+    }
+    lines
+}
+
+fn unknown_speeds(question: &Question<'_>) -> String {
+    let unknown = question.nodes.iter().filter(|node| node.speed.is_none()).map(|node| node.name.as_str());
+    let names: Vec<&str> = unknown.collect();
+    format!(
+        "How fast {} would compute is not known: name the device, as --node NAME=SIZE@DEVICE, or let it join.",
+        listed(&names)
+    )
+}
+
+/// Another node alone is clearly better than the plan.
+fn serve_elsewhere(now: &Forecast, plan: &Plan, others: &[Alternative]) -> Option<String> {
+    let best = others.iter().find(|other| other.kind == AlternativeKind::Alone)?;
+    let (there, stage) = (best.forecast?, best.stages.first()?);
+    let gain = there.tokens_per_s / now.tokens_per_s;
+    (gain >= WORTH_SAYING).then(|| {
+        let instead = if plan.stages.len() > 1 { "this split" } else { "here" };
+        format!(
+            "The model fits on {0} alone and is {1} there than {2}{instead}: run `brigade serve` on {0}.",
+            stage.name,
+            change(there.tokens_per_s, now.tokens_per_s),
+            if plan.stages.len() > 1 { "in " } else { "" },
+        )
+    })
+}
+
+/// Copies give more than one deployment does.
+fn route_instead(now: &Forecast, others: &[Alternative]) -> Option<String> {
+    let copies = others.iter().find(|other| other.kind == AlternativeKind::Replicas)?;
+    let there = copies.forecast?;
+    (there.streams_tokens_per_s >= WORTH_SAYING * now.streams_tokens_per_s).then(|| {
+        let busy: Vec<&str> = copies.members.iter().filter(|m| m.streams > 0).map(|m| m.name.as_str()).collect();
+        format!(
+            "The model fits whole on {}: {} streams over such copies give {} tokens/s, {} than this plan. Brigade does \
+             not route requests over copies yet: run `brigade serve` on each, and a load balancer before them.",
+            listed(&busy),
+            there.streams,
+            figure(there.streams_tokens_per_s),
+            change(there.streams_tokens_per_s, now.streams_tokens_per_s)
+        )
+    })
+}
+
+/// What was asked about the split costs speed.
+fn ask_for_less(question: &Question<'_>, now: &Forecast) -> Option<String> {
+    let demand = question.demand;
+    let flag = match (&demand.split, demand.spread) {
+        (Some(_), _) => "--layers",
+        (None, true) => "--spread",
+        (None, false) => return None,
+    };
+    if !question.can_vary() {
+        return None;
+    }
+    let free = question.place(question.nodes, &question.free_demand()).ok()?;
+    let free = Forecast::from(free.prediction.as_ref()?);
+    (free.tokens_per_s >= WORTH_SAYING * now.tokens_per_s)
+        .then(|| format!("Without {flag}, one stream would be {}.", change(free.tokens_per_s, now.tokens_per_s)))
+}
+
+/// A node that costs more than it brings, whatever made the plan use it.
+fn leave_out(now: &Forecast, others: &[Alternative]) -> Option<String> {
+    let gains = |other: &&Alternative| {
+        let brings = |forecast: Forecast| {
+            forecast.tokens_per_s >= WORTH_SAYING * now.tokens_per_s
+                && forecast.streams_tokens_per_s >= now.streams_tokens_per_s
+        };
+        other.kind == AlternativeKind::Without && other.forecast.is_some_and(brings)
+    };
+    let best = others.iter().filter(gains).max_by(|a, b| super::rate(a).total_cmp(&super::rate(b)))?;
+    Some(format!("The plan {}.", faster(&best.name, super::rate(best), now.tokens_per_s)))
+}
+
+fn faster(name: &str, new: f64, old: f64) -> String {
+    format!("{name} would be {}", change(new, old))
+}
+
+/// What the network costs, and the most that a better one could bring.
+fn network(question: &Question<'_>, plan: &Plan, now: &Forecast) -> Option<String> {
+    let prediction = plan.prediction.as_ref()?;
+    let stages = &prediction.stages;
+    if stages.len() < 2 {
+        return None;
+    }
+    let ideal = RingAgain::of(question, plan)?.forecast(question, &no_network(question, plan))?;
+    let gain = ideal.tokens_per_s / now.tokens_per_s;
+    if gain < WORTH_SAYING {
+        return Some(format!(
+            "A faster network would bring {} at most: computing takes the rest.",
+            percent((gain - 1.0).max(0.0))
+        ));
+    }
+    let (worst, hop) = stages.iter().enumerate().max_by(|a, b| a.1.hop_s.total_cmp(&b.1.hop_s))?;
+    let token_s = 1.0 / now.tokens_per_s;
+    let hops_s: f64 = stages.iter().map(|stage| stage.hop_s).sum();
+    let to = &plan.stages[(worst + 1) % plan.stages.len()].name;
+    Some(format!(
+        "Links take {} of a lone stream's time, {} of it from {} to {to} ({}): a cable or a faster switch there brings most.",
+        percent(hops_s / token_s),
+        percent(hop.hop_s / token_s),
+        plan.stages[worst].name,
+        seconds(hop.hop_s)
+    ))
+}
+
+/// Links without delay or limit between all stages.
+fn no_network(question: &Question<'_>, plan: &Plan) -> Links {
+    let mut links = question.links.clone();
+    for (k, stage) in plan.stages.iter().enumerate() {
+        let to = plan.stages[(k + 1) % plan.stages.len()].node;
+        links.set(stage.node, to, LinkProfile { latency_s: 0.0, bytes_per_s: 1e15 });
+    }
+    links
+}
+
+/// The stages of a plan, to be predicted again under other conditions.
+struct RingAgain<'a>(Vec<RingStage<'a>>);
+
+impl<'a> RingAgain<'a> {
+    fn of(question: &Question<'a>, plan: &Plan) -> Option<Self> {
+        let stage = |stage: &crate::PlannedStage| {
+            let node = question.nodes.iter().find(|node| node.id == stage.node)?;
+            Some(RingStage { node, speed: node.speed.as_ref()?, layers: stage.layers })
+        };
+        plan.stages.iter().map(stage).collect::<Option<_>>().map(Self)
+    }
+
+    fn forecast(&self, question: &Question<'_>, links: &Links) -> Option<Forecast> {
+        Some(Forecast::from(&RingModel::new(question.model, &self.0, links, question.demand).predict()))
+    }
+}
+
+/// A split is only for want of memory: what the fastest node alone would do if it had enough.
+fn more_memory(question: &Question<'_>, plan: &Plan, now: &Forecast) -> Option<String> {
+    if plan.stages.len() < 2 {
+        return None;
+    }
+    let all = LayerRange::new(0, question.model.n_layers()).ok()?;
+    let missing = |node: &NodeProfile| {
+        let needed = stage_memory(question.model, question.demand, all, true).total().0;
+        needed.saturating_sub(usable(node.memory).0)
+    };
+    let alone = |node: &NodeProfile| -> Option<f64> {
+        let stage = [RingStage { node, speed: node.speed.as_ref()?, layers: all }];
+        Some(1.0 / RingModel::new(question.model, &stage, question.links, question.demand).token_s())
+    };
+    let lacking = question.nodes.iter().filter(|node| missing(node) > 0);
+    let (node, rate) = lacking.filter_map(|node| Some((node, alone(node)?))).max_by(|a, b| a.1.total_cmp(&b.1))?;
+    (rate >= WORTH_SAYING * now.tokens_per_s).then(|| {
+        format!(
+            "With {} more memory {} would hold the model alone, and one stream would be {}.",
+            ByteSize(missing(node)),
+            node.name,
+            change(rate, now.tokens_per_s)
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_for_people() {
+        let figures = [0.0, 0.0123, 0.99, 0.999, 1.0, 7.449, 9.96, 14.6, 99.6, 163.0, 12_345.0].map(figure);
+        assert_eq!(figures, ["0", "0.012", "0.99", "1.0", "1.0", "7.4", "10", "15", "100", "160", "12000"]);
+        let times = [0.000_012, 0.012, 0.98, 1.5, 90.0, 600.0, 36_000.0].map(seconds);
+        assert_eq!(times, ["12 us", "12 ms", "980 ms", "1.5 s", "90 s", "10 min", "10 h"]);
+        let changes = [2.1, 1.31, 1.01, 0.69, 0.25].map(|new| change(new, 1.0));
+        assert_eq!(changes, ["2.1x faster", "31 % faster", "as fast", "31 % slower", "4.0x slower"]);
+    }
+
+    #[test]
+    fn long_lists_of_names_are_cut() {
+        assert_eq!(listed(&["a"]), "a");
+        assert_eq!(listed(&["a", "b", "c"]), "a, b and c");
+        assert_eq!(listed(&["a", "b", "c", "d", "e", "f", "g", "h"]), "a, b, c, d, e and 3 more");
+    }
+}
