@@ -9,8 +9,8 @@ use std::path::Path;
 use brigade_plan::catalogue::models::{self, Quant};
 use brigade_plan::catalogue::{Catalogue, Scenario};
 use brigade_plan::{
-    AlternativeKind, Coordinator, Demand, Forecast, Links, ModelProfile, NodeProfile, PlanError, Study, figure,
-    place, seconds, study,
+    AlternativeKind, Coordinator, Demand, Forecast, Links, ModelProfile, NodeProfile, PlanError, Study, figure, place,
+    seconds, study,
 };
 use clap::Args;
 
@@ -250,8 +250,8 @@ So a cluster buys **capacity** first. It buys **throughput** where several strea
 **latency** for a model that one fast machine could hold.
 
 The tables say for each model what the best machine alone gives, what the best split gives, and what copies give: tokens
-per second of one stream, and in brackets of four streams together. Sessions have 4,096 tokens. *First token* is that of
-a prompt of 512 tokens.
+per second of one stream, and in brackets of four streams together. Sessions have 4,096 tokens. *First token* is how
+long it takes behind a prompt of 512 tokens, with what is advised.
 ";
 
 /// A forecast as a cell: one stream, and all of them.
@@ -303,7 +303,12 @@ fn alone(model: &ModelProfile, nodes: &[NodeProfile], links: &Links) -> Option<(
 }
 
 /// The best split over all nodes that take part in one.
-fn split(model: &ModelProfile, nodes: &[NodeProfile], links: &Links, scenario: &Scenario) -> Option<(String, Forecast)> {
+fn split(
+    model: &ModelProfile,
+    nodes: &[NodeProfile],
+    links: &Links,
+    scenario: &Scenario,
+) -> Option<(String, Forecast)> {
     let free = study(model, nodes, links, &demand(), Coordinator::Anywhere).ok()?.plan;
     let plan = if free.stages.len() > 1 {
         free
@@ -315,8 +320,8 @@ fn split(model: &ModelProfile, nodes: &[NodeProfile], links: &Links, scenario: &
         return None;
     }
     let used = match (plan.stages.len(), scenario.nodes.len()) {
-        (used, all) if used == all => format!("{used}:"),
-        (used, all) => format!("{used} of {all}:"),
+        (used, all) if used == all => format!("on {used},"),
+        (used, all) => format!("on {used} of {all},"),
     };
     Some((used, Forecast::from(plan.prediction.as_ref()?)))
 }
@@ -329,7 +334,10 @@ fn verdict(found: &Study, alone: &Option<(String, Forecast)>, split: &Option<(St
     let chosen = if found.plan.stages.len() > 1 { best_split } else { best_alone };
     let routed = match (copies, chosen) {
         (Some(copies), Some(chosen)) if copies.streams_tokens_per_s > 1.1 * chosen.streams_tokens_per_s => {
-            format!("; for several people a copy on each, {}x as much", figure(copies.streams_tokens_per_s / chosen.streams_tokens_per_s))
+            format!(
+                "; for several people a copy on each, {}x as much",
+                figure(copies.streams_tokens_per_s / chosen.streams_tokens_per_s)
+            )
         }
         _ => String::new(),
     };
@@ -343,11 +351,11 @@ fn verdict(found: &Study, alone: &Option<(String, Forecast)>, split: &Option<(St
 /// Two machines that need each other, on every kind of link.
 fn links_section() -> Outcome<String> {
     let mut text = String::from(
-        "\n## What each link buys\n\nTwo PCs with an RTX 3090 each and llama-3.3-70b in Q4_K_M, which fits on neither \
+        "\n## What each link buys\n\nTwo PCs with an RTX 3090 each and llama-3.3-70b in IQ4_XS, which fits on neither \
          alone.\n\n| Link | One stream | Four streams | First token | Share of a token's time on the way |\n\
          |---|---|---|---|---|\n",
     );
-    let model = models::profile("llama-3.3-70b", Quant::Q4_K_M).map_err(Failure::said)?;
+    let model = models::profile("llama-3.3-70b", Quant::IQ4_XS).map_err(Failure::said)?;
     let mut rates = Vec::new();
     for name in LINKS {
         let link = Catalogue::built_in().link(name).map_err(Failure::said)?;
@@ -391,9 +399,10 @@ fn routing_section() -> Outcome<String> {
          copy on each |\n|---|---|---|---|\n",
     );
     let model = models::profile("llama-3.1-8b", Quant::Q8_0).map_err(Failure::said)?;
-    let scenario =
-        Scenario::parse("[[node]]\nname = \"pc\"\ndevice = \"rtx-3090\"\nmemory = \"23GiB\"\ncount = 2\nlink = \"2.5gbe\"\n")
-            .map_err(Failure::said)?;
+    let scenario = Scenario::parse(
+        "[[node]]\nname = \"pc\"\ndevice = \"rtx-3090\"\nmemory = \"23GiB\"\ncount = 2\nlink = \"2.5gbe\"\n",
+    )
+    .map_err(Failure::said)?;
     let (nodes, links) = (scenario.profiles(&model), scenario.links());
     for streams in [1, 2, 4, 8, 16] {
         let demand = Demand { parallel: streams, max_rows: 256 + streams, ..demand() };

@@ -53,27 +53,6 @@ fn inspect_tells_what_is_in_a_file() {
 }
 
 #[test]
-fn plan_tells_who_gets_what() {
-    let abacus = abacus();
-    let path = abacus.to_str().unwrap();
-    let plan = |args: &[&str]| parsed(&[&["plan", path, "--json"], args].concat());
-    let stages = |plan: &Value| -> Vec<(String, Value)> {
-        let stages = plan["stages"].as_array().unwrap().iter();
-        stages.map(|stage| (stage["name"].as_str().unwrap().to_owned(), stage["layers"].clone())).collect()
-    };
-    let fits = plan(&["--node", "a=4GiB", "--node", "b=4GiB", "--context", "1024"]);
-    assert_eq!(stages(&fits), [("b".to_owned(), json!([0, 8]))], "one machine is enough, and that is the coordinator");
-    assert!(!fits["explanation"].as_array().unwrap().is_empty());
-    let spread = plan(&["--node", "a=4GiB,b=4GiB", "--context", "1024", "--spread"]);
-    assert_eq!(stages(&spread).len(), 2);
-    let pinned = plan(&["--node", "a=4GiB,b=4GiB", "--layers", "5,3", "--context", "1024"]);
-    assert_eq!(stages(&pinned), [("a".to_owned(), json!([0, 5])), ("b".to_owned(), json!([5, 8]))]);
-    assert_eq!(pinned["stages"][0]["node"].as_str().unwrap().len(), 64, "ids are hexadecimal");
-    let text = run(&["plan", path, "--node", "a=4GiB"]).ok();
-    assert!(text.contains("0..8"), "{text}");
-}
-
-#[test]
 fn status_shows_the_cluster() {
     let cluster = Cluster::of(2);
     let [coordinator, worker] = ["a", "w0"].map(|node| cluster.state_dir(node));

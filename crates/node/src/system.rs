@@ -166,6 +166,43 @@ fn number(path: &Path) -> Option<u64> {
     text(path)?.parse().ok()
 }
 
+/// Processor time since the machine was started, in the system's ticks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CpuTime {
+    /// Of all cores together, idle or not.
+    all: u64,
+    /// Of them, what was spent on computing.
+    busy: u64,
+    /// What this process has spent.
+    own: u64,
+}
+
+impl CpuTime {
+    /// Up to now; `None` where the system does not tell.
+    pub fn now() -> Option<Self> {
+        let (machine, own) = (fs::read_to_string("/proc/stat").ok()?, fs::read_to_string("/proc/self/stat").ok()?);
+        Self::parse(&machine, &own)
+    }
+
+    /// From the files `stat` of the machine and of this process.
+    fn parse(machine: &str, own: &str) -> Option<Self> {
+        let of_all = machine.lines().next()?.strip_prefix("cpu ")?;
+        // user, nice, system, idle, iowait, irq, softirq, steal; guests are counted in user.
+        let ticks: Vec<u64> = of_all.split_whitespace().take(8).map_while(|n| n.parse().ok()).collect();
+        let idle = ticks.get(3)? + ticks.get(4)?;
+        let all = ticks.iter().sum();
+        // Behind the name, which may have spaces and brackets: the state, ten numbers, user and system time.
+        let mut numbers = own.rsplit_once(')')?.1.split_whitespace().skip(11).map_while(|n| n.parse::<u64>().ok());
+        Some(Self { all, busy: all - idle, own: numbers.next()? + numbers.next()? })
+    }
+
+    /// Share of all cores' time since `before` that other processes took, 0 to 1.
+    pub fn others_since(self, before: Self) -> f64 {
+        let others = self.busy.saturating_sub(before.busy).saturating_sub(self.own.saturating_sub(before.own));
+        others as f64 / self.all.saturating_sub(before.all).max(1) as f64
+    }
+}
+
 /// The machine's name for people.
 pub fn host_name() -> String {
     let name = System::host_name().unwrap_or_else(|| "node".to_owned());
@@ -203,6 +240,18 @@ mod tests {
         assert_eq!(features("Features\t: fp asimd i8mm"), ["asimd", "i8mm"]);
         assert!(features("").is_empty());
         assert!(cpu().n_threads >= 1);
+    }
+
+    #[test]
+    fn what_others_compute_is_told_from_what_this_process_does() {
+        let time = |machine: &str, own: &str| CpuTime::parse(machine, own).unwrap();
+        let own = |user, system| format!("7 (a) b (c)) S 1 1 1 0 -1 4 1 0 0 0 {user} {system} 0 0 20 0");
+        let before = time("cpu  10 0 10 100 0 0 0 0 0 0\ncpu0 1\n", &own(1, 1));
+        let after = time("cpu  50 0 30 130 10 0 0 0 0 0\ncpu0 1\n", &own(21, 11));
+        assert_eq!(after.others_since(before), 0.3);
+        assert_eq!(before.others_since(after), 0.0);
+        assert_eq!(CpuTime::parse("", ""), None);
+        assert_eq!(CpuTime::now().is_some(), cfg!(target_os = "linux"));
     }
 
     #[test]

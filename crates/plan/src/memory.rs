@@ -10,8 +10,8 @@ use crate::{Demand, ModelProfile};
 pub const HEADROOM_DIVISOR: u64 = 16;
 
 /// What a node's process needs before it holds a single weight: code, TLS, thread stacks and libllama's own tables.
-/// Measured between 20 and 40 MiB; rounded up.
-pub const COMPUTE_FLOOR: u64 = 48 << 20;
+/// Measured between 20 and 30 MiB.
+pub const COMPUTE_FLOOR: u64 = 28 << 20;
 
 /// Attention scores of a batch are held up to this size; beyond it the engine uses flash attention, which holds none.
 const MAX_SCORES_BYTES: u64 = 512 << 20;

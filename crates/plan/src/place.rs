@@ -373,7 +373,7 @@ mod tests {
 
     #[test]
     fn shares_follow_memory() {
-        let plan = place_here(&model(12), &nodes(&[1000, 500, 600]), &demand()).unwrap();
+        let plan = place_here(&model(12), &nodes(&[980, 500, 600]), &demand()).unwrap();
         assert_eq!(split_of(&plan), [7, 3, 2]);
     }
 

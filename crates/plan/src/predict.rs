@@ -277,20 +277,22 @@ impl<'a> RingModel<'a> {
     ///
     /// - Latency: a lone stream's token, and a token's share of the time until the first.
     /// - Throughput: a round of all sessions, over the best number of passes.
-    /// - Balanced: a lone stream's token, and the busiest stage's time for a round. With a single session it is
+    /// - Balanced: a lone stream's token, and the busiest stage's time for a round with no fewer passes than there are
+    ///   stages, so that a round is not shorter than the way around but for its hops. With a single session it is
     ///   latency: nobody else could use a stage that is free.
     pub fn cost_s(&self) -> f64 {
         let n = self.demand.parallel.max(1);
-        let most = n.min(MOST_PASSES_PER_STAGE * self.stages.len() as u32);
-        let least = |round_s: &dyn Fn(f64, f64) -> f64| {
+        let n_stages = self.stages.len() as u32;
+        let most = n.min(MOST_PASSES_PER_STAGE * n_stages);
+        let least = |fewest: u32, round_s: &dyn Fn(f64, f64) -> f64| {
             let of = |passes: u32| round_s(passes.into(), f64::from(n.div_ceil(passes)));
-            (1..=most).map(of).fold(f64::INFINITY, f64::min)
+            (fewest..=most).map(of).fold(f64::INFINITY, f64::min)
         };
         match objective(self.demand) {
             Optimize::Latency => self.token_s() + self.flow_s() / f64::from(ANSWER_TOKENS),
-            Optimize::Throughput => least(&|passes, rows| self.around_s(rows).max(passes * self.slowest_s(rows))),
+            Optimize::Throughput => least(1, &|passes, rows| self.around_s(rows).max(passes * self.slowest_s(rows))),
             Optimize::Balanced | Optimize::Memory => {
-                self.token_s() + least(&|passes, rows| passes * self.slowest_s(rows))
+                self.token_s() + least(n.min(n_stages), &|passes, rows| passes * self.slowest_s(rows))
             }
         }
     }

@@ -12,7 +12,9 @@
 use brigade_base::{ByteSize, LayerRange, NodeId};
 use brigade_plan::catalogue::models::{self, Quant};
 use brigade_plan::catalogue::{Catalogue, Device, Kind};
-use brigade_plan::{Demand, LinkProfile, Links, ModelProfile, NodeProfile, Optimize, RingModel, RingStage, place};
+use brigade_plan::{
+    Demand, LinkProfile, Links, ModelProfile, NodeProfile, Optimize, RingModel, RingStage, place_anywhere,
+};
 
 /// How far a prediction may be off.
 const MOST_OFF: f64 = 0.35;
@@ -116,7 +118,7 @@ fn split(n_layers: u32, shares: &[f64]) -> Vec<u32> {
 /// What Brigade would do there, by its planner.
 fn brigade(model: &ModelProfile, parts: &[Part], link: LinkProfile) -> String {
     let nodes = nodes(model, parts);
-    match place(model, &nodes, &links(&nodes, link), &demand()) {
+    match place_anywhere(model, &nodes, &links(&nodes, link), &demand()) {
         Ok(plan) => {
             let rate = plan.prediction.as_ref().map_or(f64::NAN, |prediction| prediction.tokens_per_s);
             format!("{rate:.1} on {}", plan.stages.len())
@@ -347,7 +349,7 @@ fn prima_cases() -> Vec<Case> {
         part("apple-m1", 2.4),
         part("desktop-ddr4", 9.7),
         part("laptop-ddr4", 4.1),
-        own_part("kirin-9000", Kind::Cpu, 44.0, 0.3, 1.9),
+        own_part("kirin-9000", Kind::Cpu, 44.0, 0.48, 1.9),
     ];
     let wifi = link("wifi-5");
     let case = |(name, shape, published_ms): (&str, &str, f64)| {

@@ -264,8 +264,9 @@ impl File {
             return Err(wrong().into());
         }
         let expected = last - first + 1;
-        // What breaks off is told by its length.
-        let read = response.into_body().into_with_config().limit(expected).reader().read_to_end(bytes);
+        // The body's own limit counts as exceeded where it is reached. What breaks off is told by its length.
+        let body = response.into_body().into_with_config().limit(expected + 1).reader();
+        let read = body.take(expected).read_to_end(bytes);
         let found = bytes.len() as u64 - start;
         if found != expected || read.is_err() {
             return Err(RemoteError::BrokeOff { url: url(), found, expected }.into());

@@ -125,8 +125,8 @@ fn hidden_value(index: u32) -> f32 {
     (mixed >> 8) as f32 / (1u32 << 23) as f32 - 1.0
 }
 
-/// What a run takes where nothing disturbs it, by runs within `most`. The first one warms up and counts only where there
-/// is no time for another.
+/// What a run takes where nothing disturbs it, by runs within `most`. The first one warms up and counts only where
+/// there is no time for another.
 pub(super) fn time<E>(most: Duration, mut run: impl FnMut() -> Result<f64, E>) -> Result<f64, E> {
     let begin = Instant::now();
     let first = run()?;

@@ -12,7 +12,7 @@ use brigade_gguf::{Builder, Catalog, GgmlType, Metadata, Value};
 use brigade_plan::ModelProfile;
 use serde::{Deserialize, Serialize};
 
-use super::{MEMORY_DIVISOR, MeasureError, MeasureOptions, MeasureRequest, hash_bytes_per_s, measure};
+use super::{MEMORY_DIVISOR, MeasureError, MeasureOptions, MeasureRequest, Watch, hash_bytes_per_s, measure};
 use crate::model::model_profile;
 use crate::system::{self, Cpu};
 use crate::threads::seconds_since_1970;
@@ -93,7 +93,11 @@ pub fn profile(state_dir: &Path, threads: u32, throttle: f32, again: bool) -> Re
     if let Some(stored) = read(&path).filter(|stored| !again && fits(stored)) {
         return Ok(stored);
     }
+    let watch = Watch::begin();
     let profile = measure_machine(state_dir, threads, throttle)?;
+    if !watch.is_quiet() {
+        return Ok(profile);
+    }
     let written = serde_json::to_vec_pretty(&profile)
         .map_err(io::Error::from)
         .and_then(|bytes| brigade_net::write_atomic(&path, &bytes, 0o600));

@@ -35,6 +35,7 @@ use brigade_protocol::control::ModelRef;
 pub use self::profiles::{ProfileKey, Profiles};
 use self::session::Session;
 use crate::stage_pass::PassError;
+use crate::system::CpuTime;
 
 /// What a measurement takes in all, about: a node that joins is kept waiting for it.
 pub const BUDGET: Duration = Duration::from_secs(5);
@@ -42,8 +43,12 @@ pub const BUDGET: Duration = Duration::from_secs(5);
 /// Of the free memory, one part in so many may be taken for a measurement.
 const MEMORY_DIVISOR: u64 = 4;
 
-/// What a stage does for a pass beside running it, in seconds: it wakes up, reads and decodes a frame, encodes and writes
-/// one. Measured between 40 and 90 us over loopback.
+/// Share of the processor that other programs may take during a measurement that counts for long: a desktop at rest
+/// takes a few percent, a program that computes takes a core.
+const MOST_OTHERS: f64 = 0.1;
+
+/// What a stage does for a pass beside running it, in seconds: it wakes up, reads and decodes a frame, encodes and
+/// writes one. An estimate: two wake-ups of threads and two system calls, at ten to twenty microseconds each.
 pub const FRAME_S: f64 = 60e-6;
 
 /// What is to be measured.
@@ -142,14 +147,38 @@ pub fn speed(
     again: bool,
 ) -> Result<Speed, MeasureError> {
     let key = ProfileKey::of(request, options);
-    if let Some(speed) = profiles.get(&key).filter(|_| !again) {
+    if let Some(speed) = profiles.get_quiet(&key).filter(|_| !again) {
         return Ok(speed);
     }
+    let watch = Watch::begin();
     let speed = measure(request, options)?;
-    if let Err(error) = profiles.put(&key, &speed) {
+    if let Err(error) = profiles.put(&key, &speed, watch.is_quiet()) {
         tracing::warn!(%error, "the measured speed is not kept; it will be measured again at the next start");
     }
     Ok(speed)
+}
+
+/// Whether other programs disturb a measurement. One that was disturbed is used, but measured again the next time.
+struct Watch(Option<CpuTime>);
+
+impl Watch {
+    fn begin() -> Self {
+        Self(CpuTime::now())
+    }
+
+    /// Whether the processor was left to this process since the beginning, as far as the system tells.
+    fn is_quiet(&self) -> bool {
+        let (Some(before), Some(now)) = (self.0, CpuTime::now()) else { return true };
+        let others = now.others_since(before);
+        if others > MOST_OTHERS {
+            let percent = (others * 100.0).round();
+            tracing::warn!(
+                "other programs took {percent} % of the processor while its speed was measured; it will be measured \
+                 again at the next start"
+            );
+        }
+        others <= MOST_OTHERS
+    }
 }
 
 /// The speed of this machine with a model, as [`speed`] with the profiles of a state directory.

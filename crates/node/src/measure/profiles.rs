@@ -64,6 +64,8 @@ impl ProfileKey {
 struct Stored {
     /// Seconds since 1970.
     measured_at: u64,
+    /// Whether other programs left the processor to the measurement.
+    is_quiet: bool,
     speed: Speed,
 }
 
@@ -83,24 +85,34 @@ impl Profiles {
         self.dir.join(format!("{}.json", key.0))
     }
 
-    /// The speed that was measured for `key`, if any.
+    /// The speed that was measured last for `key`, if any.
     pub fn get(&self, key: &ProfileKey) -> Option<Speed> {
+        self.read(key).map(|stored| stored.speed)
+    }
+
+    /// The same, unless other programs disturbed the measurement.
+    pub(super) fn get_quiet(&self, key: &ProfileKey) -> Option<Speed> {
+        self.read(key).filter(|stored| stored.is_quiet).map(|stored| stored.speed)
+    }
+
+    fn read(&self, key: &ProfileKey) -> Option<Stored> {
         let path = self.path(key);
         if fs::metadata(&path).ok()?.len() > MAX_FILE_BYTES {
             return None;
         }
-        let Stored { speed, .. } = serde_json::from_slice(&fs::read(&path).ok()?).ok()?;
-        let was_measured = matches!(speed.source, SpeedSource::Layers | SpeedSource::Shapes);
-        (was_measured && speed.is_sound()).then_some(speed)
+        let stored: Stored = serde_json::from_slice(&fs::read(&path).ok()?).ok()?;
+        let was_measured = matches!(stored.speed.source, SpeedSource::Layers | SpeedSource::Shapes);
+        (was_measured && stored.speed.is_sound()).then_some(stored)
     }
 
-    /// Keeps a speed; the oldest go if there are too many.
+    /// Keeps a speed; the oldest go if there are too many. One that is not `is_quiet`, since other programs were
+    /// computing, is there for those who cannot measure, and measured again by those who can.
     ///
     /// # Errors
     /// If it cannot be written.
-    pub fn put(&self, key: &ProfileKey, speed: &Speed) -> io::Result<()> {
+    pub fn put(&self, key: &ProfileKey, speed: &Speed, is_quiet: bool) -> io::Result<()> {
         brigade_net::create_private_dir(&self.dir)?;
-        let stored = Stored { measured_at: seconds_since_1970(), speed: speed.clone() };
+        let stored = Stored { measured_at: seconds_since_1970(), is_quiet, speed: speed.clone() };
         brigade_net::write_atomic(&self.path(key), &serde_json::to_vec_pretty(&stored)?, 0o600)?;
         self.trim(&self.path(key))
     }
@@ -149,7 +161,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let profiles = Profiles::open(dir.path());
         assert_eq!(profiles.get(&key(1)), None);
-        profiles.put(&key(1), &speed(0.001)).unwrap();
+        profiles.put(&key(1), &speed(0.001), true).unwrap();
         assert_eq!(profiles.get(&key(1)), Some(speed(0.001)));
         assert_eq!(profiles.get(&key(2)), None);
         let path = profiles.path(&key(1));
@@ -158,8 +170,10 @@ mod tests {
             fs::write(&path, broken).unwrap();
             assert_eq!(profiles.get(&key(1)), None, "{broken:.40}");
         }
-        profiles.put(&key(1), &speed(0.003)).unwrap();
-        assert_eq!(profiles.get(&key(1)), Some(speed(0.003)));
+        profiles.put(&key(1), &speed(0.003), true).unwrap();
+        assert_eq!(profiles.get_quiet(&key(1)), Some(speed(0.003)));
+        profiles.put(&key(1), &speed(0.004), false).unwrap();
+        assert_eq!((profiles.get(&key(1)), profiles.get_quiet(&key(1))), (Some(speed(0.004)), None));
     }
 
     #[test]
@@ -167,7 +181,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let profiles = Profiles::open(dir.path());
         for n in 0..=MAX_PROFILES as u8 {
-            profiles.put(&key(n), &speed(0.001)).unwrap();
+            profiles.put(&key(n), &speed(0.001), true).unwrap();
             let time = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(u64::from(n) + 1);
             fs::File::options().append(true).open(profiles.path(&key(n))).unwrap().set_modified(time).unwrap();
         }

@@ -278,8 +278,8 @@ impl<'a> Session<'a> {
         })?;
         let thin_row_s = undisturbed(&mut thin_times);
         let layer_s = (row_s - thin_row_s) / (thick.work - thin.work).max(f64::MIN_POSITIVE);
-        // Never more than half of what a layer takes: that would be noise, or caches.
-        let pass_s = (thin_row_s - layer_s * thin.work).clamp(0.0, thin_row_s / 2.0);
+        // Never more than a quarter of what the thin stage takes: that would be noise.
+        let pass_s = (thin_row_s - layer_s * thin.work).clamp(0.0, thin_row_s / 4.0);
         let rows = decode_rows(self.request.sessions);
         let mut points = self.time_points(&rows[1..], self.shares().decode, |rows| Ok(thick.decode(rows)?))?;
         points.push((1, row_s));
@@ -396,8 +396,10 @@ impl<'a> Session<'a> {
                 std::hint::black_box(sampler.sample(logits, 0));
             }
             let layers_s = pass_s + tail.work * decode.at(rows.into());
-            Ok((run_s + begin.elapsed().as_secs_f64() - layers_s).max(0.0))
+            Ok(run_s + begin.elapsed().as_secs_f64() - layers_s)
         })?;
-        if points.is_empty() { Ok(None) } else { curve(points, |seconds| seconds).map(Some) }
+        // Where the layers alone seem to have taken longer, one of the two was disturbed.
+        let is_sound = !points.is_empty() && points.iter().all(|(_, seconds)| *seconds > 0.0);
+        if is_sound { curve(points, |seconds| seconds).map(Some) } else { Ok(None) }
     }
 }

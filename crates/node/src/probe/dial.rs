@@ -89,9 +89,9 @@ impl ProbeError {
 ///
 /// A latency is from the first byte that is sent to the first that is received, between the threads that send and
 /// receive: encryption, system calls, both kernels, the way, and waking the reader up. What a hop costs beyond that,
-/// handing the frame to the thread that computes, is in [`brigade_plan::Speed::pass_s`]. It is chosen such that a single
-/// row takes what it was measured to take, since that is what travels most; where larger frames gain more than they
-/// should by their size, it is the half of a small frame's round trip.
+/// handing the frame to the thread that computes, is in [`brigade_plan::Speed::pass_s`]. It is chosen such that a
+/// single row takes as long as was measured, since that is what travels most; but it is no less than half of a small
+/// frame's round trip.
 ///
 /// # Errors
 /// If the node is not reached, refuses, or the link breaks.
@@ -223,7 +223,8 @@ impl Probe {
     }
 
     /// Bytes in a second on one way: the best of the last transfers, each twice as large as the one before, as many as
-    /// fit into `within`; one at least. If not even that one arrives, `slow_rate` or what the time says, if that is less.
+    /// fit into `within`; one at least. If not even that one arrives, `slow_rate`, or what the time says if that is
+    /// less.
     ///
     /// The round trip of a small frame is taken off each. On a far link the first transfers take more of those, since
     /// TCP begins slowly; so do a ring's frames there, after each pause.

@@ -120,8 +120,7 @@ mod tests {
             seen.lock().unwrap().push(parts.iter().map(|part| part.len()).sum());
         };
         let _ = serve_probe(&*TestLink::with_kinds(on_send, move || frames.next()));
-        let answers = answers.lock().unwrap().clone();
-        answers
+        answers.lock().unwrap().clone()
     }
 
     #[test]

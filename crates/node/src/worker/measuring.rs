@@ -1,7 +1,7 @@
 //! Answering how fast this node is, and what is wrong with it.
 //!
 //! Both take seconds, so each has a thread, which tells the coordinator by itself over the link on which it was asked;
-//! where that has ended nobody waits for the answer. One measurement runs at a time: a newer question ends an older one.
+//! where that has ended nobody waits for the answer. One measurement runs at a time: a newer question ends an older.
 
 use std::io;
 use std::path::PathBuf;
@@ -30,9 +30,13 @@ pub(super) struct Measuring {
     /// Ends what is being measured.
     cancel: Arc<AtomicBool>,
     is_examining: Arc<AtomicBool>,
+    last: Arc<LastSpeed>,
     /// Where the nodes listen whose links were asked for last.
     peer_addresses: Vec<String>,
 }
+
+/// What was measured last: on a machine that is busy with other things, profiles do not keep that.
+type LastSpeed = Mutex<Option<(ProfileKey, Speed)>>;
 
 /// A node as it is measured.
 #[derive(Clone)]
@@ -57,6 +61,7 @@ impl Measuring {
             turn: Arc::default(),
             cancel: Arc::default(),
             is_examining: Arc::default(),
+            last: Arc::default(),
             peer_addresses: Vec::new(),
         }
     }
@@ -68,11 +73,11 @@ impl Measuring {
         self.cancel = Arc::default();
         self.peer_addresses = request.peers.iter().flat_map(|peer| peer.addresses.clone()).collect();
         let (node, turn, cancel) = (self.node.clone(), Arc::clone(&self.turn), Arc::clone(&self.cancel));
-        let link = Arc::clone(&control);
+        let (link, last) = (Arc::clone(&control), Arc::clone(&self.last));
         let work = move || {
             // Whoever has it was told to end.
             let _turn = lock(&turn);
-            let measured = node.measure(&request, is_at_work, &cancel);
+            let measured = node.measure(&request, is_at_work, &last, &cancel);
             if !cancel.load(Ordering::Relaxed) {
                 tell(&*link, &ToCoordinator::Measured(Box::new(measured)));
             }
@@ -118,9 +123,9 @@ impl Measuring {
 
 impl Measurable {
     /// Measures the node and its links, as far as that works.
-    fn measure(&self, request: &Measure, is_at_work: bool, cancel: &Arc<AtomicBool>) -> Measured {
+    fn measure(&self, request: &Measure, is_at_work: bool, last: &LastSpeed, cancel: &Arc<AtomicBool>) -> Measured {
         let mut troubles = Vec::new();
-        let speed = self.speed(request, is_at_work, cancel).unwrap_or_else(|trouble| {
+        let speed = self.speed(request, is_at_work, last, cancel).unwrap_or_else(|trouble| {
             troubles.push(trouble);
             None
         });
@@ -133,7 +138,13 @@ impl Measurable {
     }
 
     /// How fast it computes the model; nothing if that is not known and not to be measured.
-    fn speed(&self, wanted: &Measure, is_at_work: bool, cancel: &Arc<AtomicBool>) -> Result<Option<Speed>, String> {
+    fn speed(
+        &self,
+        wanted: &Measure,
+        is_at_work: bool,
+        last: &LastSpeed,
+        cancel: &Arc<AtomicBool>,
+    ) -> Result<Option<Speed>, String> {
         let request =
             MeasureRequest::of(&wanted.model).map_err(|error| format!("its header cannot be read: {error}"))?;
         let options = MeasureOptions {
@@ -142,12 +153,15 @@ impl Measurable {
             cancel: Arc::clone(cancel),
             ..MeasureOptions::new(self.threads, self.throttle, self.own_of(&wanted.model))
         };
-        let profiles = Profiles::open(&self.state_dir);
+        let (profiles, key) = (Profiles::open(&self.state_dir), ProfileKey::of(&request, &options));
         if is_at_work {
-            return Ok(profiles.get(&ProfileKey::of(&request, &options)));
+            let last = lock(last).clone().filter(|(of, _)| *of == key).map(|(_, speed)| speed);
+            return Ok(last.or_else(|| profiles.get(&key)));
         }
         let measured = speed(&request, &options, &profiles, false);
-        measured.map(Some).map_err(|error| format!("its speed was not measured: {}", chain(&error)))
+        let speed = measured.map_err(|error| format!("its speed was not measured: {}", chain(&error)))?;
+        *lock(last) = Some((key, speed.clone()));
+        Ok(Some(speed))
     }
 
     /// Its own copy, if it is of this model.
@@ -178,6 +192,7 @@ fn no_thread(error: &io::Error) -> String {
 /// What went wrong, as long as a message may be.
 fn text_of(troubles: &[String]) -> Option<String> {
     let mut text = troubles.join("; ");
-    text.truncate(text.floor_char_boundary(MAX_FINDING_BYTES));
+    let end = (0..=MAX_FINDING_BYTES.min(text.len())).rev().find(|at| text.is_char_boundary(*at));
+    text.truncate(end.unwrap_or(0));
     (!text.is_empty()).then_some(text)
 }

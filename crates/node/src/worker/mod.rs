@@ -4,7 +4,7 @@
 //!   What follows from it is decided by [`brigade_protocol::worker::Stages`].
 //! - A *control thread* dials the coordinator, answers its pings, and passes its messages on. It dials again when the
 //!   link is lost, for as long as the worker runs; the stages stop meanwhile, and after a while their memory is free.
-//! - A *measuring thread* finds out how fast this node is, when the coordinator asks; another one, what is wrong with it.
+//! - A *measuring thread* finds out how fast this node is when the coordinator asks; another, what is wrong with it.
 //! - A *loader thread* gathers and verifies weights and loads a stage, one at a time.
 //! - *Dialing threads* reach the stages behind; the node's [`Site`] takes the links of those before.
 //! - A *stage thread* owns a stage while it serves or stands by, see [`crate::stage_thread`]; a *handover thread*,

@@ -18,10 +18,10 @@ use super::least::{SAME, Shares};
 use super::problem::{Part, Problem, Scenario};
 
 /// Scenarios that are looked at: more numbers of passes lie between these and are tried when the ring is cut.
-const MAX_SCENARIOS: usize = 8;
+const MAX_SCENARIOS: usize = 12;
 
 /// Candidates from which local search starts: those behind them mostly share their workers.
-const MAX_STARTS: usize = 6;
+const MAX_STARTS: usize = 12;
 
 /// Nodes that local search may use beside those of the best candidate: its step is linear in them times the stages.
 const POOL: usize = 48;

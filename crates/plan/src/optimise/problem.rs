@@ -48,7 +48,7 @@ pub(super) struct Scenario {
 
 impl Scenario {
     /// All that rings of so many stages can run. Of several numbers of passes with the same number of rows the fewest
-    /// is never worse, so only that is there.
+    /// is never worse, so the others are there only for rings that need more passes than that.
     pub fn all(demand: &Demand, stages: &RangeInclusive<usize>) -> Vec<Self> {
         let mut all: Vec<Self> = Vec::new();
         if objective(demand) == Optimize::Latency {
@@ -73,11 +73,13 @@ impl Scenario {
         let most = n.min(MOST_PASSES_PER_STAGE.saturating_mul(*stages.end() as u32));
         for passes in 1..=most {
             let rows = f64::from(n.div_ceil(passes));
-            if all.last().is_some_and(|last| last.rows == rows) {
+            let is_again = all.last().is_some_and(|last| last.rows == rows);
+            if is_again && (kind == Kind::Round || passes as usize > *stages.end()) {
                 continue;
             }
-            let least_stages = passes.div_ceil(MOST_PASSES_PER_STAGE) as usize;
-            all.push(Self { kind, rows, weight: passes.into(), least_stages, most_stages: usize::MAX });
+            let least_stages = if is_again { passes } else { passes.div_ceil(MOST_PASSES_PER_STAGE) } as usize;
+            let most_stages = if kind == Kind::Round || passes == n { usize::MAX } else { passes as usize };
+            all.push(Self { kind, rows, weight: passes.into(), least_stages, most_stages });
         }
         all
     }

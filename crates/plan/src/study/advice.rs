@@ -11,6 +11,9 @@ use brigade_base::LayerRange;
 /// Below this gain nothing is worth a machine moved or a cable bought; predictions are no finer.
 const WORTH_SAYING: f64 = 1.1;
 
+/// Below this gain not even the most that something could bring is of interest.
+const WORTH_MENTIONING: f64 = 1.03;
+
 /// From this factor on people say "2.1x" and not "110 %".
 const SAID_AS_FACTOR: f64 = 1.5;
 
@@ -113,7 +116,7 @@ pub(super) fn advice(question: &Question<'_>, plan: &Plan, others: &[Alternative
     };
     let now = Forecast::from(prediction);
     let mut lines: Vec<String> = Vec::new();
-    lines.extend(serve_elsewhere(&now, plan, others));
+    lines.extend(serve_elsewhere(question, &now, plan, others));
     lines.extend(route_instead(&now, others));
     lines.extend(ask_for_less(question, &now));
     lines.extend(leave_out(&now, others));
@@ -135,18 +138,20 @@ fn unknown_speeds(question: &Question<'_>) -> String {
 }
 
 /// Another node alone is clearly better than the plan.
-fn serve_elsewhere(now: &Forecast, plan: &Plan, others: &[Alternative]) -> Option<String> {
+fn serve_elsewhere(question: &Question<'_>, now: &Forecast, plan: &Plan, others: &[Alternative]) -> Option<String> {
     let best = others.iter().find(|other| other.kind == AlternativeKind::Alone)?;
     let (there, stage) = (best.forecast?, best.stages.first()?);
     let gain = there.tokens_per_s / now.tokens_per_s;
-    (gain >= WORTH_SAYING).then(|| {
-        let instead = if plan.stages.len() > 1 { "this split" } else { "here" };
-        format!(
-            "The model fits on {0} alone and is {1} there than {2}{instead}: run `brigade serve` on {0}.",
-            stage.name,
-            change(there.tokens_per_s, now.tokens_per_s),
-            if plan.stages.len() > 1 { "in " } else { "" },
-        )
+    if gain < WORTH_SAYING {
+        return None;
+    }
+    let name = &stage.name;
+    let how_much = change(there.tokens_per_s, now.tokens_per_s);
+    Some(if !coordinates(question, stage.node) {
+        let than = if plan.stages.len() > 1 { "in this split" } else { "here" };
+        format!("The model fits on {name} alone and is {how_much} there than {than}: run `brigade serve` on {name}.")
+    } else {
+        format!("The model fits on {name} alone, and one stream is {how_much} there than in this split.")
     })
 }
 
@@ -210,10 +215,13 @@ fn network(question: &Question<'_>, plan: &Plan, now: &Forecast) -> Option<Strin
     }
     let ideal = RingAgain::of(question, plan)?.forecast(question, &no_network(question, plan))?;
     let gain = ideal.tokens_per_s / now.tokens_per_s;
+    if gain < WORTH_MENTIONING {
+        return None;
+    }
     if gain < WORTH_SAYING {
         return Some(format!(
             "A faster network would bring {} at most: computing takes the rest.",
-            percent((gain - 1.0).max(0.0))
+            percent(gain - 1.0)
         ));
     }
     let (worst, hop) = stages.iter().enumerate().max_by(|a, b| a.1.hop_s.total_cmp(&b.1.hop_s))?;

@@ -102,9 +102,11 @@ fn what_memory_would_bring_is_said_where_only_memory_is_lacking() {
 }
 
 #[test]
-fn a_network_that_costs_nothing_is_not_blamed() {
-    let study = study_here(&[node("small", 1400, 1.0), node("tiny", 1200, 1.0)], 0.000_01, &demand());
-    says(&study, &["faster network", "at most"]);
+fn a_network_is_blamed_by_what_it_costs() {
+    let nodes = [node("small", 1400, 1.0), node("tiny", 1200, 1.0)];
+    says(&study_here(&nodes, 0.0005, &demand()), &["faster network", "at most"]);
+    let free = study_here(&nodes, 0.0, &demand());
+    assert!(free.advice.iter().all(|line| !line.contains("network")), "{:#?}", free.advice);
 }
 
 #[test]

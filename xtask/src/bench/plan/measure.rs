@@ -54,6 +54,15 @@ impl Speeds {
     pub fn cost_s(&self) -> f64 {
         1.0 / self.alone + f64::from(STREAMS) / self.together
     }
+
+    /// The mean of two measurements.
+    pub fn mean(&self, other: &Self) -> Self {
+        Self {
+            alone: f64::midpoint(self.alone, other.alone),
+            together: f64::midpoint(self.together, other.together),
+            first_token_s: f64::midpoint(self.first_token_s, other.first_token_s),
+        }
+    }
 }
 
 /// A node and its memory.

@@ -188,7 +188,14 @@ impl Bench {
             return Err(Failure::said("the chosen plan could not be measured again"));
         }
         let chosen = tried.remove(0);
-        Ok(Search { cluster: k + 1, chosen, others: tried })
+        let mut search = Search { cluster: k + 1, chosen, others: tried };
+        let mut n_again = 0;
+        search.look_again(|way| {
+            n_again += 1;
+            error(&format!("  {} again ...", way.text()));
+            said(k, self.pinned(k, plan, way, &format!("again-{n_again}"), prompts))
+        });
+        Ok(search)
     }
 
     /// Cluster `k` placed by memory.

@@ -7,9 +7,7 @@ use super::{MAX_FILE_BYTES, MAX_NODES, MAX_PAIRS};
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum ScenarioError {
     /// The file is too large.
-    #[error(
-        "the cluster file has {n_bytes} bytes, at most {MAX_FILE_BYTES} are read; write nodes that are alike once, with count"
-    )]
+    #[error("the cluster file has {n_bytes} bytes, {MAX_FILE_BYTES} at most; write like nodes once, with count")]
     TooLarge {
         /// Its size.
         n_bytes: usize,

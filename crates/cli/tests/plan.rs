@@ -1,0 +1,162 @@
+//! `brigade plan` as people and scripts use it. What docs/planning.md shows is what is printed.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+mod support;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use serde_json::{Value, json};
+use support::{abacus, run};
+
+fn docs() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs")
+}
+
+/// Runs `brigade` beside the examples of the documents, with nothing from the environment.
+fn beside_examples(args: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_brigade"));
+    for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("BRIGADE_")) {
+        command.env_remove(name);
+    }
+    command.current_dir(docs().join("examples")).args(args).output().unwrap()
+}
+
+fn planned(args: &[&str]) -> Value {
+    let output = beside_examples(&[&["plan"], args, &["--json"]].concat());
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{args:?}: {error}: {output:?}"))
+}
+
+#[track_caller]
+fn check_error(args: &[&str], code: i32, expected: &str) {
+    let output = beside_examples(&[&["plan"], args].concat());
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.code() == Some(code) && said.contains(expected), "{args:?}: {output:?}");
+}
+
+/// Stages as names and layers.
+fn stages(report: &Value) -> Vec<(String, Value)> {
+    let stages = report["plan"]["stages"].as_array().unwrap().iter();
+    stages.map(|stage| (stage["name"].as_str().unwrap().to_owned(), stage["layers"].clone())).collect()
+}
+
+/// The text of each block of a document that shows a command and what it prints, with that command put in.
+fn with_real_output(document: &str) -> String {
+    let mut text = String::new();
+    let mut lines = document.lines();
+    while let Some(line) = lines.next() {
+        text.push_str(line);
+        text.push('\n');
+        if line != "```console" {
+            continue;
+        }
+        let command = lines.next().unwrap();
+        let args: Vec<&str> = command.strip_prefix("$ brigade ").unwrap().split(' ').collect();
+        let output = beside_examples(&args);
+        text.push_str(&format!("{command}\n"));
+        text.push_str(&String::from_utf8(output.stdout).unwrap());
+        text.push_str(&String::from_utf8(output.stderr).unwrap());
+        text.push_str("```\n");
+        assert!(lines.any(|line| line == "```"), "{command} has no end");
+    }
+    text
+}
+
+/// With `UPDATE_DOCS=1` the document is written instead.
+#[test]
+fn the_document_shows_what_is_printed() {
+    let path = docs().join("planning.md");
+    let written = std::fs::read_to_string(&path).unwrap();
+    let real = with_real_output(&written);
+    if std::env::var_os("UPDATE_DOCS").is_some() {
+        std::fs::write(&path, real).unwrap();
+        return;
+    }
+    for (number, (written, real)) in (1..).zip(written.lines().zip(real.lines())) {
+        assert_eq!(written, real, "{}:{number}; UPDATE_DOCS=1 writes it anew", path.display());
+    }
+    assert_eq!(written.len(), real.len());
+}
+
+#[test]
+fn plan_tells_who_gets_what() {
+    let abacus = abacus();
+    let path = abacus.to_str().unwrap();
+    let plan = |args: &[&str]| planned(&[&[path, "--context", "1024"], args].concat());
+    let fits = plan(&["--node", "a=4GiB", "--node", "b=4GiB"]);
+    assert_eq!(stages(&fits), [("b".to_owned(), json!([0, 8]))], "one machine is enough, and that is the coordinator");
+    assert!(!fits["plan"]["explanation"].as_array().unwrap().is_empty());
+    assert!(fits["plan"]["prediction"].is_null() && fits["advice"][0].as_str().unwrap().contains("@DEVICE"), "{fits}");
+    assert_eq!(stages(&plan(&["--node", "a=4GiB,b=4GiB", "--spread"])).len(), 2);
+    let pinned = plan(&["--node", "a=4GiB,b=4GiB", "--layers", "5,3"]);
+    assert_eq!(stages(&pinned), [("a".to_owned(), json!([0, 5])), ("b".to_owned(), json!([5, 8]))]);
+    assert_eq!(pinned["plan"]["stages"][0]["node"].as_str().unwrap().len(), 64, "ids are hexadecimal");
+    let text = run(&["plan", path, "--node", "a=4GiB"]).ok();
+    assert!(text.contains("0..8"), "{text}");
+}
+
+#[test]
+fn json_has_what_the_document_lists() {
+    let report = planned(&["qwen3-14b", "--cluster", "wifi.toml", "--explain"]);
+    for key in
+        ["model", "context", "parallel", "optimize", "machines", "plan", "alternatives", "advice", "cost", "what_if"]
+    {
+        assert!(report.get(key).is_some(), "{key}");
+    }
+    let prediction = &report["plan"]["prediction"];
+    assert!(prediction["tokens_per_s"].as_f64().unwrap() > 0.0 && prediction["first_token_s"].as_f64().unwrap() > 0.0);
+    assert_eq!(prediction["streams"], 4);
+    assert_eq!(stages(&report).last().unwrap().0, "desktop", "it is to coordinate");
+    let shares = prediction["stages"].as_array().unwrap().iter().map(|stage| stage["share"].as_f64().unwrap());
+    assert!((shares.sum::<f64>() - 1.0).abs() < 1e-6);
+    for other in report["alternatives"].as_array().unwrap() {
+        assert!(!other["why_not"].as_str().unwrap().is_empty(), "{other}");
+    }
+}
+
+#[test]
+fn a_lone_measured_machine_is_planned_for() {
+    let (abacus, dir) = (abacus(), tempfile::tempdir().unwrap());
+    let state_dir = dir.path().to_str().unwrap();
+    let report = planned(&[abacus.to_str().unwrap(), "--state-dir", state_dir, "--context", "512"]);
+    assert_eq!(stages(&report)[0].1, json!([0, 8]));
+    assert!(report["plan"]["prediction"]["tokens_per_s"].as_f64().unwrap() > 0.0, "{report}");
+    assert!(report["cost"].is_null());
+}
+
+#[test]
+fn power_is_priced() {
+    let cost =
+        |args: &[&str]| planned(&[&["llama-3.1-8b", "--node", "a=22GiB@rtx-3090"], args].concat())["cost"].clone();
+    let usd = |cost: &Value| cost["usd_per_million_tokens"].as_f64().unwrap();
+    let (usual, double) = (cost(&[]), cost(&["--price-kwh", "0.60"]));
+    assert!((usd(&double) / usd(&usual) - 2.0).abs() < 1e-9, "{usual} {double}");
+    assert_eq!(cost(&["--cloud-price", "0.5"])["cloud_usd_per_million_tokens"], 0.5);
+}
+
+#[test]
+fn faster_links_and_more_machines_are_tried() {
+    let nodes = ["--node", "a=24GiB@rtx-3090,b=24GiB@rtx-3090", "--explain"];
+    let rate = |link: &str| {
+        let report = planned(&[&["llama-3.3-70b", "--quant", "Q4_0", "--link", link], &nodes[..]].concat());
+        let changes = report["what_if"].as_array().unwrap().iter().map(|it| it["change"].as_str().unwrap().to_owned());
+        (report["plan"]["prediction"]["tokens_per_s"].as_f64().unwrap(), changes.collect::<Vec<_>>())
+    };
+    let ((slow, changes), (fast, _)) = (rate("wan-30ms-100mbit"), rate("10gbe"));
+    assert!(fast > 1.5 * slow, "{slow} {fast}");
+    for expected in ["Ethernet between all", "one more machine like a", "in place of Q4_0", "--context"] {
+        assert!(changes.iter().any(|change| change.contains(expected)), "{expected}: {changes:?}");
+    }
+}
+
+#[test]
+fn what_cannot_be_planned_says_what_to_write() {
+    check_error(&["llama-3.3-71b"], 2, "llama-3.3-70b");
+    check_error(&["llama-3.3-70b", "--quant", "Q4"], 2, "Q4_K_M");
+    check_error(&["llama-3.3-70b", "--node", "a=1GiB@rtx-3091"], 2, "rtx-3090");
+    check_error(&["llama-3.3-70b", "--node", "a=1GiB@rtx-3090", "--link", "2gbe"], 2, "2.5gbe");
+    check_error(&["llama-3.3-70b", "--cluster", "nowhere.toml"], 2, "nowhere.toml");
+    check_error(&["llama-3.3-70b", "--cluster", "home.toml", "--node", "a=1GiB"], 2, "cannot be used with");
+    check_error(&["llama-3.3-70b", "--quant", "F16", "--cluster", "home.toml"], 1, "With --quant");
+    check_error(&["nowhere/model.gguf"], 1, "nowhere/model.gguf");
+}
