@@ -383,8 +383,8 @@ fn links_section() -> Outcome<String> {
     let _ = writeln!(
         text,
         "\nA token's hidden state is a few KiB, so a link's delay matters and its width hardly does: from Wi-Fi to a \
-         gigabit cable\nthe lone stream gains {:.0} %, from there to 10 gigabit {:.0} %. Width matters for long prompts \
-         and many streams.",
+         gigabit cable\nthe lone stream gains {:.0} %, from there to 10 gigabit {:.0} %. Width matters for long \
+         prompts and many streams.",
         gain("1gbe", "wifi-6"),
         gain("10gbe", "1gbe")
     );

@@ -133,8 +133,8 @@ pub struct ServeArgs {
     /// Pin the split: layers of each stage, workers in the order of joining and this node last
     #[arg(long, value_name = "A,B,C", value_delimiter = ',', env = "BRIGADE_LAYERS")]
     pub layers: Option<Vec<u32>>,
-    /// What the placement is to be best at: latency (one stream), throughput (all sessions together), balanced, or memory
-    /// (shares follow memory, nothing is measured)
+    /// What the placement is to be best at: latency (one stream), throughput (all sessions together), balanced, or
+    /// memory (shares follow memory, nothing is measured)
     #[arg(long, value_name = "WHAT", default_value = "balanced", env = "BRIGADE_OPTIMIZE", value_parser = optimize)]
     pub optimize: Optimize,
     /// Which computed tokens later requests of the same key may use: full (all), exact (no bit changes), or off

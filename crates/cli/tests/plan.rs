@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use serde_json::{Value, json};
-use support::{abacus, run};
+use support::{Cluster, abacus, run};
 
 fn docs() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs")
@@ -122,6 +122,15 @@ fn a_lone_measured_machine_is_planned_for() {
     assert_eq!(stages(&report)[0].1, json!([0, 8]));
     assert!(report["plan"]["prediction"]["tokens_per_s"].as_f64().unwrap() > 0.0, "{report}");
     assert!(report["cost"].is_null());
+}
+
+#[test]
+fn the_cluster_that_runs_here_is_planned_for() {
+    let (cluster, abacus) = (Cluster::of(2), abacus());
+    let state_dir = cluster.state_dir("a");
+    let report = planned(&[abacus.to_str().unwrap(), "--state-dir", state_dir.to_str().unwrap(), "--spread"]);
+    assert!(report["machines"]["source"].as_str().unwrap().contains("cluster that runs here"), "{report}");
+    assert_eq!(stages(&report).iter().map(|stage| stage.0.as_str()).collect::<Vec<_>>(), ["w0", "a"]);
 }
 
 #[test]

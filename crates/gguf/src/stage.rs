@@ -266,8 +266,8 @@ impl<'a> Draft<'a> {
         self.add(name, &tensor.dims, tensor.ty, Origin::Tensor(idx))
     }
 
-    /// libllama insists on a token embedding with a row per token, which nothing ever reads. A head that is tied to it is
-    /// given by itself, as most architectures may have it: libllama would keep both.
+    /// libllama insists on a token embedding with a row per token, which nothing ever reads. A head that is tied to it
+    /// is given by itself, as most architectures may have it: libllama would keep both.
     fn add_embedding(&mut self) -> Result<(), StageViewError> {
         let name = "token_embd.weight";
         if self.is_final && self.architecture.tied_head {

@@ -36,7 +36,7 @@ use crate::ticket::{SECRET_BYTES, Secret, TICKET_ID_BYTES, TicketId, TicketSecre
 /// | 1 | 0.1 | the first |
 /// | 2 | 0.1 | frames carry KV steps and five times of each stage; offers say how much disk there is for sessions |
 /// | 3 | 0.1 | stages are assigned as a whole, with standbys and hand-over; links for requests and for the council |
-/// | 4 | 0.1 | nodes measure how fast they compute the model and how far they are from each other, before they get a stage |
+/// | 4 | 0.1 | nodes measure how fast they compute the model and how far they are from each other |
 pub const PROTOCOL_VERSION: u16 = 4;
 
 /// The lowest protocol version that this build speaks.
@@ -218,8 +218,7 @@ pub fn refuse(link: &dyn Link, refusal: &Refusal) {
 }
 
 impl Purpose {
-    const ALL: [Self; 6] =
-        [Self::Control, Self::Data, Self::Weights, Self::Requests, Self::Council, Self::Probe];
+    const ALL: [Self; 6] = [Self::Control, Self::Data, Self::Weights, Self::Requests, Self::Council, Self::Probe];
 
     fn code(self) -> u8 {
         match self {

@@ -10,8 +10,12 @@ use crate::{Demand, ModelProfile};
 pub const HEADROOM_DIVISOR: u64 = 16;
 
 /// What a node's process needs before it holds a single weight: code, TLS, thread stacks and libllama's own tables.
-/// Measured between 20 and 30 MiB.
-pub const COMPUTE_FLOOR: u64 = 28 << 20;
+/// Measured between 20 and 35 MiB.
+pub const COMPUTE_FLOOR: u64 = 30 << 20;
+
+/// What the coordinator's process needs beyond that: HTTP, sessions, samplers, and a vocabulary of some ten thousand
+/// tokens. Measured between 15 and 30 MiB.
+const COORDINATOR_FLOOR: u64 = 20 << 20;
 
 /// Attention scores of a batch are held up to this size; beyond it the engine uses flash attention, which holds none.
 const MAX_SCORES_BYTES: u64 = 512 << 20;
@@ -49,10 +53,11 @@ pub(crate) fn stage_memory(model: &ModelProfile, demand: &Demand, layers: LayerR
     let scores = 4 * u64::from(model.n_heads) * u64::from(demand.context) * u64::from(demand.max_rows);
     let scores = if scores <= MAX_SCORES_BYTES { scores } else { 0 };
     let logits = if is_tail { 4 * u64::from(model.n_vocab) * u64::from(demand.parallel.max(1)) } else { 0 };
+    let floor = if is_tail { COMPUTE_FLOOR + COORDINATOR_FLOOR } else { COMPUTE_FLOOR };
     StageMemory {
         weights: ByteSize(of(&model.layer_bytes).saturating_add(if is_tail { tail_bytes(model) } else { 0 })),
         kv: ByteSize(of(&model.kv_bytes_per_token).saturating_mul(tokens)),
-        compute: ByteSize(COMPUTE_FLOOR + row.saturating_mul(u64::from(demand.max_rows)) + scores + logits),
+        compute: ByteSize(floor + row.saturating_mul(u64::from(demand.max_rows)) + scores + logits),
     }
 }
 

@@ -17,8 +17,8 @@ use crate::{Demand, Links, ModelProfile, NodeProfile, Optimize, Plan, PlanError,
 ///
 /// Where none is known, or with [`Optimize::Memory`], the fewest nodes that hold the model are used: each further one
 /// adds a hop to every token. Among those, the cuts minimise the fullest node's use of its memory, which is what a
-/// split in proportion to memory does where layers can be divided freely; an exact dynamic programme over the legal cuts,
-/// O(nodes · cuts²).
+/// split in proportion to memory does where layers can be divided freely; an exact dynamic programme over the legal
+/// cuts, O(nodes · cuts²).
 ///
 /// # Errors
 /// If the model does not fit, or a pinned split is not possible.

@@ -289,7 +289,8 @@ pub enum Optimize {
     Latency,
     /// Tokens of all sessions together.
     Throughput,
-    /// Both: the time of a lone stream's token, and the time for which the busiest node works for a token of each session.
+    /// Both: the time of a lone stream's token, and the time for which the busiest node works for a token of each
+    /// session.
     #[default]
     Balanced,
     /// Nothing is measured: shares follow memory, on the fewest nodes.

@@ -1,8 +1,8 @@
 //! What nodes measure and find, as they tell it each other on the control link.
 //!
-//! Before a worker is given a stage, the coordinator asks it with [`Measure`] how fast it computes the model and how far
-//! it is from other nodes; [`Measured`] is the answer. [`Finding`]s are the answer to the question what is wrong with a
-//! node, see `brigade doctor`.
+//! Before a worker is given a stage, the coordinator asks it with [`Measure`] how fast it computes the model and how
+//! far it is from other nodes; [`Measured`] is the answer. [`Finding`]s are the answer to the question what is wrong
+//! with a node, see `brigade doctor`.
 
 use brigade_base::NodeId;
 use brigade_plan::{LinkProfile, Speed};

@@ -276,7 +276,7 @@ mod tests {
                       30 22 0:40 / /mnt/my\\040files rw shared:1 - nfs4 box:/x rw\n\
                       31 22 8:17 / /mnt rw - xfs /dev/sdb1 rw\n";
         let of = |path: &str| mount_of(mounts, Path::new(path)).map(|(kind, device)| format!("{kind} {device}"));
-        assert_eq!(of("/home/x").as_deref(), Some("ext4 8:2"));
+        assert_eq!(of("/srv/x").as_deref(), Some("ext4 8:2"));
         assert_eq!(of("/mnt/x").as_deref(), Some("xfs 8:17"));
         assert_eq!(of("/mnt/my files/m.gguf").as_deref(), Some("nfs4 0:40"));
         assert_eq!(of("/mnt2/x").as_deref(), Some("ext4 8:2"));

@@ -27,8 +27,8 @@ const PROMPT_ROWS: f64 = 512.0;
 const FEW_ROWS_SHARE: f64 = 0.4;
 
 /// Of the bandwidth that weights reach, what the KV cache reaches: heads are short and rows few. Without flash
-/// attention it was 0.26 on an RTX 3090 (8B in Q4_K_M, 115 tokens a second over 512 tokens, 87 over 8192; XiongjieDai); with it,
-/// kernels come near the whole. Half is between them.
+/// attention it was 0.26 on an RTX 3090 (8B in Q4_K_M, 115 tokens a second over 512 tokens, 87 over 8192; XiongjieDai);
+/// with it, kernels come near the whole. Half is between them.
 const KV_BANDWIDTH_SHARE: f64 = 0.5;
 
 /// A layer with experts takes so many times the extra time of a dense one: gating, sorting, and a kernel for each part.

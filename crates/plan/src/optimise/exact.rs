@@ -2,9 +2,9 @@
 //!
 //! For every set of workers the order with the cheapest hops is a path through the set from the coordinator and back,
 //! found for all sets at once by dynamic programming (Held and Karp 1962, Bellman 1962). Which layers each gets does
-//! not depend on the order then. Sets are visited in the order of a lower bound of their cost, and as soon as that reaches
-//! the best cost so far the rest is left alone. Where pieces differ, they are taken to be as large as their mean, and
-//! the best few rings are handed on to be cut truly.
+//! not depend on the order then. Sets are visited in the order of a lower bound of their cost, and as soon as that
+//! reaches the best cost so far the rest is left alone. Where pieces differ, they are taken to be as large as their
+//! mean, and the best few rings are handed on to be cut truly.
 
 use super::least::{SAME, Shares, least_peak};
 use super::problem::{Part, Problem, Scenario};

@@ -26,8 +26,8 @@ const MAX_STARTS: usize = 12;
 /// Nodes that local search may use beside those of the best candidate: its step is linear in them times the stages.
 const POOL: usize = 48;
 
-/// Stages, counted once for each ring and scenario, that local search looks at. One takes some 25 ns, so all of them are
-/// half a second; searches for rings of a dozen stages end by themselves long before.
+/// Stages, counted once for each ring and scenario, that local search looks at. One takes some 25 ns, so all of them
+/// are half a second; searches for rings of a dozen stages end by themselves long before.
 const MAX_STAGES_SEEN: usize = 20_000_000;
 
 /// How many times as long as evenly busy nodes the slowest stage may take in a candidate.

@@ -2,8 +2,8 @@
 //! can be cut into, and the scenarios that the cost is the least of.
 //!
 //! [`RingModel::cost_s`](crate::RingModel::cost_s) is, for each number of passes, a sum over stages and hops joined
-//! with the time of the slowest stage. A [`Scenario`] is one number of passes; in it every node is two lines (a [`Part`]),
-//! one for the sum and one for the slowest. Nothing here decides; `exact`, `large` and `cuts` do.
+//! with the time of the slowest stage. A [`Scenario`] is one number of passes; in it every node is two lines (a
+//! [`Part`]), one for the sum and one for the slowest. Nothing here decides; `exact`, `large` and `cuts` do.
 
 use std::ops::RangeInclusive;
 

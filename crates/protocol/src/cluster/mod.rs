@@ -16,9 +16,9 @@
 //! - After a loss the same cut is used where that is possible: only the lost stages change hands. Sessions outlive the
 //!   ring; what stages held of their KV cache is told with [`Action::StartRing`].
 //! - A node that comes while the model is placed does not change the cut at once: it stays idle, or stands by, until
-//!   somebody is lost, even where more nodes were asked for than the ring has. But where a worker serves several stages, because
-//!   it took over from one that was lost, one of them moves to a node that serves none, with what its slots hold. And
-//!   where all speeds are known, the model is placed anew if that is clearly faster and pays.
+//!   somebody is lost, even where more nodes were asked for than the ring has. But where a worker serves several
+//!   stages, because it took over from one that was lost, one of them moves to a node that serves none, with what its
+//!   slots hold. And where all speeds are known, the model is placed anew if that is clearly faster and pays.
 //! - Orders are derived from the ring and sent where they differ from those that a node has. So whatever changes the
 //!   ring need not think of who is to be told.
 //! - While nothing is placed for want of nodes, stages stay loaded for a while, so that a node that comes back finds

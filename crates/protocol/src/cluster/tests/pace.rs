@@ -31,9 +31,8 @@ fn ready(layer_ms: [u32; 3], optimize: Optimize) -> World {
     let mut settings = settings(720, 3);
     settings.demand.optimize = optimize;
     settings.demand.spread = false;
-    let mut world = World { cluster: Cluster::new(settings), now: Instant::now() };
+    let mut world = World::new(settings);
     world.tell(measured(COORDINATOR, layer_ms[0]));
-    world.tell(Input::Tick);
     for (n, ms) in [(1, layer_ms[1]), (2, layer_ms[2])] {
         world.tell(measured(node(n), ms));
         world.tell(Input::Offer(node(n), offer(720)));
