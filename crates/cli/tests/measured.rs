@@ -60,7 +60,7 @@ fn pair(link: &Value) -> [&str; 2] {
 fn a_fast_node_that_joins_takes_over_from_a_slow_one_while_answers_are_made() {
     // The coordinator has no room for the whole model.
     let setup = Setup::of(2).serve(&["--optimize", "latency", "--parallel", "1", "--context", "1024"]);
-    let mut cluster = setup.memory("50MiB").start_coordinator();
+    let mut cluster = setup.memory("70MiB").start_coordinator();
     cluster.join_with(&SLOW);
     cluster.wait_ready();
     cluster.wait_placed_on(&["a", "w0"]);

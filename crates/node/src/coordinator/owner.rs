@@ -171,6 +171,7 @@ impl Owner {
         for worker in self.workers.values() {
             let _ = worker.outbox.send(ToWorker::Goodbye { reason: "the coordinator was stopped".to_owned() });
         }
+        self.pace.end();
         // The writers send what is left and then close their links.
         self.workers.clear();
         self.requests.close_all();
@@ -535,8 +536,9 @@ impl Owner {
         if node == self.identity.node_id() {
             return Peer { node, addresses: self.shared.link_addresses.clone() };
         }
-        let member = self.cluster.members().iter().find(|m| m.id == node);
-        Peer { node, addresses: member.map(|m| m.offer.addresses.clone()).unwrap_or_default() }
+        let member = self.cluster.members().iter().find(|m| m.id == node).map(|m| &m.offer);
+        let offer = member.or_else(|| self.pace.offer(node));
+        Peer { node, addresses: offer.map(|offer| offer.addresses.clone()).unwrap_or_default() }
     }
 
     fn load_tail_if_due(&mut self) {

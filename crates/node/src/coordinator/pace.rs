@@ -5,6 +5,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use brigade_base::NodeId;
@@ -36,6 +37,8 @@ const PACES: std::ops::RangeInclusive<f64> = 0.05..=50.0;
 pub(super) struct Pace {
     /// This node is still measuring itself, since then.
     own_since: Option<Instant>,
+    /// Ends that.
+    cancel: Arc<AtomicBool>,
     /// Offers of workers that are still measuring, and since when.
     waiting: HashMap<NodeId, (Offer, Instant)>,
     /// As measured while nothing else ran, and how many times as long nodes take now.
@@ -56,6 +59,11 @@ impl Pace {
         self.own_since.is_some_and(|since| since.elapsed() < MEASURE_WITHIN)
     }
 
+    /// The offer of a worker that is still measuring.
+    pub(super) fn offer(&self, node: NodeId) -> Option<&Offer> {
+        self.waiting.get(&node).map(|(offer, _)| offer)
+    }
+
     /// What was measured of a node while nothing else ran.
     pub(super) fn speed(&self, node: NodeId) -> Option<&Speed> {
         self.speeds.get(&node).map(|(speed, _)| speed)
@@ -74,6 +82,12 @@ impl Pace {
     /// What went wrong when a worker measured itself.
     pub(super) fn trouble(&self, node: NodeId) -> Option<&str> {
         self.reports.get(&node)?.1.as_deref()
+    }
+
+    /// Ends this node's own measurement, if it still measures.
+    pub(super) fn end(&self) {
+        self.cancel.store(true, Ordering::Relaxed);
+        measure::wait_until_over();
     }
 
     /// A worker is gone.
@@ -104,6 +118,7 @@ impl Owner {
             max_rows: CHUNK + self.options.parallel,
         };
         let options = MeasureOptions::new(self.options.threads, self.options.throttle, Some(file));
+        self.pace.cancel = Arc::clone(&options.cancel);
         let (profiles, events, is_urgent) =
             (Profiles::open(&self.options.state_dir), self.events.clone(), self.took_over);
         let measure = move || {

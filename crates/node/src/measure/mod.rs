@@ -22,8 +22,8 @@ mod profiles;
 mod session;
 
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use brigade_base::ByteSize;
@@ -36,6 +36,7 @@ pub use self::profiles::{ProfileKey, Profiles};
 use self::session::Session;
 use crate::stage_pass::PassError;
 use crate::system::CpuTime;
+use crate::threads::lock;
 
 /// What a measurement takes in all, about: a node that joins is kept waiting for it.
 pub const BUDGET: Duration = Duration::from_secs(5);
@@ -200,9 +201,18 @@ pub fn speed_of_here(
 /// # Errors
 /// If the model cannot be run or cut, memory is short, the engine fails, or it was cancelled.
 pub fn measure(request: &MeasureRequest, options: &MeasureOptions) -> Result<Speed, MeasureError> {
+    let _turn = lock(&TURN);
     brigade_engine::init();
     Session::new(request, options)?.run()
 }
+
+/// Waits for what is being measured, which was told to end: a process must not end while the engine computes.
+pub(crate) fn wait_until_over() {
+    drop(lock(&TURN));
+}
+
+/// Held while something is measured: two at once would slow each other down.
+static TURN: Mutex<()> = Mutex::new(());
 
 /// Whether two headers have the same tensors.
 fn has_tensors_of(file: &Catalog, model: &Catalog) -> bool {

@@ -28,6 +28,7 @@ use crate::council::CouncilHost;
 use crate::handover::{self, HandoverError};
 use crate::known::KnownCoordinator;
 use crate::loaded::LoadedStage;
+use crate::measure;
 use crate::reach::attach;
 use crate::shadow::ShadowSlot;
 use crate::site::Keeping;
@@ -142,6 +143,7 @@ impl Owner {
         if let Some(control) = &self.control {
             control.close();
         }
+        measure::wait_until_over();
         result
     }
 
