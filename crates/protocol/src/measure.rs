@@ -28,6 +28,8 @@ pub struct Measure {
     pub model: ModelRef,
     /// The nodes whose links are to be measured; they expect that.
     pub peers: Vec<Peer>,
+    /// Although the speed is known: it may have changed.
+    pub again: bool,
 }
 
 /// How fast a worker is.

@@ -26,11 +26,36 @@ const MEASURE_WITHIN: Duration = Duration::from_secs(8);
 /// How often it is looked whether a node has become slower or faster.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 
+/// How often a node that became slow and has no stage any more measures itself anew: seldom, since that disturbs whoever
+/// uses the machine.
+const AGAIN_EVERY: Duration = Duration::from_secs(300);
+
 /// By how much a node's pace must change before others are told: what passes take wavers by some percent.
 const TELLING: f64 = 0.1;
 
 /// Beyond this a number is a mistake, and no pace.
 const PACES: std::ops::RangeInclusive<f64> = 0.05..=50.0;
+
+/// How fast a node is.
+struct Known {
+    /// As it measured itself.
+    speed: Speed,
+    /// How many times as long it takes now, as far as others were told.
+    factor: f64,
+    /// Seconds of a row in a mean layer when it was fastest.
+    best_s: f64,
+}
+
+impl Known {
+    fn row_s(&self) -> f64 {
+        self.speed.decode.at(1.0) * self.factor
+    }
+
+    /// Whether it was clearly faster once.
+    fn is_slowed(&self) -> bool {
+        self.row_s() > self.best_s * (1.0 + TELLING)
+    }
+}
 
 /// What is known of speeds.
 #[derive(Default)]
@@ -41,11 +66,12 @@ pub(super) struct Pace {
     cancel: Arc<AtomicBool>,
     /// Offers of workers that are still measuring, and since when.
     waiting: HashMap<NodeId, (Offer, Instant)>,
-    /// As measured while nothing else ran, and how many times as long nodes take now.
-    speeds: HashMap<NodeId, (Speed, f64)>,
+    speeds: HashMap<NodeId, Known>,
     /// What workers measured of links, and what they said went wrong.
     reports: HashMap<NodeId, (Vec<LinkReport>, Option<String>)>,
     looked: Option<Instant>,
+    /// When nodes that became slow were asked to measure themselves anew.
+    asked_again: HashMap<NodeId, Instant>,
 }
 
 impl Pace {
@@ -66,12 +92,19 @@ impl Pace {
 
     /// What was measured of a node while nothing else ran.
     pub(super) fn speed(&self, node: NodeId) -> Option<&Speed> {
-        self.speeds.get(&node).map(|(speed, _)| speed)
+        self.speeds.get(&node).map(|known| &known.speed)
     }
 
     /// How many times as long as measured a node takes; `None` if nothing was measured.
     pub(super) fn factor(&self, node: NodeId) -> Option<f64> {
-        self.speeds.get(&node).map(|(_, factor)| *factor)
+        self.speeds.get(&node).map(|known| known.factor)
+    }
+
+    /// A node has measured itself.
+    fn note(&mut self, node: NodeId, speed: Speed) {
+        let before = self.speeds.get(&node).map_or(f64::INFINITY, |known| known.best_s);
+        let best_s = before.min(speed.decode.at(1.0));
+        self.speeds.insert(node, Known { speed, factor: 1.0, best_s });
     }
 
     /// What workers measured of their links, by who did.
@@ -95,6 +128,7 @@ impl Pace {
         self.waiting.remove(&node);
         self.speeds.remove(&node);
         self.reports.remove(&node);
+        self.asked_again.remove(&node);
     }
 }
 
@@ -141,7 +175,7 @@ impl Owner {
         self.pace.own_since = None;
         let own = self.identity.node_id();
         if let Some(speed) = &speed {
-            self.pace.speeds.insert(own, (Speed::clone(speed), 1.0));
+            self.pace.note(own, Speed::clone(speed));
         }
         self.settings.coordinator.speed = speed.as_deref().cloned();
         self.feed(Input::Measured(own, speed, Vec::new()))
@@ -154,14 +188,18 @@ impl Owner {
         }
         self.tell_fellows();
         self.pace.waiting.insert(id, (offer, Instant::now()));
+        self.ask_to_measure(id, false);
+        None
+    }
+
+    fn ask_to_measure(&self, id: NodeId, again: bool) {
         let model = self.model_ref();
         // The coordinator first: it sends the weights.
         let others = self.workers.keys().filter(|other| **other != id);
         let peers = std::iter::once(self.identity.node_id()).chain(others.copied());
         let peers =
             peers.map(|node| self.peer(node)).filter(|peer| !peer.addresses.is_empty()).take(MAX_PEERS).collect();
-        self.send(id, ToWorker::Measure(Box::new(Measure { model, peers })));
-        None
+        self.send(id, ToWorker::Measure(Box::new(Measure { model, peers, again })));
     }
 
     /// Lets all workers measure their links to each other.
@@ -191,13 +229,16 @@ impl Owner {
         if let Some(trouble) = &trouble {
             tracing::warn!(node = %id.short(), trouble, "a worker could not measure everything");
         }
-        if let Some(speed) = &speed {
-            self.pace.speeds.insert(id, (speed.clone(), 1.0));
+        // One that cannot say it now is as fast as it was.
+        let known = || self.pace.speeds.get(&id).map(|known| known.speed.slowed(known.factor));
+        let now = speed.clone().or_else(known);
+        if let Some(speed) = speed {
+            self.pace.note(id, speed);
         }
         let both_ways = links.iter().flat_map(|link| [(id, link.peer, link.there), (link.peer, id, link.back)]);
         let known: Vec<(NodeId, NodeId, LinkProfile)> = both_ways.collect();
         self.pace.reports.insert(id, (links, trouble));
-        let given_up = self.feed(Input::Measured(id, speed.map(Box::new), known));
+        let given_up = self.feed(Input::Measured(id, now.map(Box::new), known));
         given_up.or(self.admit(id))
     }
 
@@ -219,6 +260,7 @@ impl Owner {
         if self.pace.looked.is_none_or(|looked| looked.elapsed() >= LOOK_EVERY) {
             self.pace.looked = Some(Instant::now());
             given_up = given_up.or(self.tell_paces());
+            self.ask_idle_again();
         }
         given_up
     }
@@ -231,16 +273,29 @@ impl Owner {
         for (id, factor) in nodes.into_iter().zip(self.meter.paces()) {
             // One that serves two stages computes them in turn, and neither time says how fast it is.
             let Some(factor) = factor.filter(|f| serves_one.contains(&id) && PACES.contains(f)) else { continue };
-            let Some((speed, told)) = self.pace.speeds.get_mut(&id) else { continue };
-            if (factor / *told - 1.0).abs() < TELLING {
+            let Some(known) = self.pace.speeds.get_mut(&id) else { continue };
+            if (factor / known.factor - 1.0).abs() < TELLING {
                 continue;
             }
-            tracing::info!(node = %id.short(), factor, before = *told, "a node's pace has changed");
-            *told = factor;
-            let speed = Some(Box::new(speed.slowed(factor)));
+            tracing::info!(node = %id.short(), factor, before = known.factor, "a node's pace has changed");
+            known.factor = factor;
+            let speed = Some(Box::new(known.speed.slowed(factor)));
             given_up = given_up.or(self.feed(Input::Measured(id, speed, Vec::new())));
         }
         given_up
+    }
+
+    /// Lets those that became slow and lost their stages for it measure themselves anew: a game that was played may be
+    /// over.
+    fn ask_idle_again(&mut self) {
+        let is_idle = |id: &NodeId| self.workers.contains_key(id) && self.stages().iter().all(|stage| stage.node != *id);
+        let slow: Vec<NodeId> = self.pace.speeds.iter().filter(|(_, s)| s.is_slowed()).map(|(id, _)| *id).collect();
+        for id in slow.into_iter().filter(is_idle) {
+            if self.pace.asked_again.get(&id).is_none_or(|at| at.elapsed() >= AGAIN_EVERY) {
+                self.ask_to_measure(id, true);
+                self.pace.asked_again.insert(id, Instant::now());
+            }
+        }
     }
 
     /// What the stages of the present placement are expected to take.

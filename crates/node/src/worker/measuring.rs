@@ -158,7 +158,7 @@ impl Measurable {
             let last = lock(last).clone().filter(|(of, _)| *of == key).map(|(_, speed)| speed);
             return Ok(last.or_else(|| profiles.get(&key)));
         }
-        let measured = speed(&request, &options, &profiles, false);
+        let measured = speed(&request, &options, &profiles, wanted.again);
         let speed = measured.map_err(|error| format!("its speed was not measured: {}", chain(&error)))?;
         *lock(last) = Some((key, speed.clone()));
         Ok(Some(speed))

@@ -252,6 +252,9 @@ impl Owner {
                 Ok(())
             }
             ToWorker::Assign(assign) => {
+                if !assign.stages.is_empty() {
+                    self.measuring.stop();
+                }
                 let (epoch, revision) = (assign.epoch, assign.revision);
                 for order in &assign.stages {
                     let (stage, layers) = (order.stage, order.layers);

@@ -135,7 +135,7 @@ impl Coordinator {
     /// Asks a worker how fast it is, and how far from `peers`.
     fn measure(&self, node: &Node, peers: &[&Node]) {
         let peers = peers.iter().map(|peer| peer.it.clone()).collect();
-        node.tell(ToWorker::Measure(Box::new(Measure { model: self.model(), peers })));
+        node.tell(ToWorker::Measure(Box::new(Measure { model: self.model(), peers, again: false })));
     }
 
     /// Has the ring of `first` to `last` joined; the links into it and out of it.

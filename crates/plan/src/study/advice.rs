@@ -118,8 +118,7 @@ pub(super) fn advice(question: &Question<'_>, plan: &Plan, others: &[Alternative
     let mut lines: Vec<String> = Vec::new();
     lines.extend(serve_elsewhere(question, &now, plan, others));
     lines.extend(route_instead(&now, others));
-    lines.extend(ask_for_less(question, &now));
-    lines.extend(leave_out(&now, others));
+    lines.extend(ask_for_less(question, &now).or_else(|| leave_out(&now, others)));
     lines.extend(network(question, plan, &now));
     lines.extend(more_memory(question, plan, &now));
     if question.nodes.iter().any(|node| node.speed.is_none()) {
@@ -159,6 +158,10 @@ fn serve_elsewhere(question: &Question<'_>, now: &Forecast, plan: &Plan, others:
 fn route_instead(now: &Forecast, others: &[Alternative]) -> Option<String> {
     let copies = others.iter().find(|other| other.kind == AlternativeKind::Replicas)?;
     let there = copies.forecast?;
+    // One copy is a node alone, of which is told already.
+    if copies.members.iter().filter(|m| m.streams > 0).count() < 2 {
+        return None;
+    }
     (there.streams_tokens_per_s >= WORTH_SAYING * now.streams_tokens_per_s).then(|| {
         let busy: Vec<&str> = copies.members.iter().filter(|m| m.streams > 0).map(|m| m.name.as_str()).collect();
         format!(

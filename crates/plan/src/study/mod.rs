@@ -37,6 +37,9 @@ const MAX_NODES_TO_VARY_LIVE: usize = 8;
 /// Most nodes of a plan that are left out in turn.
 const MAX_LEFT_OUT: usize = 8;
 
+/// Most lines of advice on a plan that is carried out; the first say most.
+const MAX_ADVICE_LIVE: usize = 3;
+
 /// Who coordinates.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Coordinator {
@@ -179,7 +182,9 @@ pub fn advice(model: &ModelProfile, nodes: &[NodeProfile], links: &Links, demand
     others.extend(replicas::alternative(&question));
     others.extend(without_each(&question, plan));
     others.retain(|other| !is_same(&other.stages, &plan.stages));
-    advice::advice(&question, plan, &others)
+    let mut lines = advice::advice(&question, plan, &others);
+    lines.truncate(MAX_ADVICE_LIVE);
+    lines
 }
 
 impl Question<'_> {
