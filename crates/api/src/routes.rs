@@ -2,7 +2,7 @@
 //! operators are in modules of their own.
 //!
 //! What may take long (JSON, templates, tokenizing, files of tickets) runs on the runtime's blocking threads, so that a
-//! huge prompt delays nobody's stream.
+//! huge prompt delays nobody's stream. Examining all nodes takes seconds of waiting, so it has a thread of its own.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,6 +16,7 @@ use axum::routing::{delete, get, post};
 use axum::{Json, Router};
 use brigade_node::serving::{ModelCard, Readiness, Serving, SubmitError};
 use serde_json::{Value, json};
+use tokio::sync::{Semaphore, oneshot};
 use tracing::Span;
 
 use crate::access::{Access, guard};
@@ -40,6 +41,8 @@ pub(crate) struct App {
     pub(crate) template: Result<ChatTemplate, TemplateError>,
     pub(crate) traffic: Arc<Traffic>,
     pub(crate) gate: Arc<Gate>,
+    /// One permit: whoever has all nodes examined.
+    examining: Arc<Semaphore>,
 }
 
 pub(crate) type Shared = State<Arc<App>>;
@@ -57,7 +60,9 @@ pub(crate) fn router(serving: Arc<dyn Serving>, options: &ApiOptions, gate: Arc<
     let access = Arc::new(Access::new(options));
     let traffic = Arc::new(Traffic::new());
     let bodies = BodyReader::new(options.body_limit);
-    let app = Arc::new(App { serving, access: access.clone(), bodies, template, traffic: traffic.clone(), gate });
+    let examining = Arc::new(Semaphore::new(1));
+    let (guarding, counting) = (access.clone(), traffic.clone());
+    let app = Arc::new(App { serving, access, bodies, template, traffic, gate, examining });
     Router::new()
         .route("/v1/chat/completions", post(completions::chat))
         .route("/v1/completions", post(completions::plain))
@@ -75,8 +80,8 @@ pub(crate) fn router(serving: Arc<dyn Serving>, options: &ApiOptions, gate: Arc<
         .route("/brigade/v1/detokenize", post(detokenize))
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
-        .layer(from_fn_with_state(access, guard))
-        .layer(from_fn_with_state(traffic, count))
+        .layer(from_fn_with_state(guarding, guard))
+        .layer(from_fn_with_state(counting, count))
         .with_state(app)
 }
 
@@ -131,12 +136,25 @@ async fn status(State(app): Shared) -> Answered {
     Ok(Json(status).into_response())
 }
 
-/// What is wrong with each node. The nodes look at themselves before they answer.
+/// What is wrong with each node. The nodes look at themselves before they answer, for seconds: one request at a time,
+/// on a thread of its own, which ends by itself if its caller leaves.
 async fn doctor(State(app): Shared) -> Answered {
-    let examination = blocking(move || Ok(app.serving.examine())).await?;
-    match examination {
-        Ok(examination) => Ok(Json(examination).into_response()),
-        Err(why) => Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, why)),
+    let Ok(permit) = app.examining.clone().try_acquire_owned() else {
+        return Err(ApiError::unavailable("the nodes are being examined already; ask again in a moment"));
+    };
+    let (tell, told) = oneshot::channel();
+    let work = move || {
+        let examination = app.serving.examine();
+        // Whoever has the answer may ask again.
+        drop(permit);
+        let _ = tell.send(examination);
+    };
+    let no_thread = |error| ApiError::internal(format!("the system gives no thread to examine the nodes: {error}"));
+    std::thread::Builder::new().name("examine".to_owned()).spawn(work).map_err(no_thread)?;
+    match told.await {
+        Ok(Ok(examination)) => Ok(Json(examination).into_response()),
+        Ok(Err(why)) => Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, why)),
+        Err(_) => Err(ApiError::internal("the examination ended without an answer; the log says why")),
     }
 }
 

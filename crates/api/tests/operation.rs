@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use brigade_api::ApiOptions;
@@ -226,4 +227,24 @@ fn nodes_are_examined_for_whoever_may_see_the_status() {
         "findings": [{"check": "swap", "severity": "warn", "detail": "1 GiB in use", "cost": "time", "fix": "close programs"}],
     }]});
     assert_eq!(found, expected);
+}
+
+#[test]
+fn nodes_are_examined_once_at_a_time_and_nobody_waits_for_that() {
+    let house = House::open();
+    // It takes as long as this test likes.
+    let holds = house.mock.examination.lock().unwrap();
+    let first = house.send("GET", "/brigade/v1/doctor", &[], "");
+    house.wait_until_examined(1);
+    // More than there are threads for prompts.
+    for _ in 0..8 {
+        let other = house.get("/brigade/v1/doctor");
+        other.check_error(503, None, Some("service_unavailable"));
+        assert!(other.body.contains("already") && other.header("retry-after").is_some(), "{other:?}");
+    }
+    assert_eq!(house.post(PLAIN, &json!({"prompt": "a"})).status, 200);
+    drop(holds);
+    assert!(Reply::read(first).body.contains("nobody was asked"));
+    assert!(house.get("/brigade/v1/doctor").body.contains("nobody was asked"), "the next one may ask");
+    assert_eq!(house.mock.n_examined.load(Ordering::SeqCst), 2);
 }

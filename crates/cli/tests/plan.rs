@@ -115,6 +115,18 @@ fn json_has_what_the_document_lists() {
 }
 
 #[test]
+fn models_that_cannot_be_run_are_planned_for_and_told() {
+    let of = |model: &str| planned(&[model, "--quant", "MXFP4", "--node", "a=80GiB@h100-pcie"]);
+    let (cannot, can) = (of("gpt-oss-120b"), of("qwen3-30b-a3b"));
+    assert_eq!((&cannot["model"]["supported"], &can["model"]["supported"]), (&json!(false), &json!(true)));
+    assert!(cannot["model"]["notes"][0].as_str().unwrap().contains("cannot run gpt-oss-120b"), "{cannot}");
+    assert_eq!(can["model"]["notes"], json!([]));
+    let text = run(&["plan", "deepseek-v3", "--node", "a=800GiB@h100-pcie"]).ok();
+    assert!(text.contains("note     This version cannot run deepseek-v3 (deepseek2)"), "{text}");
+    check_error(&["deepseek-v3", "--node", "a=8GiB@h100-pcie"], 1, "cannot run deepseek-v3");
+}
+
+#[test]
 fn a_lone_measured_machine_is_planned_for() {
     let (abacus, dir) = (abacus(), tempfile::tempdir().unwrap());
     let state_dir = dir.path().to_str().unwrap();

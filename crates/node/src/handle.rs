@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use brigade_base::{NodeId, Token};
+use brigade_base::{Hash, NodeId, Token};
 use brigade_net::{Identity, TicketBook, TicketState};
 use tokio::sync::mpsc;
 
@@ -257,6 +257,7 @@ pub(crate) fn blank_status(card: &ModelCard) -> ClusterStatus {
         coordinator: NodeId::from_bytes([0; 32]),
         model: card.name.clone(),
         model_id: card.id,
+        header_hash: Hash::from_bytes([0; 32]),
         n_layers: 0,
         state: String::new(),
         term: 0,

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use brigade_base::{ByteSize, LayerRange, ModelId, NodeId, TenantId, Token};
+use brigade_base::{ByteSize, Hash, LayerRange, ModelId, NodeId, TenantId, Token};
 pub use brigade_engine::Sampling;
 pub use brigade_plan::{Optimize, Prediction, Speed};
 pub use brigade_protocol::measure::{Finding, Severity};
@@ -304,6 +304,8 @@ pub struct ClusterStatus {
     pub model: String,
     /// Identity of its weights.
     pub model_id: ModelId,
+    /// Hash of its header.
+    pub header_hash: Hash,
     /// Layers of the model.
     pub n_layers: u32,
     /// `ready`, or what is missing.
@@ -377,6 +379,10 @@ pub struct NodeFindings {
 /// A link as one of its nodes measured it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LinkStatus {
+    /// The node that measured.
+    pub from_id: NodeId,
+    /// The other one.
+    pub to_id: NodeId,
     /// Name of the node that measured.
     pub from: String,
     /// Name of the other one.

@@ -54,6 +54,16 @@ impl ModelProfile {
         if all > 0.0 { own / all * f64::from(self.n_layers()) } else { f64::from(layers.len()) }
     }
 
+    /// Bytes of a mean layer that `rows` read: of the experts those that any of them goes through, each row taking its
+    /// own at random.
+    pub(crate) fn read_bytes(&self, rows: f64) -> f64 {
+        let all = self.layer_bytes.iter().map(|&bytes| bytes as f64).sum::<f64>();
+        let experts = if self.n_experts > 0 { (self.expert_bytes as f64).min(all) } else { 0.0 };
+        let used = f64::from(self.n_experts_used) / f64::from(self.n_experts.max(1));
+        let touched = 1.0 - (1.0 - used).max(0.0).powf(rows);
+        (all - experts + experts * touched) / f64::from(self.n_layers().max(1))
+    }
+
     /// Bytes of one row of hidden state on a link.
     pub fn row_bytes(&self) -> f64 {
         4.0 * f64::from(self.n_embd)
@@ -61,7 +71,7 @@ impl ModelProfile {
 }
 
 /// Seconds by number of rows: points that were measured, lines between them. Ascending in rows, never empty, all
-/// seconds finite and not negative.
+/// seconds from 0 to [`MAX_SECONDS`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "Vec<(u32, f64)>", into = "Vec<(u32, f64)>")]
 pub struct Curve(Vec<(u32, f64)>);
@@ -69,19 +79,29 @@ pub struct Curve(Vec<(u32, f64)>);
 /// Most points of a curve: one for every number of sessions would be no better.
 pub const MAX_POINTS: usize = 32;
 
+/// Longest time of a layer, a pass or a hop: an hour. Nobody waits for a token that long, and sums and products of such
+/// times over all layers, rows and nodes are far from where numbers end.
+pub const MAX_SECONDS: f64 = 3600.0;
+
+/// Most bytes in a second of a link or a disk: a thousand times what memory beside the fastest processors moves.
+pub const MAX_BYTES_PER_S: f64 = 1e15;
+
+/// Longest that a layer takes for one token of context: a second; what is measured are microseconds.
+pub const MAX_CONTEXT_S: f64 = 1.0;
+
 /// A list of points is no curve.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("not a list of 1 to {MAX_POINTS} measured times, ascending in rows")]
+#[error("not a list of 1 to {MAX_POINTS} times of 0 to {MAX_SECONDS} s, ascending in rows")]
 pub struct CurveError;
 
 impl Curve {
     /// A curve through these points: rows and seconds.
     ///
     /// # Errors
-    /// If there are none or too many, rows are not ascending from 1, or a time is no finite number from 0.
+    /// If there are none or too many, rows are not ascending from 1, or a time is not from 0 to [`MAX_SECONDS`].
     pub fn new(points: Vec<(u32, f64)>) -> Result<Self, CurveError> {
         let is_ascending = points.is_sorted_by(|a, b| a.0 < b.0);
-        let is_sound = points.iter().all(|&(rows, s)| rows > 0 && s.is_finite() && s >= 0.0);
+        let is_sound = points.iter().all(|&(rows, s)| rows > 0 && (0.0..=MAX_SECONDS).contains(&s));
         let is_some = (1..=MAX_POINTS).contains(&points.len());
         if is_some && is_ascending && is_sound { Ok(Self(points)) } else { Err(CurveError) }
     }
@@ -106,16 +126,21 @@ impl Curve {
         }
     }
 
-    /// The same, all times multiplied.
+    /// The same, all times multiplied, up to [`MAX_SECONDS`].
     #[must_use]
     pub fn scaled(&self, factor: f64) -> Self {
-        Self(self.0.iter().map(|&(rows, s)| (rows, s * factor)).collect())
+        Self(self.0.iter().map(|&(rows, s)| (rows, at_most(s * factor, MAX_SECONDS))).collect())
     }
 
     /// The points: rows and seconds.
     pub fn points(&self) -> &[(u32, f64)] {
         &self.0
     }
+}
+
+/// From 0 to `most`; what is no number counts as the most.
+pub(crate) fn at_most(value: f64, most: f64) -> f64 {
+    value.min(most).max(0.0)
 }
 
 impl TryFrom<Vec<(u32, f64)>> for Curve {
@@ -170,8 +195,23 @@ pub enum SpeedSource {
 impl Speed {
     /// Whether all numbers are ones to calculate with; for what comes from another node.
     pub fn is_sound(&self) -> bool {
-        let rest = [self.pass_s, self.decode_context_s, self.chunk_context_s, self.load_bytes_per_s];
-        rest.iter().all(|x| x.is_finite() && *x >= 0.0)
+        let within = |value: f64, most: f64| (0.0..=most).contains(&value);
+        within(self.pass_s, MAX_SECONDS)
+            && within(self.decode_context_s, MAX_CONTEXT_S)
+            && within(self.chunk_context_s, MAX_CONTEXT_S)
+            && within(self.load_bytes_per_s, MAX_BYTES_PER_S)
+    }
+
+    /// The same with every number within what [`Speed::is_sound`] takes.
+    #[must_use]
+    pub(crate) fn bounded(self) -> Self {
+        Self {
+            pass_s: at_most(self.pass_s, MAX_SECONDS),
+            decode_context_s: at_most(self.decode_context_s, MAX_CONTEXT_S),
+            chunk_context_s: at_most(self.chunk_context_s, MAX_CONTEXT_S),
+            load_bytes_per_s: at_most(self.load_bytes_per_s, MAX_BYTES_PER_S),
+            ..self
+        }
     }
 
     /// A node that is slower by `factor`.
@@ -187,18 +227,17 @@ impl Speed {
             load_bytes_per_s: self.load_bytes_per_s,
             source: self.source,
         }
+        .bounded()
     }
 
     /// Seconds of the head for `rows`. Where it was not measured, it is taken to be as fast as layers are: a head of
-    /// as many bytes as a mean layer takes as long as one.
+    /// as many bytes as `rows` read of a mean layer takes as long as one.
     pub fn head_s(&self, model: &ModelProfile, rows: f64) -> f64 {
         if let Some(head) = &self.head {
             return head.at(rows);
         }
-        let bytes: u64 = model.layer_bytes.iter().sum();
-        let mean = bytes as f64 / f64::from(model.n_layers().max(1));
-        // A row takes part of an expert layer only.
-        let share = if mean > 0.0 { model.head_bytes as f64 / mean } else { 0.0 };
+        let read = model.read_bytes(rows);
+        let share = if read > 0.0 { model.head_bytes as f64 / read } else { 0.0 };
         share * self.decode.at(rows)
     }
 }
@@ -236,7 +275,7 @@ impl LinkProfile {
 
     /// Whether all numbers are ones to calculate with; for what comes from another node.
     pub fn is_sound(&self) -> bool {
-        self.latency_s.is_finite() && self.latency_s >= 0.0 && self.bytes_per_s.is_finite() && self.bytes_per_s > 0.0
+        (0.0..=MAX_SECONDS).contains(&self.latency_s) && (1.0..=MAX_BYTES_PER_S).contains(&self.bytes_per_s)
     }
 }
 
@@ -254,8 +293,8 @@ impl Links {
         self.known.insert((from, to), link);
     }
 
-    /// Notes a node's way to the switch that all are attached to: half of the latency between two like it, and the most
-    /// that it sends or receives.
+    /// Notes a node's way to the switch that all are attached to: its part of the latency between two nodes, and the
+    /// most that it sends or receives.
     pub fn set_port(&mut self, node: NodeId, port: LinkProfile) {
         self.ports.insert(node, port);
     }
@@ -331,6 +370,67 @@ mod tests {
         for points in [vec![], vec![(0, 1.0)], vec![(2, 1.0), (2, 1.0)], vec![(1, f64::NAN)], vec![(1, -1.0)]] {
             assert_eq!(Curve::new(points), Err(CurveError));
         }
+    }
+
+    #[test]
+    fn numbers_beyond_what_can_be_are_refused_or_bounded() {
+        assert_eq!(Curve::new(vec![(1, 1e-3), (2, 5e307)]), Err(CurveError));
+        let sound = Speed {
+            decode: curve(&[(1, 1.0)]),
+            chunk: curve(&[(1, 1.0)]),
+            head: None,
+            pass_s: 1.0,
+            decode_context_s: 1e-6,
+            chunk_context_s: 1e-6,
+            load_bytes_per_s: 1e9,
+            source: SpeedSource::Layers,
+        };
+        let broken: [fn(&mut Speed); 5] = [
+            |s| s.pass_s = 3601.0,
+            |s| s.decode_context_s = 1.1,
+            |s| s.chunk_context_s = f64::INFINITY,
+            |s| s.load_bytes_per_s = 1e16,
+            |s| s.load_bytes_per_s = f64::NAN,
+        ];
+        for spoil in broken {
+            let mut speed = sound.clone();
+            spoil(&mut speed);
+            assert!(sound.is_sound() && !speed.is_sound(), "{speed:?}");
+        }
+        for factor in [1e300, f64::INFINITY, f64::NAN] {
+            let slow = sound.slowed(factor);
+            assert!(slow.is_sound() && Curve::new(slow.decode.points().to_vec()).is_ok(), "{factor}: {slow:?}");
+        }
+        for (latency_s, bytes_per_s) in [(3601.0, 1e9), (f64::NAN, 1e9), (0.1, 0.5), (0.1, f64::INFINITY)] {
+            assert!(!LinkProfile { latency_s, bytes_per_s }.is_sound());
+        }
+        assert!(LinkProfile::UNKNOWN.is_sound());
+    }
+
+    #[test]
+    fn a_head_is_compared_with_the_experts_that_a_row_reads() {
+        // Half of the bytes are dense, and of 8 experts a row reads 2: 625 of 1000 bytes.
+        let model = ModelProfile {
+            layer_bytes: vec![1000; 4],
+            head_bytes: 500,
+            n_experts: 8,
+            n_experts_used: 2,
+            expert_bytes: 2000,
+            ..ModelProfile::default()
+        };
+        let speed = Speed {
+            decode: curve(&[(1, 1.0), (2, 1.0)]),
+            chunk: curve(&[(1, 1.0)]),
+            head: None,
+            pass_s: 0.0,
+            decode_context_s: 0.0,
+            chunk_context_s: 0.0,
+            load_bytes_per_s: 0.0,
+            source: SpeedSource::Layers,
+        };
+        assert_eq!(speed.head_s(&model, 1.0), 0.8);
+        let dense = ModelProfile { n_experts: 0, ..model };
+        assert_eq!(speed.head_s(&dense, 1.0), 0.5);
     }
 
     #[test]

@@ -37,6 +37,9 @@ pub struct Measure {
 pub struct Measured {
     /// Its speed with the model; `None` if it could not be measured.
     pub speed: Option<Speed>,
+    /// The speed was measured just now, or is that of a machine that was not disturbed; false where a node at work says
+    /// what it knows.
+    pub is_fresh: bool,
     /// Links to the peers that were reached.
     pub links: Vec<LinkReport>,
     /// What went wrong, for people.
@@ -160,7 +163,7 @@ mod tests {
         let link = LinkProfile { latency_s: 0.0002, bytes_per_s: 1e8 };
         let peer = NodeId::from_bytes([1; 32]);
         let report = LinkReport { peer, there: link, back: link, jitter_s: 0.0, loaded_rtt_s: 0.01 };
-        Measured { speed: Some(speed()), links: vec![report], trouble: None }
+        Measured { speed: Some(speed()), is_fresh: true, links: vec![report], trouble: None }
     }
 
     fn arrives(measured: Measured) -> bool {

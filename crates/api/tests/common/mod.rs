@@ -4,11 +4,12 @@
 use std::collections::VecDeque;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use brigade_api::{ApiOptions, Server};
-use brigade_base::{ModelId, NodeId, Token};
+use brigade_base::{Hash, ModelId, NodeId, Token};
 use brigade_node::serving::{
     ClusterStatus, Event, Examination, FinishReason, HopParts, ModelCard, Optimize, Readiness, Request, RequestTrace,
     Serving, SubmitError, TicketInfo, Usage,
@@ -33,6 +34,8 @@ pub struct Mock {
     pub tickets: Mutex<Vec<TicketInfo>>,
     /// What is found when nodes are examined.
     pub examination: Mutex<Result<Examination, String>>,
+    /// How often nodes were to be examined.
+    pub n_examined: AtomicUsize,
 }
 
 /// What the node tells of itself.
@@ -125,6 +128,7 @@ impl Serving for Mock {
             coordinator: NodeId::from_bytes([1; 32]),
             model: self.card.name.clone(),
             model_id: self.card.id,
+            header_hash: Hash::from_bytes([0; 32]),
             n_layers: 8,
             state: "ready".to_owned(),
             term: 1,
@@ -153,6 +157,7 @@ impl Serving for Mock {
     }
 
     fn examine(&self) -> Result<Examination, String> {
+        self.n_examined.fetch_add(1, Ordering::SeqCst);
         self.examination.lock().unwrap().clone()
     }
 
@@ -210,6 +215,7 @@ impl House {
             held: Mutex::default(),
             tickets: Mutex::default(),
             examination: Mutex::new(Err("nobody was asked".to_owned())),
+            n_examined: AtomicUsize::new(0),
         });
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let server = Server::start(listener, mock.clone(), &options).unwrap();
@@ -270,6 +276,15 @@ impl House {
         let deadline = std::time::Instant::now() + DEADLINE;
         while self.server.n_answering() > n {
             assert!(std::time::Instant::now() < deadline, "{} answers do not end", self.server.n_answering());
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Waits until nodes were to be examined `n` times.
+    pub fn wait_until_examined(&self, n: usize) {
+        let deadline = std::time::Instant::now() + DEADLINE;
+        while self.mock.n_examined.load(Ordering::SeqCst) < n {
+            assert!(std::time::Instant::now() < deadline, "no examination began");
             std::thread::sleep(Duration::from_millis(2));
         }
     }

@@ -1,10 +1,11 @@
 //! Who there is to hold a model: described in a file, named by flags, running as a cluster, or this machine alone.
 
 use brigade_base::NodeId;
+use brigade_net::Identity;
 use brigade_node::measure::{MeasureRequest, speed_of_here};
 use brigade_node::serving::{ClusterStatus, LinkStatus};
 use brigade_node::system;
-use brigade_plan::catalogue::{Catalogue, Device, MAX_FILE_BYTES, Prices, Scenario};
+use brigade_plan::catalogue::{Catalogue, Device, MAX_FILE_BYTES, Prices, Scenario, made_up_id};
 use brigade_plan::{Coordinator, Demand, LinkProfile, Links, ModelProfile, NodeProfile, Speed};
 
 use super::model::{Model, Origin};
@@ -77,7 +78,7 @@ impl Machines {
         let device = |name: &String| Catalogue::built_in().device(name).map_err(Failure::usage);
         let devices: Vec<Option<&'static Device>> =
             args.nodes.iter().map(|node| node.device.as_ref().map(device).transpose()).collect::<Result<_, _>>()?;
-        let port = half(Catalogue::built_in().link(&args.link).map_err(Failure::usage)?.profile);
+        let port = Catalogue::built_in().link(&args.link).map_err(Failure::usage)?.port();
         let mut links = Links::default();
         let nodes: Vec<NodeProfile> = args
             .nodes
@@ -85,7 +86,7 @@ impl Machines {
             .zip(&devices)
             .enumerate()
             .map(|(k, (node, device))| NodeProfile {
-                id: numbered(k),
+                id: made_up_id(k),
                 name: node.name.clone(),
                 memory: node.memory,
                 speed: device.map(|device| device.speed(model)),
@@ -114,7 +115,7 @@ impl Machines {
             Failure::run(format!("the coordinator that runs here is of another version ({error}); restart it"))
         })?;
         let mut notes = Vec::new();
-        let is_same = status.model == model.name && status.n_layers == model.profile.n_layers();
+        let is_same = model.catalog().is_some_and(|catalog| catalog.header_hash() == status.header_hash);
         let nodes = status.nodes.iter().filter(|node| node.connected);
         let mut nodes: Vec<NodeProfile> = nodes
             .map(|node| NodeProfile {
@@ -125,7 +126,8 @@ impl Machines {
             })
             .collect();
         if !is_same && nodes.iter().any(|node| node.speed.is_some()) {
-            notes.push(rescaled(&mut nodes, measured_here(args, model, demand), &status.model));
+            let here = id_here(args).and_then(|id| Ok((id, measured_here(args, model, demand)?)));
+            notes.push(rescaled(&mut nodes, here, &status.model));
         }
         let links = links_of(&status.links, &nodes);
         Ok(Some(Self {
@@ -147,7 +149,7 @@ impl Machines {
         let name = system::host_name();
         Self {
             source: format!("this machine ({name}) alone; name others with --node or --cluster"),
-            nodes: vec![NodeProfile { id: numbered(0), name, memory: system::available_memory(), speed }],
+            nodes: vec![NodeProfile { id: made_up_id(0), name, memory: system::available_memory(), speed }],
             links: Links::default(),
             coordinator: Coordinator::Last,
             notes,
@@ -187,18 +189,6 @@ fn counted(n: usize) -> String {
     if n == 1 { "1 machine".to_owned() } else { format!("{n} machines") }
 }
 
-/// A name for a machine that has no key.
-pub(super) fn numbered(k: usize) -> NodeId {
-    let mut id = [0; 32];
-    id[..8].copy_from_slice(&(k as u64).to_be_bytes());
-    NodeId::from_bytes(id)
-}
-
-/// A machine's way to the switch, if two of them make this link.
-pub(super) fn half(link: LinkProfile) -> LinkProfile {
-    LinkProfile { latency_s: link.latency_s / 2.0, ..link }
-}
-
 /// How fast this machine is with a model.
 fn measured_here(args: &PlanArgs, model: &Model, demand: &Demand) -> Result<Speed, String> {
     let catalog = model.catalog().ok_or("a model that is given by name has no layers to measure")?;
@@ -216,14 +206,25 @@ fn measured_here(args: &PlanArgs, model: &Model, demand: &Demand) -> Result<Spee
     speed_of_here(&request, own, system::default_threads(), 1.0, &state_dir).map_err(|error| error.to_string())
 }
 
-/// Speeds of a cluster with the model that it serves, turned into speeds with another one: as many times as slow as the
-/// coordinator, which is this machine. Says what was done.
-fn rescaled(nodes: &mut [NodeProfile], here: Result<Speed, String>, served: &str) -> String {
-    let with_served = nodes.last().and_then(|node| node.speed.clone());
-    let (here, with_served) = match (here, with_served) {
-        (Ok(here), Some(with_served)) => (here, with_served),
-        (Err(why), _) => return forget(nodes, served, &why),
-        (_, None) => return forget(nodes, served, "the coordinator was not measured"),
+/// Which node of the cluster runs here: the one with the key of this state directory.
+fn id_here(args: &PlanArgs) -> Result<NodeId, String> {
+    let identity = Identity::load_or_create(&args.state.dir()).map_err(|error| error.to_string())?;
+    Ok(identity.node_id())
+}
+
+/// Speeds of a cluster with the model that it serves, turned into speeds with another one by the node that is this
+/// machine: the others are as many times as slow as it with both. `here` is that node, and its speed with the other
+/// model. Says what was done.
+fn rescaled(nodes: &mut [NodeProfile], here: Result<(NodeId, Speed), String>, served: &str) -> String {
+    let (id, here) = match here {
+        Ok(here) => here,
+        Err(why) => return forget(nodes, served, &why),
+    };
+    let Some(own) = nodes.iter().find(|node| node.id == id) else {
+        return forget(nodes, served, "none of its nodes is this machine");
+    };
+    let Some(with_served) = &own.speed else {
+        return forget(nodes, served, &format!("{}, which is this machine, was not measured", own.name));
     };
     let served_s = with_served.decode.at(1.0).max(f64::MIN_POSITIVE);
     for node in nodes.iter_mut() {
@@ -237,15 +238,70 @@ fn forget(nodes: &mut [NodeProfile], served: &str, why: &str) -> String {
     format!("Speeds were measured with {served}, and cannot be converted: {why}.")
 }
 
-/// Links as the status has them, by the names of nodes.
+/// Links between these nodes as the status has them. Names are for people: two machines may be called the same.
 fn links_of(status: &[LinkStatus], nodes: &[NodeProfile]) -> Links {
-    let id = |name: &str| nodes.iter().find(|node| node.name == name).map(|node| node.id);
+    let is_here = |id: NodeId| nodes.iter().any(|node| node.id == id);
     let mut links = Links::default();
-    for link in status {
-        let (Some(from), Some(to)) = (id(&link.from), id(&link.to)) else { continue };
+    for link in status.iter().filter(|link| is_here(link.from_id) && is_here(link.to_id)) {
         let latency_s = link.rtt_ms / 2000.0;
-        links.set(from, to, LinkProfile { latency_s, bytes_per_s: link.there_bytes_per_s });
-        links.set(to, from, LinkProfile { latency_s, bytes_per_s: link.back_bytes_per_s });
+        links.set(link.from_id, link.to_id, LinkProfile { latency_s, bytes_per_s: link.there_bytes_per_s });
+        links.set(link.to_id, link.from_id, LinkProfile { latency_s, bytes_per_s: link.back_bytes_per_s });
     }
     links
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use brigade_base::ByteSize;
+    use brigade_plan::catalogue::models::{self, Quant};
+
+    fn node(k: usize, name: &str, device: &str, model: &str) -> NodeProfile {
+        let device = Catalogue::built_in().device(device).unwrap();
+        let speed = device.speed(&models::profile(model, Quant::Q4_0).unwrap());
+        NodeProfile { id: made_up_id(k), name: name.to_owned(), memory: ByteSize::gib(8), speed: Some(speed) }
+    }
+
+    #[test]
+    fn links_are_told_apart_where_names_are_not() {
+        let nodes = [0, 1, 2].map(|k| node(k, "pc", "rtx-3090", "llama-3.1-8b"));
+        let link = |from: usize, to: usize, rtt_ms| LinkStatus {
+            from_id: made_up_id(from),
+            to_id: made_up_id(to),
+            from: "pc".to_owned(),
+            to: "pc".to_owned(),
+            rtt_ms,
+            jitter_ms: 0.0,
+            loaded_rtt_ms: rtt_ms,
+            there_bytes_per_s: 1e9,
+            back_bytes_per_s: 1e6,
+        };
+        let links = links_of(&[link(0, 1, 2.0), link(2, 1, 6.0), link(0, 7, 8.0)], &nodes);
+        let got = |from, to| links.get(made_up_id(from), made_up_id(to));
+        assert_eq!(got(0, 1), LinkProfile { latency_s: 0.001, bytes_per_s: 1e9 });
+        assert_eq!(got(1, 2), LinkProfile { latency_s: 0.003, bytes_per_s: 1e6 });
+        assert_eq!(got(0, 7), LinkProfile::UNKNOWN);
+    }
+
+    #[test]
+    fn speeds_are_converted_by_the_node_that_is_here() {
+        let (served, asked) = ("llama-3.1-8b", "llama-3.3-70b");
+        let cluster = || vec![node(0, "here", "raspberry-pi-5", served), node(1, "coordinator", "rtx-3090", served)];
+        let row_s = |node: &NodeProfile| node.speed.as_ref().unwrap().decode.at(1.0);
+        let here = node(0, "here", "raspberry-pi-5", asked).speed.unwrap();
+        let mut nodes = cluster();
+        let said = rescaled(&mut nodes, Ok((made_up_id(0), here.clone())), "abacus");
+        assert!(said.contains("are converted"), "{said}");
+        // The machine here has the speed that was measured; the other keeps how many times as fast it is.
+        assert!((row_s(&nodes[0]) / here.decode.at(1.0) - 1.0).abs() < 1e-9);
+        let factor = |nodes: &[NodeProfile]| row_s(&nodes[0]) / row_s(&nodes[1]);
+        assert!((factor(&nodes) / factor(&cluster()) - 1.0).abs() < 1e-9);
+
+        for (here, why) in [(Ok((made_up_id(9), here)), "none of its nodes"), (Err("no key".to_owned()), "no key")] {
+            let mut nodes = cluster();
+            let said = rescaled(&mut nodes, here, "abacus");
+            assert!(said.contains("cannot be converted") && said.contains(why), "{said}");
+            assert!(nodes.iter().all(|node| node.speed.is_none()));
+        }
+    }
 }

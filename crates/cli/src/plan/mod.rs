@@ -13,6 +13,8 @@ mod remote;
 mod show;
 mod what_if;
 
+use std::fmt::Write as _;
+
 use brigade_node::DEFAULT_CONTEXT_MAX;
 use brigade_plan::{Demand, Forecast, Optimize, PlanError, Study, study};
 use serde::Serialize;
@@ -52,6 +54,10 @@ struct ModelReport {
     layers: u32,
     /// Bytes of all weights.
     bytes: u64,
+    /// Whether this version can run it; the others can be planned for.
+    supported: bool,
+    /// What is doubtful about it.
+    notes: Vec<String>,
 }
 
 #[derive(Serialize)]
@@ -91,6 +97,8 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
             quantisation: model.quantisation.clone(),
             layers: model.profile.n_layers(),
             bytes: model.profile.layer_bytes.iter().sum::<u64>().saturating_add(model.profile.head_bytes),
+            supported: model.unsupported.is_none(),
+            notes: cannot_run(&model).into_iter().collect(),
         },
         context: demand.context,
         parallel: demand.parallel,
@@ -106,10 +114,20 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
 /// Why there is no plan, and of a model that is given by name the largest quantisation that would fit.
 fn does_not_fit(error: &PlanError, model: &Model, machines: &Machines, demand: &Demand) -> Failure {
     let fits = what_if::smaller_that_fits(model, machines, demand);
-    match fits.filter(|_| matches!(error, PlanError::DoesNotFit { .. })) {
-        Some(quant) => Failure::run(format!("{error}. With --quant {quant} it would fit")),
-        None => Failure::run(error),
+    let mut said = error.to_string();
+    if let Some(quant) = fits.filter(|_| matches!(error, PlanError::DoesNotFit { .. })) {
+        let _ = write!(said, ". With --quant {quant} it would fit");
     }
+    if let Some(note) = cannot_run(model) {
+        let _ = write!(said, ". {}", note.trim_end_matches('.'));
+    }
+    Failure::run(said)
+}
+
+/// What to say of a model that can be planned for and not run.
+fn cannot_run(model: &Model) -> Option<String> {
+    let architecture = model.unsupported.as_ref()?;
+    Some(format!("This version cannot run {} ({architecture}): the plan is what a version that can would do.", model.name))
 }
 
 /// Tokens of a session, as `brigade serve` would have it: what was asked for, or what the model was `trained` for.

@@ -24,6 +24,8 @@ pub struct Model {
     pub profile: ModelProfile,
     /// Tokens of a session that it was trained for.
     pub trained: u32,
+    /// The architecture, if this version cannot run models of it.
+    pub unsupported: Option<String>,
     /// What it was found by.
     pub origin: Origin,
 }
@@ -66,6 +68,7 @@ impl Model {
             quantisation: quant.to_string(),
             profile: shape.profile(quant),
             trained: SHAPE_CONTEXT,
+            unsupported: (!shape.supported).then(|| shape.architecture.clone()),
             origin: Origin::Name(quant),
         })
     }
@@ -74,7 +77,8 @@ impl Model {
         let profile = model_profile(&catalog).map_err(Failure::run)?;
         let trained = Architecture::of(&catalog).map_err(Failure::run)?.n_ctx_train;
         let name = file_name.strip_suffix(".gguf").unwrap_or(file_name).to_owned();
-        Ok(Self { name, quantisation: catalog.quantisation(), profile, trained, origin })
+        // A header of another architecture was refused above.
+        Ok(Self { name, quantisation: catalog.quantisation(), profile, trained, unsupported: None, origin })
     }
 
     /// Its header, where it has one.

@@ -22,7 +22,8 @@ pub fn text(report: &Report, explain: bool) -> String {
     if let Some(cost) = &report.cost {
         cost.lines().iter().for_each(|said| line(&mut text, "power", said));
     }
-    report.machines.notes.iter().for_each(|note| line(&mut text, "note", note));
+    let notes = report.model.notes.iter().chain(&report.machines.notes);
+    notes.for_each(|note| line(&mut text, "note", note));
     report.study.advice.iter().for_each(|advice| line(&mut text, "advice", advice));
     if explain {
         report.study.plan.explanation.iter().for_each(|why| line(&mut text, "why", why));

@@ -1,14 +1,14 @@
 //! What machines, cables and files that are not there would bring.
 
-use brigade_plan::catalogue::Catalogue;
 use brigade_plan::catalogue::models::Quant;
+use brigade_plan::catalogue::{Catalogue, made_up_id};
 use brigade_plan::{
     Coordinator, Demand, Forecast, LinkProfile, Links, ModelProfile, NodeProfile, Optimize, Plan, Study, place,
     place_anywhere,
 };
 use serde::Serialize;
 
-use super::machines::{Machines, numbered};
+use super::machines::Machines;
 use super::model::{Model, Origin};
 
 /// Most machines for which these questions are asked: each is a placement, and some are about every pair.
@@ -133,7 +133,7 @@ impl Asked<'_> {
         let used = self.machines.nodes.iter().filter(|node| self.plan.stages.iter().any(|stage| stage.node == node.id));
         let best = used.min_by(|a, b| row_s(a).total_cmp(&row_s(b)))?;
         let another =
-            NodeProfile { id: numbered(usize::MAX), name: format!("{} (another)", best.name), ..best.clone() };
+            NodeProfile { id: made_up_id(usize::MAX), name: format!("{} (another)", best.name), ..best.clone() };
         let mut links = self.machines.links.clone();
         let mut slowest = LinkProfile { latency_s: 0.0, bytes_per_s: f64::INFINITY };
         for other in self.machines.nodes.iter().filter(|node| node.id != best.id) {

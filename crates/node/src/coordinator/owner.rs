@@ -188,7 +188,7 @@ impl Owner {
                 _ => false,
             };
             let n_here = early.iter().filter(is_here).count();
-            if !self.muster.waits(n_here) && !self.pace.waits() {
+            if !self.muster.waits(n_here) {
                 let nodes_wanted = self.settings.nodes_wanted.max(n_here + 1);
                 self.cluster = Cluster::new(Settings { nodes_wanted, ..self.settings.clone() });
                 return Some(early);
@@ -196,8 +196,6 @@ impl Owner {
             match inbox.recv_timeout(LOOK_EVERY) {
                 Ok(Event::Stop) | Err(RecvTimeoutError::Disconnected) => return None,
                 Ok(Event::WorkerLink(link)) => self.greet_worker(&link),
-                // The cluster that hears of it is the one that begins then.
-                Ok(Event::OwnSpeed(speed)) => drop(self.own_speed(speed)),
                 // What it has said is not heeded then.
                 Ok(Event::WorkerGone(id, generation, _)) if self.is_current(id, generation) => {
                     self.workers.remove(&id);
@@ -210,7 +208,7 @@ impl Owner {
 
     /// Coordinates until it is stopped or cannot go on.
     fn serve(&mut self, early: Vec<Event>, inbox: &Receiver<Event>) -> Result<(), CoordinatorError> {
-        let mut given_up = self.feed(Input::Tick);
+        let mut given_up = self.tick();
         for event in early {
             given_up = given_up.or(self.apply(event));
         }
@@ -225,7 +223,7 @@ impl Owner {
             match inbox.recv_timeout(tick.unwrap_or(look).min(look)) {
                 Ok(Event::Stop) | Err(RecvTimeoutError::Disconnected) => return Ok(()),
                 Ok(event) => given_up = self.apply(event),
-                Err(RecvTimeoutError::Timeout) => given_up = self.feed(Input::Tick),
+                Err(RecvTimeoutError::Timeout) => given_up = self.tick(),
             }
             if let Some(stuck) = self.stuck() {
                 given_up = given_up.or(self.feed(stuck));
@@ -234,6 +232,11 @@ impl Owner {
             given_up = given_up.or(self.look_at_paces());
             self.dismiss_leavers();
         }
+    }
+
+    /// Time has passed. The first placement waits for this node's own speed.
+    fn tick(&mut self) -> Option<String> {
+        if self.pace.waits() { None } else { self.feed(Input::Tick) }
     }
 
     /// Tells the council who is here, and asks it whether that is enough to place the model on others.

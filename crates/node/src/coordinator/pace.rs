@@ -3,22 +3,23 @@
 //! A worker's offer is held back until it has told how fast it is, or its time is over. From then on what its stages
 //! take is compared with that, and where they differ the state machine is told so.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use brigade_base::NodeId;
 use brigade_plan::{LinkProfile, Optimize, Speed};
-use brigade_protocol::cluster::Input;
+use brigade_protocol::cluster::{Input, Phase};
 use brigade_protocol::control::{MAX_FELLOWS, ModelRef, Offer, ToWorker};
 use brigade_protocol::measure::{LinkReport, MAX_PEERS, Measure, Measured};
 
 use super::CHUNK;
 use super::owner::{Event, Owner};
 use crate::measure::{self, MeasureOptions, MeasureRequest, ProfileKey, Profiles};
-use crate::meter::Expected;
-use crate::threads::spawn;
+use crate::meter::{Expected, ExpectedStage};
+use crate::probe::LinkBook;
+use crate::threads::{seconds_since_1970, spawn};
 
 /// So long a worker may measure; then it takes part without. It has five seconds, and time to get there.
 const MEASURE_WITHIN: Duration = Duration::from_secs(8);
@@ -57,6 +58,14 @@ impl Known {
     }
 }
 
+/// A worker that does not take part yet.
+struct Waits {
+    offer: Offer,
+    since: Instant,
+    /// It has told how fast it is, and waits for this node.
+    is_measured: bool,
+}
+
 /// What is known of speeds.
 #[derive(Default)]
 pub(super) struct Pace {
@@ -64,13 +73,13 @@ pub(super) struct Pace {
     own_since: Option<Instant>,
     /// Ends that.
     cancel: Arc<AtomicBool>,
-    /// Offers of workers that are still measuring, and since when.
-    waiting: HashMap<NodeId, (Offer, Instant)>,
+    /// Workers that do not take part yet.
+    waiting: HashMap<NodeId, Waits>,
     speeds: HashMap<NodeId, Known>,
     /// What workers measured of links, and what they said went wrong.
     reports: HashMap<NodeId, (Vec<LinkReport>, Option<String>)>,
     looked: Option<Instant>,
-    /// When nodes that became slow were asked to measure themselves anew.
+    /// When nodes that became slow lost their stages, or were asked to measure themselves anew.
     asked_again: HashMap<NodeId, Instant>,
 }
 
@@ -87,7 +96,7 @@ impl Pace {
 
     /// The offer of a worker that is still measuring.
     pub(super) fn offer(&self, node: NodeId) -> Option<&Offer> {
-        self.waiting.get(&node).map(|(offer, _)| offer)
+        self.waiting.get(&node).map(|waits| &waits.offer)
     }
 
     /// What was measured of a node while nothing else ran.
@@ -128,6 +137,7 @@ impl Pace {
         self.waiting.remove(&node);
         self.speeds.remove(&node);
         self.reports.remove(&node);
+        self.reports.values_mut().for_each(|(links, _)| links.retain(|link| link.peer != node));
         self.asked_again.remove(&node);
     }
 }
@@ -170,26 +180,48 @@ impl Owner {
         }
     }
 
-    /// This node has measured itself, or cannot.
+    /// This node has measured itself, or cannot: the model may be placed from now on.
     pub(super) fn own_speed(&mut self, speed: Option<Box<Speed>>) -> Option<String> {
-        self.pace.own_since = None;
         let own = self.identity.node_id();
         if let Some(speed) = &speed {
             self.pace.note(own, Speed::clone(speed));
         }
         self.settings.coordinator.speed = speed.as_deref().cloned();
-        self.feed(Input::Measured(own, speed, Vec::new()))
+        let given_up = self.feed(Input::Measured(own, speed, self.known_links()));
+        self.speeds_changed();
+        given_up.or(self.begin())
     }
 
-    /// A worker offers itself: it is asked how fast it is first.
+    /// Links that this node measured when it was a worker.
+    fn known_links(&self) -> Vec<(NodeId, NodeId, LinkProfile)> {
+        let own = self.identity.node_id();
+        let book = LinkBook::open(&self.options.state_dir, &self.shared.link_addresses);
+        let both_ways = |(peer, link): (NodeId, LinkReport)| [(own, peer, link.there), (peer, own, link.back)];
+        book.all(seconds_since_1970()).flat_map(both_ways).collect()
+    }
+
+    /// This node's own measurement is over, or takes too long.
+    fn begin(&mut self) -> Option<String> {
+        self.pace.own_since = None;
+        let mut given_up = self.feed(Input::Tick);
+        let measured: Vec<NodeId> =
+            self.pace.waiting.iter().filter(|(_, waits)| waits.is_measured).map(|(id, _)| *id).collect();
+        for id in measured {
+            given_up = given_up.or(self.admit(id));
+        }
+        given_up
+    }
+
+    /// A worker offers itself: it is asked how fast it is first. Nobody waits for that where answers wait already, since
+    /// another coordinator was lost.
     pub(super) fn offered(&mut self, id: NodeId, offer: Offer) -> Option<String> {
         if !self.is_measured() {
             return self.feed(Input::Offer(id, offer));
         }
         self.tell_fellows();
-        self.pace.waiting.insert(id, (offer, Instant::now()));
+        self.pace.waiting.insert(id, Waits { offer, since: Instant::now(), is_measured: false });
         self.ask_to_measure(id, false);
-        None
+        if self.took_over { self.admit(id) } else { None }
     }
 
     fn ask_to_measure(&self, id: NodeId, again: bool) {
@@ -225,34 +257,51 @@ impl Owner {
 
     /// A worker has told how fast it is.
     pub(super) fn measured(&mut self, id: NodeId, measured: Measured) -> Option<String> {
-        let Measured { speed, links, trouble } = measured;
+        let Measured { speed, is_fresh, mut links, trouble } = measured;
         if let Some(trouble) = &trouble {
             tracing::warn!(node = %id.short(), trouble, "a worker could not measure everything");
         }
-        // One that cannot say it now is as fast as it was.
-        let known = || self.pace.speeds.get(&id).map(|known| known.speed.slowed(known.factor));
-        let now = speed.clone().or_else(known);
-        if let Some(speed) = speed {
+        // One that says what it knows, or nothing, is as fast as it was found to be.
+        let known = self.pace.speeds.get(&id).map(|known| known.speed.slowed(known.factor));
+        let now = if is_fresh { speed.clone().or(known) } else { known.or_else(|| speed.clone()) };
+        if let Some(speed) = speed.filter(|_| is_fresh || !self.pace.speeds.contains_key(&id)) {
             self.pace.note(id, speed);
         }
+        links.retain(|link| link.peer == self.identity.node_id() || self.workers.contains_key(&link.peer));
         let both_ways = links.iter().flat_map(|link| [(id, link.peer, link.there), (link.peer, id, link.back)]);
         let known: Vec<(NodeId, NodeId, LinkProfile)> = both_ways.collect();
         self.pace.reports.insert(id, (links, trouble));
         let given_up = self.feed(Input::Measured(id, now.map(Box::new), known));
-        given_up.or(self.admit(id))
+        self.speeds_changed();
+        if let Some(waits) = self.pace.waiting.get_mut(&id) {
+            waits.is_measured = true;
+        }
+        given_up.or_else(|| if self.pace.waits() { None } else { self.admit(id) })
     }
 
     /// A worker takes part from now on, if it waits for that.
     fn admit(&mut self, id: NodeId) -> Option<String> {
-        let (offer, _) = self.pace.waiting.remove(&id)?;
-        self.feed(Input::Offer(id, offer))
+        let waits = self.pace.waiting.remove(&id)?;
+        self.feed(Input::Offer(id, waits.offer))
+    }
+
+    /// What stages take is compared with what is known now, and what would be better is looked for anew.
+    fn speeds_changed(&mut self) {
+        self.advice.0 = None;
+        if matches!(self.cluster.phase(), Phase::Ready) {
+            self.meter.expect(self.expected());
+        }
     }
 
     /// Admits those that measure for too long, and looks how fast stages are.
     pub(super) fn look_at_paces(&mut self) -> Option<String> {
-        let late = |(_, since): &(Offer, Instant)| since.elapsed() >= MEASURE_WITHIN;
-        let late: Vec<NodeId> = self.pace.waiting.iter().filter(|(_, waits)| late(waits)).map(|(id, _)| *id).collect();
         let mut given_up = None;
+        if self.pace.own_since.is_some() && !self.pace.waits() {
+            tracing::warn!("this node is still measuring itself; the model is placed without");
+            given_up = self.begin();
+        }
+        let late = |waits: &Waits| waits.since.elapsed() >= MEASURE_WITHIN && !self.pace.waits();
+        let late: Vec<NodeId> = self.pace.waiting.iter().filter(|(_, waits)| late(waits)).map(|(id, _)| *id).collect();
         for id in late {
             tracing::warn!(node = %id.short(), "a worker did not tell how fast it is; it takes part without");
             given_up = given_up.or(self.admit(id));
@@ -266,32 +315,34 @@ impl Owner {
     }
 
     fn tell_paces(&mut self) -> Option<String> {
-        let nodes: Vec<NodeId> = self.stages().iter().map(|stage| stage.node).collect();
-        let serves_one: HashSet<NodeId> =
-            nodes.iter().filter(|id| nodes.iter().filter(|other| other == id).count() == 1).copied().collect();
+        let paces = self.meter.paces();
         let mut given_up = None;
-        for (id, factor) in nodes.into_iter().zip(self.meter.paces()) {
+        for (id, factor) in &paces {
             // One that serves two stages computes them in turn, and neither time says how fast it is.
-            let Some(factor) = factor.filter(|f| serves_one.contains(&id) && PACES.contains(f)) else { continue };
-            let Some(known) = self.pace.speeds.get_mut(&id) else { continue };
+            let is_alone = paces.iter().filter(|(other, _)| other == id).count() == 1;
+            let Some(factor) = factor.filter(|f| is_alone && PACES.contains(f)) else { continue };
+            let Some(known) = self.pace.speeds.get_mut(id) else { continue };
             if (factor / known.factor - 1.0).abs() < TELLING {
                 continue;
             }
             tracing::info!(node = %id.short(), factor, before = known.factor, "a node's pace has changed");
             known.factor = factor;
             let speed = Some(Box::new(known.speed.slowed(factor)));
-            given_up = given_up.or(self.feed(Input::Measured(id, speed, Vec::new())));
+            given_up = given_up.or(self.feed(Input::Measured(*id, speed, Vec::new())));
+            self.advice.0 = None;
         }
         given_up
     }
 
-    /// Lets those that became slow and lost their stages for it measure themselves anew: a game that was played may be
-    /// over.
+    /// Lets those that became slow and lost their stages for it measure themselves anew, after a while: a game that was
+    /// played may be over.
     fn ask_idle_again(&mut self) {
-        let is_idle = |id: &NodeId| self.workers.contains_key(id) && self.stages().iter().all(|stage| stage.node != *id);
-        let slow: Vec<NodeId> = self.pace.speeds.iter().filter(|(_, s)| s.is_slowed()).map(|(id, _)| *id).collect();
-        for id in slow.into_iter().filter(is_idle) {
-            if self.pace.asked_again.get(&id).is_none_or(|at| at.elapsed() >= AGAIN_EVERY) {
+        let idle = self.cluster.members().iter().filter(|member| member.stages.is_empty()).map(|member| member.id);
+        let slow: Vec<NodeId> = idle.filter(|id| self.pace.speeds.get(id).is_some_and(Known::is_slowed)).collect();
+        self.pace.asked_again.retain(|id, _| slow.contains(id));
+        for id in slow {
+            let since = *self.pace.asked_again.entry(id).or_insert_with(Instant::now);
+            if since.elapsed() >= AGAIN_EVERY {
                 self.ask_to_measure(id, true);
                 self.pace.asked_again.insert(id, Instant::now());
             }
@@ -301,11 +352,12 @@ impl Owner {
     /// What the stages of the present placement are expected to take.
     pub(super) fn expected(&self) -> Option<Expected> {
         let model = self.settings.model.clone();
-        let of = |stage: &brigade_plan::PlannedStage| {
-            let speed = self.pace.speed(stage.node)?;
-            Some((speed.clone(), model.work(stage.layers)))
+        let of = |stage: &brigade_plan::PlannedStage| ExpectedStage {
+            node: stage.node,
+            speed: self.pace.speed(stage.node).cloned(),
+            work: model.work(stage.layers),
         };
-        let stages: Vec<_> = self.stages().iter().map(of).collect();
-        stages.iter().any(Option::is_some).then_some(Expected { model, stages })
+        let stages: Vec<ExpectedStage> = self.stages().iter().map(of).collect();
+        stages.iter().any(|stage| stage.speed.is_some()).then_some(Expected { model, stages })
     }
 }

@@ -45,6 +45,7 @@ impl Owner {
             coordinator: self.identity.node_id(),
             model: self.shared.card.name.clone(),
             model_id: self.model.id(),
+            header_hash: self.model.header_hash(),
             n_layers: self.model.architecture().n_layers,
             state: phase,
             term: self.cluster.epoch().term(),
@@ -98,6 +99,8 @@ impl Owner {
         let ms = |s: f64| s * 1000.0;
         let of = |(from, link): (NodeId, &LinkReport)| {
             Some(LinkStatus {
+                from_id: from,
+                to_id: link.peer,
                 from: name(from)?,
                 to: name(link.peer)?,
                 rtt_ms: ms(link.there.latency_s + link.back.latency_s),

@@ -1,9 +1,8 @@
 //! The disks that weights come from and go to: what kind they are, and how fast.
 
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use brigade_base::ByteSize;
 use brigade_protocol::measure::Finding;
@@ -11,12 +10,13 @@ use rustix::fs::statvfs;
 
 use super::machine::Machine;
 use super::{Subject, fail, ok, warn};
-
-/// Bytes that are written and brought to the disk; a hard disk takes a fifth of a second for them.
-const WRITTEN: usize = 16 << 20;
+use crate::measure::disk;
 
 /// Most bytes that are read, and for how long at most.
 const READ: (usize, Duration) = (64 << 20, Duration::from_millis(300));
+
+/// Shorter files are read in no time that could be told.
+const SHORTEST: u64 = 8 << 20;
 
 /// Below this a disk is slower than a gigabit link, from which weights could come instead.
 const SLOW_MB_S: f64 = 100.0;
@@ -157,50 +157,21 @@ impl Weights {
 
 /// Megabytes that a directory's disk takes in a second.
 fn write_speed(dir: &Path) -> std::io::Result<f64> {
-    let path = dir.join("doctor.tmp");
-    let begin = Instant::now();
-    let written = File::create(&path).and_then(|mut file| {
-        file.write_all(&vec![0x5a; WRITTEN])?;
-        file.sync_all()
-    });
-    let took = begin.elapsed();
-    let _ = std::fs::remove_file(&path);
-    written.map(|()| WRITTEN as f64 / 1e6 / took.as_secs_f64().max(1e-6))
+    // A file without a name: it is gone with the process, however that ends.
+    let mut file = tempfile::tempfile_in(dir)?;
+    Ok(disk::write_bytes_per_s(&mut file)? / 1e6)
 }
 
 /// Megabytes that a file gives in a second, from its middle, where the system has least cause to have it in memory;
 /// `None` if it is too short to tell, or cannot be had from the disk.
 fn read_speed(path: &Path) -> std::io::Result<Option<f64>> {
-    const BLOCK: usize = 4 << 20;
     let mut file = File::open(path)?;
     let len = file.metadata()?.len();
-    if len < 2 * BLOCK as u64 || !forget(&file, len) {
+    if len < SHORTEST {
         return Ok(None);
     }
-    file.seek(SeekFrom::Start(len / 2 / BLOCK as u64 * BLOCK as u64))?;
-    let (mut block, mut done) = (vec![0; BLOCK], 0);
-    let begin = Instant::now();
-    while done < READ.0 && begin.elapsed() < READ.1 {
-        match file.read(&mut block)? {
-            0 => break,
-            n => done += n,
-        }
-    }
-    Ok(Some(done as f64 / 1e6 / begin.elapsed().as_secs_f64().max(1e-6)))
-}
-
-/// Has the system drop what it keeps of a file's middle in memory, where it can.
-fn forget(file: &File, len: u64) -> bool {
-    #[cfg(target_os = "linux")]
-    {
-        let most = std::num::NonZeroU64::new(READ.0 as u64);
-        rustix::fs::fadvise(file, len / 2, most, rustix::fs::Advice::DontNeed).is_ok()
-    }
-    #[cfg(not(target_os = "linux"))]
-    {
-        let _ = (file, len);
-        false
-    }
+    let speed = disk::read_bytes_per_s(&mut file, len / 2, READ.0, READ.1)?;
+    Ok(speed.map(|bytes_per_s| bytes_per_s / 1e6))
 }
 
 /// The largest of a directory's files and those of directories in it.
@@ -292,7 +263,8 @@ mod tests {
         let large = dir.path().join("deep/large");
         std::fs::write(&large, vec![1; 9 << 20]).unwrap();
         assert_eq!(largest_file(dir.path()), Some(large.clone()));
-        assert!(read_speed(&large).unwrap().is_none_or(|mb_s| mb_s > 0.0));
+        assert_eq!(read_speed(&large).unwrap().is_some(), cfg!(target_os = "linux"));
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2, "what was written is gone");
         assert_eq!(read_speed(&dir.path().join("small")).unwrap(), None);
     }
 }

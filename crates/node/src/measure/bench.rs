@@ -22,7 +22,8 @@ pub(super) struct Bench {
     runner: PassRunner,
     /// Its layers as a multiple of the model's mean layer.
     pub(super) work: f64,
-    n_ctx: u32,
+    /// Most tokens of a session.
+    pub(super) n_ctx: u32,
     /// `[max_rows, n_embd]`.
     template: Vec<f32>,
     hidden: Vec<f32>,

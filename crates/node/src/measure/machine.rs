@@ -2,9 +2,11 @@
 //!
 //! Computing is measured with layers of a made-up llama of moderate width, through the same code as a real model's.
 
-use std::fs::{self, File};
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::fs;
+use std::io;
 use std::path::Path;
+use std::sync::RwLock;
+use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
 use brigade_base::ByteSize;
@@ -12,7 +14,7 @@ use brigade_gguf::{Builder, Catalog, GgmlType, Metadata, Value};
 use brigade_plan::ModelProfile;
 use serde::{Deserialize, Serialize};
 
-use super::{MEMORY_DIVISOR, MeasureError, MeasureOptions, MeasureRequest, Watch, hash_bytes_per_s, measure};
+use super::{MEMORY_DIVISOR, MeasureError, MeasureOptions, MeasureRequest, Watch, disk, hash_bytes_per_s, measure};
 use crate::model::model_profile;
 use crate::system::{self, Cpu};
 use crate::threads::seconds_since_1970;
@@ -29,14 +31,17 @@ const MEMORY_BUDGET: Duration = Duration::from_millis(400);
 /// Most memory that is read over and over: more than any processor's cache.
 const MAX_STREAM_BYTES: u64 = 1 << 30;
 
-/// Bytes that are written and read to measure the disk: a slow card writes them in a second.
-const DISK_BYTES: usize = 16 << 20;
+/// Words that are summed up between two looks at the clock: 512 KiB take tens of microseconds.
+const STREAM_BLOCK: usize = 64 << 10;
+
+/// How long reading the disk may take, about.
+const DISK_BUDGET: Duration = Duration::from_secs(1);
 
 /// Largest stored profile that is read; it has about two kilobytes.
 const MAX_FILE_BYTES: u64 = 64 << 10;
 
 /// Rises when the same machine would be measured otherwise than before.
-const METHOD: u32 = 1;
+const METHOD: u32 = 2;
 
 /// What a machine can do.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -84,13 +89,7 @@ pub struct TypeSpeed {
 /// If the engine fails.
 pub fn profile(state_dir: &Path, threads: u32, throttle: f32, again: bool) -> Result<MachineProfile, MeasureError> {
     let path = state_dir.join("profile.json");
-    let fits = |stored: &MachineProfile| {
-        stored.method == METHOD
-            && stored.version == env!("CARGO_PKG_VERSION")
-            && stored.cpu == system::cpu()
-            && (stored.threads, stored.throttle) == (threads, throttle)
-    };
-    if let Some(stored) = read(&path).filter(|stored| !again && fits(stored)) {
+    if let Some(stored) = read(&path).filter(|stored| !again && stored.fits(threads, throttle)) {
         return Ok(stored);
     }
     let watch = Watch::begin();
@@ -105,6 +104,16 @@ pub fn profile(state_dir: &Path, threads: u32, throttle: f32, again: bool) -> Re
         tracing::warn!(%error, "the profile of this machine is not kept");
     }
     Ok(profile)
+}
+
+impl MachineProfile {
+    /// Whether this machine with these settings would be measured the same.
+    fn fits(&self, threads: u32, throttle: f32) -> bool {
+        self.method == METHOD
+            && self.version == env!("CARGO_PKG_VERSION")
+            && self.cpu == system::cpu()
+            && (self.threads, self.throttle) == (threads, throttle)
+    }
 }
 
 fn read(path: &Path) -> Option<MachineProfile> {
@@ -198,61 +207,65 @@ fn made_up(ty: GgmlType) -> Result<Catalog, Box<dyn std::error::Error>> {
     Ok(Catalog::parse_header(&builder.header_bytes())?)
 }
 
-/// Bytes of memory that `threads` threads read in a second: each sums up a part of its own.
+/// Bytes of memory that `threads` threads read in a second: each sums up a part of its own, all at the same time.
 fn memory_bytes_per_s(threads: u32) -> f64 {
     let bytes = MAX_STREAM_BYTES.min(system::available_memory().0 / MEMORY_DIVISOR);
     let n_words = (bytes / 8 / u64::from(threads.max(1))).max(1) as usize;
-    let rates: Vec<f64> = std::thread::scope(|scope| {
-        let read = || {
-            let words = vec![1u64; n_words];
-            let (begin, mut n_reads) = (Instant::now(), 0);
-            while n_reads == 0 || begin.elapsed() < MEMORY_BUDGET {
-                std::hint::black_box(
-                    std::hint::black_box(&words).iter().fold(0, |sum: u64, &word| sum.wrapping_add(word)),
-                );
-                n_reads += 1;
+    let prepare = || vec![1u64; n_words];
+    let read = |words: Vec<u64>| {
+        let (begin, mut n_read, mut elapsed) = (Instant::now(), 0, Duration::ZERO);
+        // Whoever went on to the end of its part would read alone for a while.
+        for block in words.chunks(STREAM_BLOCK).cycle() {
+            let block = std::hint::black_box(block);
+            std::hint::black_box(block.iter().fold(0, |sum: u64, &word| sum.wrapping_add(word)));
+            n_read += block.len();
+            elapsed = begin.elapsed();
+            if elapsed >= MEMORY_BUDGET {
+                break;
             }
-            (n_reads * n_words * 8) as f64 / begin.elapsed().as_secs_f64().max(1e-9)
-        };
-        let readers: Vec<_> = (0..threads.max(1)).map(|_| scope.spawn(read)).collect();
-        readers.into_iter().filter_map(|reader| reader.join().ok()).collect()
-    });
-    rates.iter().sum()
+        }
+        (n_read * 8) as f64 / elapsed.as_secs_f64().max(1e-9)
+    };
+    together(threads.max(1), prepare, read).iter().sum()
+}
+
+/// Runs `work` on `n` threads, on none before all have prepared for it.
+fn together<P, T: Send>(n: u32, prepare: impl Fn() -> P + Sync, work: impl Fn(P) -> T + Sync) -> Vec<T> {
+    let (gate, (tell, prepared)) = (RwLock::new(()), channel());
+    let run = |tell: Sender<()>| {
+        let what = prepare();
+        drop(tell);
+        drop(gate.read());
+        work(what)
+    };
+    let run = &run;
+    std::thread::scope(|scope| {
+        let shut = gate.write();
+        // Fewer, if the system gives no more.
+        let spawn = |tell: Sender<()>| std::thread::Builder::new().spawn_scoped(scope, move || run(tell)).ok();
+        let threads: Vec<_> = (0..n).filter_map(|_| spawn(tell.clone())).collect();
+        drop(tell);
+        // Ends once all have dropped theirs.
+        let _ = prepared.recv();
+        drop(shut);
+        threads.into_iter().filter_map(|thread| thread.join().ok()).collect()
+    })
 }
 
 /// Bytes that the file system of `dir` reads in a second, past the system's cache.
 fn disk_bytes_per_s(dir: &Path) -> io::Result<Option<f64>> {
     let mut file = tempfile::tempfile_in(dir)?;
-    // No two blocks are equal, so that no file system stores them as one.
-    let mut bytes = vec![0; DISK_BYTES];
-    blake3::Hasher::new().finalize_xof().fill(&mut bytes);
-    file.write_all(&bytes)?;
-    file.sync_all()?;
-    if !forget(&file)? {
-        return Ok(None);
-    }
-    file.seek(SeekFrom::Start(0))?;
-    let begin = Instant::now();
-    file.read_exact(&mut bytes)?;
-    Ok(Some(DISK_BYTES as f64 / begin.elapsed().as_secs_f64().max(1e-9)))
-}
-
-/// Lets the system forget what it holds of a file; false where it cannot be asked.
-#[cfg(target_os = "linux")]
-fn forget(file: &File) -> io::Result<bool> {
-    rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed)?;
-    Ok(true)
-}
-
-#[cfg(not(target_os = "linux"))]
-fn forget(_: &File) -> io::Result<bool> {
-    Ok(false)
+    disk::write_bytes_per_s(&mut file)?;
+    disk::read_bytes_per_s(&mut file, 0, disk::WRITTEN, DISK_BUDGET)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
     use brigade_gguf::Architecture;
+
+    use super::*;
 
     #[test]
     fn the_made_up_models_can_be_cut_everywhere() {
@@ -280,6 +293,36 @@ mod tests {
         };
         fs::write(dir.path().join("profile.json"), serde_json::to_vec(&stored).unwrap()).unwrap();
         assert_eq!(profile(dir.path(), 1, 1.0, false).unwrap(), stored);
+        assert!(!stored.fits(2, 1.0) && !stored.fits(1, 0.5));
+        let other = |alter: fn(&mut MachineProfile)| {
+            let mut profile = stored.clone();
+            alter(&mut profile);
+            profile
+        };
+        let others = [
+            other(|stored| stored.method -= 1),
+            other(|stored| stored.version.push('0')),
+            other(|stored| stored.cpu.n_threads += 1),
+        ];
+        assert!(others.iter().all(|stored| !stored.fits(1, 1.0)), "what was measured elsewhere is measured anew");
+        fs::write(dir.path().join("profile.json"), " ".repeat(MAX_FILE_BYTES as usize + 1)).unwrap();
+        assert_eq!(read(&dir.path().join("profile.json")), None);
+    }
+
+    #[test]
+    fn no_thread_begins_before_all_are_prepared() {
+        const N: u32 = 16;
+        let n_prepared = AtomicU32::new(0);
+        let seen = together(
+            N,
+            || {
+                // Work of some length, so that the first would be done before the last has begun.
+                std::hint::black_box(vec![1u64; 1 << 18]);
+                n_prepared.fetch_add(1, Ordering::SeqCst)
+            },
+            |_| n_prepared.load(Ordering::SeqCst),
+        );
+        assert_eq!(seen, [N; N as usize]);
     }
 
     #[test]
@@ -288,6 +331,7 @@ mod tests {
         assert!(ty.s_per_gib > 0.0 && ty.s_per_gflop > 0.0 && ty.load_bytes_per_s > 0.0, "{ty:?}");
         assert!(memory_bytes_per_s(1) > 1e6);
         let dir = tempfile::tempdir().unwrap();
-        assert!(disk_bytes_per_s(dir.path()).unwrap().is_none_or(|rate| rate > 1.0));
+        assert_eq!(disk_bytes_per_s(dir.path()).unwrap().is_some(), cfg!(target_os = "linux"));
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "nothing is left behind");
     }
 }

@@ -17,6 +17,7 @@
 //! [`Profiles`] keeps results, [`speed`] measures only what is not there. [`machine`] measures a machine for itself.
 
 mod bench;
+pub(crate) mod disk;
 pub mod machine;
 mod profiles;
 mod session;

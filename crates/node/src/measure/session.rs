@@ -165,15 +165,17 @@ impl<'a> Session<'a> {
     }
 
     /// What a stage takes in memory, about.
-    fn memory(&self, view: &StageView, shape: Shape) -> u64 {
-        let cells = u64::from(shape.n_ctx.next_multiple_of(256)) * u64::from(shape.n_sessions);
+    pub(super) fn memory(&self, view: &StageView, shape: Shape) -> u64 {
+        let cells = u64::from(shape.n_ctx).next_multiple_of(256) * u64::from(shape.n_sessions);
         let kv: u64 = shape.layers.iter().map(|layer| self.architecture.kv_bytes_per_token(layer)).sum();
-        let scores = 4 * u64::from(self.profile.n_heads) * u64::from(shape.n_ctx) * u64::from(shape.max_rows);
+        let per_row = (4 * u64::from(self.profile.n_heads)).saturating_mul(shape.n_ctx.into());
+        let scores = per_row.saturating_mul(shape.max_rows.into());
         // The engine holds no more of them than this.
         let scores = if scores <= 512 << 20 { scores } else { 0 };
         let logits = if view.is_final() { 4 * u64::from(view.n_vocab()) * u64::from(shape.n_sessions) } else { 0 };
         let row = 4 * (6 * u64::from(self.profile.n_embd) + 3 * u64::from(self.profile.n_ff));
-        view.weight_bytes() + kv.saturating_mul(cells) + scores + logits + row * u64::from(shape.max_rows)
+        let others = scores + logits + row * u64::from(shape.max_rows);
+        view.weight_bytes().saturating_add(kv.saturating_mul(cells)).saturating_add(others)
     }
 
     fn load(&mut self, view: &StageView, shape: Shape) -> Result<Bench, MeasureError> {
@@ -207,13 +209,18 @@ impl<'a> Session<'a> {
         if n_pieces < 2 { Err(MeasureError::Whole) } else { Ok((n_pieces / 2).min(n_pieces - 2)) }
     }
 
-    pub(super) fn load_thin(&mut self) -> Result<Bench, MeasureError> {
+    /// The thin stage: its layers, and what it is loaded for.
+    pub(super) fn thin(&self) -> Result<(StageView, Shape), MeasureError> {
         let at = self.thin_at()?;
         let layers = self.layers(at, at + 1)?;
         let view = StageView::new(&self.request.catalog, layers)?;
         let n_ctx = self.request.context.max(1);
         let max_rows = self.request.max_rows.clamp(2, 1 << 14);
-        let mut shape = Shape { layers, n_ctx, n_sessions: 2, max_rows };
+        Ok((view, Shape { layers, n_ctx, n_sessions: 2, max_rows }))
+    }
+
+    pub(super) fn load_thin(&mut self) -> Result<Bench, MeasureError> {
+        let (view, mut shape) = self.thin()?;
         // A context that does not fit is shortened: only its first tokens are used.
         while self.memory(&view, shape) > self.room && shape.n_ctx > 2 * DEPTH {
             shape.n_ctx /= 2;
@@ -288,12 +295,12 @@ impl<'a> Session<'a> {
 
     /// Seconds of a chunk in the thin stage.
     fn time_chunks(&self, thin: &mut Bench) -> Result<Points, MeasureError> {
-        let n_ctx = self.request.context;
-        let rows: Vec<u32> = CHUNK_ROWS.into_iter().filter(|rows| *rows <= thin.max_rows().min(n_ctx)).collect();
+        let most_rows = thin.max_rows().min(thin.n_ctx);
+        let rows: Vec<u32> = CHUNK_ROWS.into_iter().filter(|rows| *rows <= most_rows).collect();
         let points = self.time_points(&rows, self.shares().chunks, |rows| Ok(thin.rows_behind(0, 0, rows)?))?;
         if points.is_empty() {
             // The shortest chunk, whatever it takes.
-            let rows = 2.min(n_ctx).min(thin.max_rows());
+            let rows = 2.min(most_rows);
             return Ok(vec![(rows, thin.rows_behind(0, 0, rows)?)]);
         }
         Ok(points)
@@ -328,7 +335,8 @@ impl<'a> Session<'a> {
     fn time_context(&self, thin: &mut Bench, decode: &Curve, chunk: &Points) -> Result<(f64, f64), MeasureError> {
         let estimate = self.context_by_size(decode);
         let most_rows = thin.max_rows().min(CHUNK_ROWS[2]);
-        let depth = DEPTH.min(self.request.context / 2);
+        // The stage's context may be shorter than that of the deployment.
+        let depth = DEPTH.min(thin.n_ctx / 2);
         // Rows of the chunk that is timed behind them.
         let at = chunk.iter().find(|(rows, _)| *rows == CHUNK_ROWS[0]).or_else(|| chunk.last());
         let (Some(&(rows, flat_s)), true) = (at, depth >= 64) else { return Ok(estimate) };
@@ -341,7 +349,7 @@ impl<'a> Session<'a> {
             thin.rows_behind(0, keep, n_rows)?;
             keep += n_rows;
         }
-        let rows = rows.min(self.request.context - depth);
+        let rows = rows.min(thin.n_ctx - depth);
         let deep_s = time(self.until(self.shares().context).mul_f64(0.7), || thin.rows_behind(0, depth, rows))?;
         let chunk_s = (deep_s - flat_s).max(0.0) / f64::from(depth) / f64::from(rows) / thin.work;
         // In turn with a row that has nothing before it, as what is looked for is small.

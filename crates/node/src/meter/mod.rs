@@ -21,15 +21,15 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use brigade_base::{Epoch, SessionId};
+use brigade_base::{Epoch, NodeId, SessionId};
 use brigade_net::LinkStats;
 use brigade_protocol::schedule::PassRows;
 use prometheus_client::encoding::text;
 use prometheus_client::metrics::histogram::Histogram;
 
 use self::metrics::{LinkMetrics, Metrics, StageMetrics};
-pub use self::pace::Expected;
 use self::pace::Paces;
+pub use self::pace::{Expected, ExpectedStage};
 use self::pass::Costs;
 pub use self::pass::PassReport;
 use self::traces::{PassInfo, State, Traces, Track};
@@ -247,7 +247,10 @@ impl Meter {
         let costs = Costs::of(&report);
         let mut inner = self.lock();
         inner.stages_worked(&report, &costs);
-        inner.paces.add(report.tail_end, report.rows, &costs.spans);
+        // What a stage spends on KV steps is not expected, and is the disk's as often as not.
+        if !report.moves_kv {
+            inner.paces.add(report.tail_end, report.rows, &costs.spans);
+        }
         if report.n_rows == 0 {
             return;
         }
@@ -324,9 +327,9 @@ impl Meter {
         self.lock().paces = Paces::new(expected);
     }
 
-    /// How many times as long as expected each stage takes, in ring order with the tail last; `None` where too little
-    /// was computed to tell, and nothing at all where nothing is expected.
-    pub fn paces(&self) -> Vec<Option<f64>> {
+    /// How many times as long as expected each stage takes, by who serves it; `None` where too little was computed to
+    /// tell, and nothing at all where nothing is expected.
+    pub fn paces(&self) -> Vec<(NodeId, Option<f64>)> {
         self.lock().paces.factors()
     }
 

@@ -5,6 +5,7 @@
 
 use std::time::{Duration, Instant};
 
+use brigade_base::NodeId;
 use brigade_plan::{ModelProfile, Speed};
 use brigade_protocol::schedule::PassRows;
 
@@ -14,7 +15,7 @@ use super::pass::Span;
 /// taken for one.
 const FADE: Duration = Duration::from_secs(10);
 
-/// Less work than this says nothing.
+/// Less computing than this says nothing.
 const TELLING_S: f64 = 1.0;
 
 /// What a placement is expected to take.
@@ -22,15 +23,25 @@ const TELLING_S: f64 = 1.0;
 pub struct Expected {
     /// The model.
     pub model: ModelProfile,
-    /// Of each stage in ring order: how fast its node was measured to be, and its layers as a multiple of the mean
-    /// layer; `None` where the speed is not known.
-    pub stages: Vec<Option<(Speed, f64)>>,
+    /// The stages in ring order.
+    pub stages: Vec<ExpectedStage>,
+}
+
+/// A stage of which something is expected.
+#[derive(Debug, Clone)]
+pub struct ExpectedStage {
+    /// Who serves it.
+    pub node: NodeId,
+    /// How fast that was measured to be; `None` where it is not known.
+    pub speed: Option<Speed>,
+    /// Its layers as a multiple of the mean layer.
+    pub work: f64,
 }
 
 impl Expected {
     /// Seconds of stage `k` for these rows.
     fn seconds(&self, k: usize, rows: &[PassRows]) -> Option<f64> {
-        let (speed, work) = self.stages.get(k)?.as_ref()?;
+        let ExpectedStage { speed: Some(speed), work, .. } = self.stages.get(k)? else { return None };
         let (mut layer_s, mut n_decode) = (0.0, 0.0);
         for of in rows {
             let (n, before) = (f64::from(of.n_rows), f64::from(of.before));
@@ -85,13 +96,17 @@ impl Paces {
         }
     }
 
-    /// How many times as long as expected each stage takes; `None` where too little was computed to tell.
-    pub fn factors(&self) -> Vec<Option<f64>> {
-        let of = |sum: &Sum| {
-            (sum.expected >= TELLING_S.min(sum.computed) && sum.computed >= TELLING_S / 4.0)
-                .then(|| sum.computed / sum.expected)
-        };
-        self.sums.iter().map(of).collect()
+    /// How many times as long as expected each stage takes, by who serves it; `None` where too little was computed to
+    /// tell.
+    pub fn factors(&self) -> Vec<(NodeId, Option<f64>)> {
+        let stages = self.expected.iter().flat_map(|expected| &expected.stages);
+        stages.zip(&self.sums).map(|(stage, sum)| (stage.node, sum.factor())).collect()
+    }
+}
+
+impl Sum {
+    fn factor(&self) -> Option<f64> {
+        (self.computed >= TELLING_S && self.expected > 0.0).then(|| self.computed / self.expected)
     }
 }
 
@@ -123,7 +138,13 @@ mod tests {
 
     fn paces() -> Paces {
         let model = ModelProfile { layer_bytes: vec![1; 4], ..ModelProfile::default() };
-        Paces::new(Some(Expected { model, stages: vec![Some((speed(), 2.0)), None, Some((speed(), 1.0))] }))
+        let stage = |n: u8, speed, work| ExpectedStage { node: NodeId::from_bytes([n; 32]), speed, work };
+        let stages = vec![stage(1, Some(speed()), 2.0), stage(2, None, 1.0), stage(3, Some(speed()), 1.0)];
+        Paces::new(Some(Expected { model, stages }))
+    }
+
+    fn factors(paces: &Paces) -> Vec<Option<f64>> {
+        paces.factors().into_iter().map(|(_, factor)| factor).collect()
     }
 
     fn spans(ms: [u32; 3]) -> Vec<Span> {
@@ -145,18 +166,19 @@ mod tests {
     #[test]
     fn a_stage_that_becomes_slow_is_seen_within_seconds_of_work() {
         let (mut paces, mut now) = (paces(), Instant::now());
-        assert_eq!(paces.factors(), [None, None, None]);
+        assert_eq!(factors(&paces), [None, None, None]);
         let mut run = |paces: &mut Paces, seconds: u32, ms: [u32; 3]| {
             for _ in 0..seconds * 10 {
                 now += Duration::from_millis(100);
                 paces.add(now, &[rows(1, 0)], &spans(ms));
             }
-            paces.factors()[0]
+            factors(paces)[0]
         };
         assert!((run(&mut paces, 20, [20, 1, 15]).unwrap() - 1.0).abs() < 1e-9);
         assert!(run(&mut paces, 2, [80, 1, 15]).unwrap() < 1.8, "a hiccup");
         assert!(run(&mut paces, 20, [80, 1, 15]).unwrap() > 3.0);
-        assert!((paces.factors()[2].unwrap() - 1.0).abs() < 1e-9);
+        assert!(run(&mut paces, 60, [800, 1, 15]).unwrap() > 30.0, "a machine that swaps");
+        assert!((factors(&paces)[2].unwrap() - 1.0).abs() < 1e-9);
     }
 
     #[test]
@@ -168,6 +190,6 @@ mod tests {
             spans
         };
         (0..1000).for_each(|_| paces.add(now, &[rows(1, 0)], &together(spans([20, 1, 15]))));
-        assert_eq!(paces.factors(), [None, None, None]);
+        assert_eq!(factors(&paces), [None, None, None]);
     }
 }

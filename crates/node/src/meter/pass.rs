@@ -25,6 +25,8 @@ pub struct PassReport<'a> {
     pub n_rows: u32,
     /// Whether every row is a next token.
     pub is_decode: bool,
+    /// Whether KV caches were copied, saved or loaded before the rows.
+    pub moves_kv: bool,
     /// When its rows were embedded and its first frame began to be encoded.
     pub sent: Instant,
     /// How long embedding took, before that.

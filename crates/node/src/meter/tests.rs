@@ -60,6 +60,7 @@ fn pass<'a>(n: u64, sent: Instant, rows: &'a [PassRows], timings: &'a [Timing]) 
         rows,
         n_rows: rows.iter().map(|rows| rows.n_rows).sum(),
         is_decode: rows.iter().all(|rows| !rows.is_prompt),
+        moves_kv: false,
         sent,
         embed: us(25),
         write: us(15),

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use brigade_base::Hash;
+use brigade_base::{Hash, NodeId};
 use brigade_net::write_atomic;
 use brigade_protocol::control::Peer;
 use brigade_protocol::measure::LinkReport;
@@ -61,6 +61,12 @@ impl LinkBook {
         found.filter(is_valid).map(|entry| entry.report)
     }
 
+    /// All that is known of links at `now`, to wherever the other nodes listened then.
+    pub fn all(&self, now: u64) -> impl Iterator<Item = (NodeId, LinkReport)> {
+        let is_valid = move |entry: &&Entry| now.abs_diff(entry.measured_unix_s) < VALID_S;
+        self.entries.iter().filter(is_valid).map(|entry| (entry.report.peer, entry.report))
+    }
+
     /// Notes what was measured of the link to `peer`; it is on disk after [`save`](Self::save).
     pub fn put(&mut self, peer: &Peer, report: LinkReport, now: u64) {
         self.entries.retain(|entry| entry.report.peer != peer.node);
@@ -105,7 +111,6 @@ fn read(path: &Path) -> io::Result<Vec<Entry>> {
 
 #[cfg(test)]
 mod tests {
-    use brigade_base::NodeId;
     use brigade_plan::LinkProfile;
 
     use super::*;

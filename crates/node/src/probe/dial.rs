@@ -74,10 +74,12 @@ pub enum ProbeError {
 }
 
 impl ProbeError {
-    /// Whether the other node is only busy.
+    /// Whether the other node is only busy, or has not heard yet of this one.
     pub fn is_passing(&self) -> bool {
         match self {
-            Self::Greet(GreetError::Refused(refusal)) => matches!(refusal, Refusal::Busy | Refusal::Stopping),
+            Self::Greet(GreetError::Refused(refusal)) => {
+                matches!(refusal, Refusal::Busy | Refusal::Stopping | Refusal::NotExpected(_))
+            }
             Self::Link(LinkError::Closed) => true,
             Self::Greet(_) | Self::Connect(_) | Self::Link(_) | Self::Nonsense => false,
         }

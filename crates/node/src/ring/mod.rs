@@ -677,6 +677,7 @@ impl<T: Tail> Ring<T> {
             rows: &pass.rows,
             n_rows: pass.tokens.len() as u32,
             is_decode: pass.is_decode(),
+            moves_kv: !pass.steps.is_empty(),
             sent: back.sent.at,
             embed: back.sent.embed,
             write: back.sent.write,

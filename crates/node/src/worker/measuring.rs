@@ -18,7 +18,7 @@ use brigade_protocol::measure::{MAX_FINDING_BYTES, Measure, Measured};
 
 use crate::doctor::{Subject, examined};
 use crate::loaded::chain;
-use crate::measure::{BUDGET, MeasureOptions, MeasureRequest, ProfileKey, Profiles, speed};
+use crate::measure::{BUDGET, MeasureError, MeasureOptions, MeasureRequest, ProfileKey, Profiles, speed};
 use crate::probe::{LinkBook, WITHIN, links_to};
 use crate::threads::{lock, spawn};
 
@@ -29,6 +29,8 @@ pub(super) struct Measuring {
     turn: Arc<Mutex<()>>,
     /// Ends what is being measured.
     cancel: Arc<AtomicBool>,
+    /// Nobody waits for what is being measured.
+    is_stale: Arc<AtomicBool>,
     is_examining: Arc<AtomicBool>,
     last: Arc<LastSpeed>,
     /// Where the nodes listen whose links were asked for last.
@@ -60,6 +62,7 @@ impl Measuring {
             node,
             turn: Arc::default(),
             cancel: Arc::default(),
+            is_stale: Arc::default(),
             is_examining: Arc::default(),
             last: Arc::default(),
             peer_addresses: Vec::new(),
@@ -70,21 +73,29 @@ impl Measuring {
     /// measure would hold up its stages, and take memory that they may need.
     pub(super) fn measure(&mut self, request: Measure, is_at_work: bool, control: Arc<dyn Link>) {
         self.stop();
-        self.cancel = Arc::default();
+        (self.cancel, self.is_stale) = (Arc::default(), Arc::default());
         self.peer_addresses = request.peers.iter().flat_map(|peer| peer.addresses.clone()).collect();
         let (node, turn, cancel) = (self.node.clone(), Arc::clone(&self.turn), Arc::clone(&self.cancel));
-        let (link, last) = (Arc::clone(&control), Arc::clone(&self.last));
+        let (link, last, is_stale) = (Arc::clone(&control), Arc::clone(&self.last), Arc::clone(&self.is_stale));
         let work = move || {
             // Whoever has it was told to end.
             let _turn = lock(&turn);
             let measured = node.measure(&request, is_at_work, &last, &cancel);
-            if !cancel.load(Ordering::Relaxed) {
+            if !is_stale.load(Ordering::Relaxed) {
                 tell(&*link, &ToCoordinator::Measured(Box::new(measured)));
             }
         };
         if let Err(error) = spawn("measure", work) {
             let trouble = Some(no_thread(&error));
-            tell(&*control, &ToCoordinator::Measured(Box::new(Measured { speed: None, links: Vec::new(), trouble })));
+            tell(
+                &*control,
+                &ToCoordinator::Measured(Box::new(Measured {
+                    speed: None,
+                    is_fresh: false,
+                    links: Vec::new(),
+                    trouble,
+                })),
+            );
         }
     }
 
@@ -115,8 +126,14 @@ impl Measuring {
         }
     }
 
+    /// Ends what is being measured: this node gets work. What is known is told.
+    pub(super) fn cut_short(&self) {
+        self.cancel.store(true, Ordering::Relaxed);
+    }
+
     /// Ends what is being measured; it is not told.
     pub(super) fn stop(&self) {
+        self.is_stale.store(true, Ordering::Relaxed);
         self.cancel.store(true, Ordering::Relaxed);
     }
 }
@@ -125,26 +142,27 @@ impl Measurable {
     /// Measures the node and its links, as far as that works.
     fn measure(&self, request: &Measure, is_at_work: bool, last: &LastSpeed, cancel: &Arc<AtomicBool>) -> Measured {
         let mut troubles = Vec::new();
-        let speed = self.speed(request, is_at_work, last, cancel).unwrap_or_else(|trouble| {
+        let (speed, is_fresh) = self.speed(request, is_at_work, last, cancel).unwrap_or_else(|trouble| {
             troubles.push(trouble);
-            None
+            (None, false)
         });
         let mut book = LinkBook::open(&self.state_dir, &self.addresses);
         let may_go_on = || !is_at_work && !cancel.load(Ordering::Relaxed);
         let round = links_to(&self.identity, &request.peers, &mut book, &may_go_on);
         troubles.extend(round.troubles);
         troubles.iter().for_each(|trouble| tracing::warn!(trouble, "not all was measured"));
-        Measured { speed, links: round.links, trouble: text_of(&troubles) }
+        Measured { speed, is_fresh, links: round.links, trouble: text_of(&troubles) }
     }
 
-    /// How fast it computes the model; nothing if that is not known and not to be measured.
+    /// How fast it computes the model, and whether that was measured just now or undisturbed; nothing if it is not known
+    /// and not to be measured.
     fn speed(
         &self,
         wanted: &Measure,
         is_at_work: bool,
         last: &LastSpeed,
         cancel: &Arc<AtomicBool>,
-    ) -> Result<Option<Speed>, String> {
+    ) -> Result<(Option<Speed>, bool), String> {
         let request =
             MeasureRequest::of(&wanted.model).map_err(|error| format!("its header cannot be read: {error}"))?;
         let options = MeasureOptions {
@@ -154,14 +172,20 @@ impl Measurable {
             ..MeasureOptions::new(self.threads, self.throttle, self.own_of(&wanted.model))
         };
         let (profiles, key) = (Profiles::open(&self.state_dir), ProfileKey::of(&request, &options));
-        if is_at_work {
+        let known = || {
             let last = lock(last).clone().filter(|(of, _)| *of == key).map(|(_, speed)| speed);
-            return Ok(last.or_else(|| profiles.get(&key)));
+            Ok((last.or_else(|| profiles.get(&key)), false))
+        };
+        if is_at_work {
+            return known();
         }
         let measured = speed(&request, &options, &profiles, wanted.again);
+        if matches!(measured, Err(MeasureError::Cancelled)) {
+            return known();
+        }
         let speed = measured.map_err(|error| format!("its speed was not measured: {}", chain(&error)))?;
         *lock(last) = Some((key, speed.clone()));
-        Ok(Some(speed))
+        Ok((Some(speed), true))
     }
 
     /// Its own copy, if it is of this model.

@@ -253,7 +253,7 @@ impl Owner {
             }
             ToWorker::Assign(assign) => {
                 if !assign.stages.is_empty() {
-                    self.measuring.stop();
+                    self.measuring.cut_short();
                 }
                 let (epoch, revision) = (assign.epoch, assign.revision);
                 for order in &assign.stages {

@@ -10,6 +10,7 @@ use brigade_base::ByteSize;
 use serde::{Deserialize, Serialize};
 
 use super::models::{self, Quant};
+use crate::profile::{MAX_SECONDS, at_most};
 use crate::{Curve, ModelProfile, Speed, SpeedSource};
 
 /// Decode rows that a curve has points for: as many as kernels change their behaviour at, up to the sessions of a home.
@@ -192,7 +193,7 @@ impl Device {
         let layer_s = self.layer_s * if model.n_experts > 0 { EXPERT_LAYER_FACTOR } else { 1.0 };
         let seconds =
             |bytes: f64, weights: f64, rows: f64, flops: f64| (bytes / bandwidth).max(2.0 * weights * rows / flops);
-        let layer = |rows: f64, flops: f64| layer_s + seconds(work.layer_bytes(rows), work.active_weights, rows, flops);
+        let layer = |rows: f64, flops: f64| layer_s + seconds(model.read_bytes(rows), work.active_weights, rows, flops);
         let head = |rows: f64| seconds(work.head_bytes, work.head_weights, rows, flops * FEW_ROWS_SHARE);
         let mean_kv = mean(&model.kv_bytes_per_token);
         Speed {
@@ -207,6 +208,7 @@ impl Device {
             load_bytes_per_s: self.load_bytes_per_s,
             source: SpeedSource::Device,
         }
+        .bounded()
     }
 
     /// Takes the shares from what was measured on the device, where there is anything: their geometric mean.
@@ -217,7 +219,7 @@ impl Device {
             let work = Work::of(&model);
             let n_layers = f64::from(model.n_layers());
             let extra_s = n_layers * self.layer_s * if model.n_experts > 0 { EXPERT_LAYER_FACTOR } else { 1.0 };
-            let bytes = n_layers * work.layer_bytes(1.0) + work.head_bytes;
+            let bytes = n_layers * model.read_bytes(1.0) + work.head_bytes;
             decode.push(bytes / self.bandwidth / (1.0 / measured.decode - extra_s));
             if let Some(prompt) = measured.prompt {
                 let operations = 2.0 * n_layers * work.active_weights * PROMPT_ROWS;
@@ -236,12 +238,6 @@ impl Device {
 
 /// What computing a model takes, per mean layer.
 struct Work {
-    /// Bytes that any number of rows reads.
-    dense_bytes: f64,
-    /// Bytes of all experts of the layer.
-    expert_bytes: f64,
-    n_experts: f64,
-    n_experts_used: f64,
     /// Weights that a row is multiplied with.
     active_weights: f64,
     /// Bytes and weights of the head's matrix; embedding rows are looked up, which costs nothing.
@@ -265,23 +261,10 @@ impl Work {
         // Experts have the share of the weights that they have of the bytes.
         let expert_share = if bytes > 0.0 { expert_bytes / bytes } else { 0.0 };
         Self {
-            dense_bytes: (bytes - expert_bytes) / n_layers,
-            expert_bytes: expert_bytes / n_layers,
-            n_experts: f64::from(model.n_experts),
-            n_experts_used: f64::from(model.n_experts_used),
             active_weights: layer_weights * (1.0 - expert_share + expert_share * used) / n_layers,
             head_bytes: model.head_bytes as f64,
             head_weights: matrix,
         }
-    }
-
-    /// Bytes that `rows` read: of the experts those that any of them goes through, each row taking its own at random.
-    fn layer_bytes(&self, rows: f64) -> f64 {
-        if self.n_experts < 1.0 {
-            return self.dense_bytes + self.expert_bytes;
-        }
-        let touched = 1.0 - (1.0 - self.n_experts_used / self.n_experts).max(0.0).powf(rows);
-        self.dense_bytes + self.expert_bytes * touched
     }
 }
 
@@ -291,11 +274,9 @@ fn mean(values: &[u64]) -> f64 {
 
 /// A curve through these rows. Numbers that are none (a device of 0 bytes in a second) are taken as very slow.
 fn curve(rows: &[u32], seconds: impl Fn(f64) -> f64) -> Curve {
-    const VERY_SLOW_S: f64 = 3600.0;
-    let finite = |s: f64| if s.is_finite() { s.clamp(0.0, VERY_SLOW_S) } else { VERY_SLOW_S };
-    let points = rows.iter().map(|&rows| (rows, finite(seconds(rows.into())))).collect();
-    // Rows ascend and times are finite, so there is always a curve.
-    Curve::new(points).unwrap_or_else(|_| Curve::constant(VERY_SLOW_S))
+    let points = rows.iter().map(|&rows| (rows, at_most(seconds(rows.into()), MAX_SECONDS))).collect();
+    // Rows ascend and times are bounded, so there is always a curve.
+    Curve::new(points).unwrap_or_else(|_| Curve::constant(MAX_SECONDS))
 }
 
 /// A device as it is written down.
@@ -441,6 +422,9 @@ mod tests {
         let own = Device::custom("own", Kind::Gpu, 936e9, 71e12).speed(&model);
         let known = Catalogue::built_in().device("rtx-3090").unwrap().speed(&model);
         assert!((own.decode.at(1.0) / known.decode.at(1.0) - 1.0).abs() < 0.2);
-        assert!(Device::custom("broken", Kind::Cpu, 0.0, 0.0).speed(&model).decode.at(1.0) > 1000.0);
+        for flops in [0.0, 1e-297] {
+            let broken = Device::custom("broken", Kind::Cpu, 0.0, flops).speed(&model);
+            assert!(broken.decode.at(1.0) > 1000.0 && broken.is_sound(), "{broken:?}");
+        }
     }
 }

@@ -12,7 +12,9 @@ pub mod models;
 mod scenario;
 
 pub use device::{Device, Kind, Measured};
-pub use scenario::{MAX_FILE_BYTES, MAX_NODES, MAX_PAIRS, Prices, Scenario, ScenarioError, ScenarioLink, ScenarioNode};
+pub use scenario::{
+    MAX_FILE_BYTES, MAX_NODES, MAX_PAIRS, Prices, Scenario, ScenarioError, ScenarioLink, ScenarioNode, made_up_id,
+};
 
 use std::sync::LazyLock;
 
@@ -40,10 +42,20 @@ pub struct Link {
     pub title: String,
     /// What it does in one direction, from one node to another.
     pub profile: LinkProfile,
+    /// Seconds from a node that is attached by it to the switch: half of the way for a cable, as two of them make one
+    /// link; all of it where the delay is that of the air (Wi-Fi) or of the distance.
+    pub port_latency_s: f64,
     /// Seconds that one packet in a hundred is later than usual.
     pub jitter_s: f64,
     /// Where the numbers come from.
     pub source: String,
+}
+
+impl Link {
+    /// A node's way to the switch if it is attached by this link, for [`crate::Links::set_port`].
+    pub fn port(&self) -> LinkProfile {
+        LinkProfile { latency_s: self.port_latency_s, ..self.profile }
+    }
 }
 
 /// There is no device or link of that name.
@@ -143,6 +155,7 @@ struct LinkRow {
     name: String,
     title: String,
     latency_ms: f64,
+    port_latency_ms: Option<f64>,
     gbit_s: f64,
     jitter_ms: f64,
     source: String,
@@ -152,6 +165,7 @@ impl LinkRow {
     fn into_link(self, source: &impl Fn(&str) -> String) -> Link {
         Link {
             profile: LinkProfile { latency_s: self.latency_ms / 1e3, bytes_per_s: self.gbit_s * 1e9 / 8.0 },
+            port_latency_s: self.port_latency_ms.unwrap_or(self.latency_ms / 2.0) / 1e3,
             jitter_s: self.jitter_ms / 1e3,
             source: source(&self.source),
             name: self.name,
@@ -171,6 +185,9 @@ mod tests {
         assert!(catalogue.links().len() >= 20, "{}", catalogue.links().len());
         for link in catalogue.links() {
             assert!(link.profile.is_sound() && link.profile.latency_s > 0.0 && link.jitter_s >= 0.0, "{}", link.name);
+            let is_cable = !link.name.starts_with("wifi") && !link.name.starts_with("wan");
+            let share = link.port_latency_s / link.profile.latency_s;
+            assert!((share - if is_cable { 0.5 } else { 1.0 }).abs() < 1e-9, "{}: {share}", link.name);
             assert!(link.source.len() > 12, "{} has no source", link.name);
             assert_eq!(catalogue.links().iter().filter(|other| same_name(&other.name, &link.name)).count(), 1);
         }

@@ -15,7 +15,7 @@
 //! name = "desk"
 //! device = "rtx-3090"         # of the catalogue; or kind, bandwidth_gb_s and tflops
 //! memory = "22GiB"            # given to the model; a share of the device's smallest memory if left out
-//! link = "2.5gbe"             # to the switch
+//! link = "2.5gbe"             # to the switch; or latency_ms (one way, to the switch) and gbit_s
 //! coordinator = true          # at most one; whichever is best if left out
 //! throttle = 0.5              # share of its speed
 //! watts = 400
@@ -31,8 +31,11 @@
 //!
 //! [[pair]]
 //! between = ["desk", "mini-1"]  # a name with a count means all of them
-//! link = "thunderbolt-4"      # or latency_ms (one way) and gbit_s
+//! link = "thunderbolt-4"      # or latency_ms (one way, from one to the other) and gbit_s
 //! ```
+//!
+//! Between two nodes without a pair lie both their ways to the switch: of a cable each has half of its latency, of
+//! Wi-Fi and of a distant place all of it. So give a distant link to the nodes that are far away, and to those alone.
 
 mod error;
 
@@ -82,7 +85,7 @@ pub struct ScenarioNode {
     pub device: Device,
     /// Memory that it gives.
     pub memory: ByteSize,
-    /// Its way to the switch.
+    /// Its way to the switch, one way.
     pub link: ScenarioLink,
     /// Share of its device's speed that it has, above 0 and at most 1.
     pub throttle: f64,
@@ -97,7 +100,7 @@ pub struct ScenarioNode {
 pub struct ScenarioLink {
     /// Its name in the catalogue; `None` if it was given in numbers.
     pub name: Option<String>,
-    /// What it does from one node to another like it.
+    /// What it does, of a node to the switch, of a pair from one to the other.
     pub profile: LinkProfile,
 }
 
@@ -179,7 +182,7 @@ impl Scenario {
             check("[prices]", key, value, |price| price >= 0.0, "0 or more")?;
         }
         let default_link = file.defaults.link.as_deref().unwrap_or(DEFAULT_LINK);
-        let default_link = link_of("[defaults]", Some(default_link), None, None)?;
+        let default_link = link_of("[defaults]", End::Switch, Some(default_link), None, None)?;
         let mut reader = Reader { default_link, ..Reader::default() };
         file.node.iter().try_for_each(|row| reader.node(row))?;
         if reader.nodes.is_empty() {
@@ -205,8 +208,7 @@ impl Scenario {
     pub fn links(&self) -> Links {
         let mut links = Links::default();
         for node in &self.nodes {
-            let LinkProfile { latency_s, bytes_per_s } = node.link.profile;
-            links.set_port(node.id, LinkProfile { latency_s: latency_s / 2.0, bytes_per_s });
+            links.set_port(node.id, node.link.profile);
         }
         for (&(from, to), link) in &self.pairs {
             if let (Some(one), Some(other)) = (self.nodes.get(from), self.nodes.get(to)) {
@@ -261,7 +263,7 @@ impl Reader {
         let memory = memory_of(&place, row, &device)?;
         let has_link = row.link.is_some() || row.latency_ms.is_some() || row.gbit_s.is_some();
         let link = if has_link {
-            link_of(&place, row.link.as_deref(), row.latency_ms, row.gbit_s)?
+            link_of(&place, End::Switch, row.link.as_deref(), row.latency_ms, row.gbit_s)?
         } else {
             self.default_link.clone()
         };
@@ -279,7 +281,7 @@ impl Reader {
             }
             self.groups.insert(name.clone(), self.nodes.len()..self.nodes.len() + 1);
             self.nodes.push(ScenarioNode {
-                id: id_of(self.nodes.len()),
+                id: made_up_id(self.nodes.len()),
                 name,
                 device: device.clone(),
                 memory,
@@ -298,7 +300,7 @@ impl Reader {
     fn pair(&mut self, row: &PairRow) -> Result<(), ScenarioError> {
         let [one, other] = &row.between;
         let place = format!("the [[pair]] between {one:?} and {other:?}");
-        let link = link_of(&place, row.link.as_deref(), row.latency_ms, row.gbit_s)?;
+        let link = link_of(&place, End::Node, row.link.as_deref(), row.latency_ms, row.gbit_s)?;
         let (ones, others) = (self.places(one)?, self.places(other)?);
         let mut is_empty = true;
         for from in ones {
@@ -321,10 +323,10 @@ impl Reader {
     }
 }
 
-/// The id of the node at that place: its number from 1, so that none is all zeros.
-fn id_of(place: usize) -> NodeId {
+/// An id for a node that has no key, the one at that place of a list: its number from 1, so that none is all zeros.
+pub fn made_up_id(place: usize) -> NodeId {
     let mut bytes = [0; 32];
-    bytes[..8].copy_from_slice(&(place as u64 + 1).to_be_bytes());
+    bytes[..8].copy_from_slice(&(place as u64).saturating_add(1).to_be_bytes());
     NodeId::from_bytes(bytes)
 }
 
@@ -376,8 +378,18 @@ fn memory_of(place: &str, row: &NodeRow, device: &Device) -> Result<ByteSize, Sc
     })
 }
 
+/// Where a node's link ends.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// At the switch.
+    Switch,
+    /// At another node.
+    Node,
+}
+
 fn link_of(
     place: &str,
+    end: End,
     name: Option<&str>,
     latency_ms: Option<f64>,
     gbit_s: Option<f64>,
@@ -386,8 +398,9 @@ fn link_of(
     check(place, "gbit_s", gbit_s, |x| x > 0.0, "above 0")?;
     let unknown = |source| ScenarioError::Unknown { place: place.to_owned(), source };
     let known = name.map(|name| Catalogue::built_in().link(name)).transpose().map_err(unknown)?;
-    let latency_s = latency_ms.map(|ms| ms / 1e3).or(known.map(|link| link.profile.latency_s));
-    let bytes_per_s = gbit_s.map(|gbit| gbit * 1e9 / 8.0).or(known.map(|link| link.profile.bytes_per_s));
+    let profile = known.map(|link| if end == End::Switch { link.port() } else { link.profile });
+    let latency_s = latency_ms.map(|ms| ms / 1e3).or(profile.map(|link| link.latency_s));
+    let bytes_per_s = gbit_s.map(|gbit| gbit * 1e9 / 8.0).or(profile.map(|link| link.bytes_per_s));
     let (Some(latency_s), Some(bytes_per_s)) = (latency_s, bytes_per_s) else {
         return Err(ScenarioError::NoLink { place: place.to_owned() });
     };

@@ -23,6 +23,10 @@ pub(super) fn least(
     // A way's own time, computed in another order, must not be above it.
     let mut intervals = vec![(low, high * (1.0 + SAME))];
     while let Some((low, high)) = intervals.pop() {
+        // Halving would never end there.
+        if !high.is_finite() {
+            continue;
+        }
         // No way below this cap means none below a lower one.
         let Some((sum_s, peak_s)) = fill(high) else { continue };
         let cost = scenario.total(sum_s, peak_s);

@@ -106,7 +106,10 @@ impl Cluster {
         let then_s = self.cost_s(&nodes, &next.plan.stages)?;
         let change_s = self.change_s(ring, &next.plan, &nodes);
         let gain = 1.0 - then_s / now_s;
-        if then_s > now_s * WORTH || change_s > gain * PAYS_WITHIN {
+        // Said this way round, numbers that are none move nothing.
+        let pays = then_s <= now_s * WORTH && change_s <= gain * PAYS_WITHIN;
+        let is_another = next.plan.stages != ring.plan.stages;
+        if !pays || !is_another {
             return None;
         }
         let gain = gain * 100.0;

@@ -60,6 +60,30 @@ fn links_are_of_pairs_else_of_both_ends() {
 }
 
 #[test]
+fn what_is_far_or_in_the_air_is_paid_whole() {
+    let node = |name: &str, link: &str| format!("[[node]]\nname='{name}'\ndevice='rtx-3090'\n{link}\n");
+    let text = [
+        node("cable", "link='1gbe'"),
+        node("air", "link='wifi-6'"),
+        node("attic", "link='wifi-6'"),
+        node("far", "link='wan-30ms-100mbit'"),
+        node("own", "latency_ms=4\ngbit_s=1"),
+    ]
+    .concat();
+    let scenario = Scenario::parse(&text).unwrap();
+    let (links, id) = (scenario.links(), |k: usize| scenario.nodes[k].id);
+    let ms = |from: usize, to: usize| (links.get(id(from), id(to)).latency_s * 1e6).round() / 1e3;
+    // Half a cable of 0.3 ms, and 2.5 ms through the air for each that is in it.
+    assert_eq!([ms(0, 1), ms(1, 0), ms(1, 2)], [2.65, 2.65, 5.0]);
+    assert_eq!([ms(0, 3), ms(1, 3), ms(0, 4)], [30.15, 32.5, 4.15]);
+    assert_eq!(links.get(id(0), id(3)).bytes_per_s, 0.09e9 / 8.0);
+    let pair = format!("{text}[[pair]]\nbetween=['air', 'attic']\nlink='wifi-7'");
+    let scenario = Scenario::parse(&pair).unwrap();
+    let direct = scenario.links().get(scenario.nodes[1].id, scenario.nodes[2].id);
+    assert_eq!(direct, Catalogue::built_in().link("wifi-7").unwrap().profile);
+}
+
+#[test]
 fn without_a_coordinator_the_fastest_is_last() {
     let text = "[[node]]\nname='a'\ndevice='rtx-4090'\n[[node]]\nname='b'\ndevice='raspberry-pi-5'";
     let model = models::profile("llama-3.1-8b", Quant::Q4_K_M).unwrap();
