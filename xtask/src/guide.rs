@@ -167,8 +167,6 @@ link = "wifi-6"
         title: "A rented GPU",
         about: "A desktop with an RTX 3090, and an H100 thirty milliseconds away at 100 Mbit/s.",
         cluster: r#"
-[defaults]
-link = "wan-30ms-100mbit"
 [[node]]
 name = "desktop"
 device = "rtx-3090"
@@ -177,6 +175,7 @@ memory = "23GiB"
 name = "rented"
 device = "h100-pcie"
 memory = "76GiB"
+link = "wan-30ms-100mbit"
 "#,
         models: &[("qwen3-32b", Quant::Q4_K_M), ("llama-3.3-70b", Quant::Q4_K_M), ("llama-3.3-70b", Quant::Q8_0)],
     },
@@ -240,9 +239,10 @@ published measurements; expect them to be off by a quarter. `brigade plan` measu
 1. *Does the model fit on one of your machines?* Then that machine alone answers one person soonest, as a rule: a token
    goes through all layers one after the other, so a second machine cannot work on it at the same time, and the way
    there and back is added.
-2. *Does it fit on several, and do several people ask at once?* Then run a copy on each and deal the requests out:
-   tokens per second add up, and no token crosses a cable. Brigade does not route over copies yet: run one
-   `brigade serve` on each and a load balancer before them.
+2. *Does it fit on several that are about as fast, and do several people ask at once?* Then run a copy on each and deal
+   the requests out: tokens per second add up, and no token crosses a cable. Brigade does not route over copies yet: run
+   one `brigade serve` on each and a load balancer before them. A copy on a machine that is much slower than the best
+   one brings nothing, and a single machine that serves all streams at once may be as good.
 3. *Does it fit on none?* Then a cluster is what lets you run it at all. It is about as fast as one machine with the
    memory of all of them and a speed between theirs; a cable instead of Wi-Fi matters, the fastest switch hardly.
 
@@ -251,7 +251,8 @@ So a cluster buys **capacity** first. It buys **throughput** where several strea
 
 The tables say for each model what the best machine alone gives, what the best split gives, and what copies give: tokens
 per second of one stream, and in brackets of four streams together. Sessions have 4,096 tokens. *First token* is how
-long it takes behind a prompt of 512 tokens, with what is advised.
+long it takes behind a prompt of 512 tokens, with what is advised. Models with an asterisk are of an architecture that
+this version of Brigade cannot run: their rows are what a version that can would do.
 ";
 
 /// A forecast as a cell: one stream, and all of them.
@@ -265,7 +266,8 @@ fn of_home(home: &Home) -> Outcome<String> {
     text.push_str("| Model | Alone | Split | First token | Copies | What to do |\n|---|---|---|---|---|---|\n");
     for (name, quant) in home.models {
         let model = models::profile(name, *quant).map_err(Failure::said)?;
-        let _ = writeln!(text, "| {name} {quant} | {} |", row(&model, &scenario).join(" | "));
+        let mark = if models::shape(name).map_err(Failure::said)?.supported { "" } else { " \\*" };
+        let _ = writeln!(text, "| {name} {quant}{mark} | {} |", row(&model, &scenario).join(" | "));
     }
     Ok(text)
 }
@@ -288,9 +290,43 @@ fn row(model: &ModelProfile, scenario: &Scenario) -> Vec<String> {
     let said = |found: &Option<(String, Forecast)>, none: &str| {
         found.as_ref().map_or_else(|| none.to_owned(), |(name, forecast)| format!("{name} {}", cell(forecast)))
     };
-    let first = found.plan.prediction.as_ref().map_or_else(|| "?".to_owned(), |it| seconds(it.first_token_s));
     let copies_said = copies.and_then(|copies| copies.forecast).map_or_else(|| "-".to_owned(), |it| cell(&it));
-    vec![said(&alone, "fits on none"), said(&split, "-"), first, copies_said, verdict(&found, &alone, &split)]
+    let advised = better_copies(&found).map(|copies| copies.forecast.first_token_s);
+    let first = advised.or(found.plan.prediction.as_ref().map(|it| it.first_token_s));
+    let first = first.map_or_else(|| "?".to_owned(), seconds);
+    vec![said(&alone, "fits on none"), said(&split, "-"), first, copies_said, verdict(&found, &alone)]
+}
+
+/// Copies, where the plan is a split and they answer no slower: no token crosses a cable then, and one machine that
+/// fails stops nobody but its own callers.
+fn better_copies(found: &Study) -> Option<Copies> {
+    let split = Some(&found.plan).filter(|plan| plan.stages.len() > 1)?.prediction.as_ref()?;
+    let copies = found.alternatives.iter().find(|other| other.kind == AlternativeKind::Replicas)?;
+    let forecast = copies.forecast?;
+    let is_no_slower =
+        forecast.tokens_per_s >= split.tokens_per_s && forecast.streams_tokens_per_s >= split.streams_tokens_per_s;
+    let n_used = copies.members.iter().filter(|member| member.streams > 0).count();
+    is_no_slower.then_some(Copies { n_used, forecast, split_first_token_s: split.first_token_s })
+}
+
+/// Whole models that are better than a split.
+struct Copies {
+    /// How many of them serve anybody.
+    n_used: usize,
+    forecast: Forecast,
+    /// Seconds until the first token with the split: its stages work on the chunks of a lone prompt all at once.
+    split_first_token_s: f64,
+}
+
+impl Copies {
+    fn verdict(&self) -> String {
+        let mut said = format!("a copy on each of {}", self.n_used);
+        let sooner = self.forecast.first_token_s / self.split_first_token_s;
+        if sooner > 1.1 {
+            let _ = write!(said, "; split, a lone prompt is read {}x as fast", figure(sooner));
+        }
+        said
+    }
 }
 
 /// The fastest node that can hold the model.
@@ -326,12 +362,13 @@ fn split(
     Some((used, Forecast::from(plan.prediction.as_ref()?)))
 }
 
-fn verdict(found: &Study, alone: &Option<(String, Forecast)>, split: &Option<(String, Forecast)>) -> String {
+fn verdict(found: &Study, alone: &Option<(String, Forecast)>) -> String {
+    if let Some(copies) = better_copies(found) {
+        return copies.verdict();
+    }
     let copies = found.alternatives.iter().find(|other| other.kind == AlternativeKind::Replicas);
     let copies = copies.and_then(|copies| copies.forecast);
-    let best_alone = alone.as_ref().map(|(_, forecast)| *forecast);
-    let best_split = split.as_ref().map(|(_, forecast)| *forecast);
-    let chosen = if found.plan.stages.len() > 1 { best_split } else { best_alone };
+    let chosen = found.plan.prediction.as_ref().map(Forecast::from);
     let routed = match (copies, chosen) {
         (Some(copies), Some(chosen)) if copies.streams_tokens_per_s > 1.1 * chosen.streams_tokens_per_s => {
             format!(
@@ -352,7 +389,8 @@ fn verdict(found: &Study, alone: &Option<(String, Forecast)>, split: &Option<(St
 fn links_section() -> Outcome<String> {
     let mut text = String::from(
         "\n## What each link buys\n\nTwo PCs with an RTX 3090 each and llama-3.3-70b in IQ4_XS, which fits on neither \
-         alone.\n\n| Link | One stream | Four streams | First token | Share of a token's time on the way |\n\
+         alone. On Wi-Fi is one of\nthe two; with both the delay is twice as long.\n\n\
+         | Link | One stream | Four streams | First token | Share of a token's time on the way |\n\
          |---|---|---|---|---|\n",
     );
     let model = models::profile("llama-3.3-70b", Quant::IQ4_XS).map_err(Failure::said)?;
@@ -360,7 +398,8 @@ fn links_section() -> Outcome<String> {
     for name in LINKS {
         let link = Catalogue::built_in().link(name).map_err(Failure::said)?;
         let scenario = format!(
-            "[[node]]\nname = \"pc\"\ndevice = \"rtx-3090\"\nmemory = \"23GiB\"\ncount = 2\nlink = \"{name}\"\n"
+            "[[node]]\nname = \"pc\"\ndevice = \"rtx-3090\"\nmemory = \"23GiB\"\ncount = 2\n\
+             [[pair]]\nbetween = [\"pc\", \"pc\"]\nlink = \"{name}\"\n"
         );
         let scenario = Scenario::parse(&scenario).map_err(Failure::said)?;
         let nodes = scenario.profiles(&model);
@@ -437,6 +476,24 @@ what is printed, and how to write `cluster.toml`.
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The rules in the introduction, held against the tables below it.
+    #[test]
+    fn rows_follow_the_rules() {
+        let advised = |name: &str, quant, cluster: &str| {
+            let model = models::profile(name, quant).unwrap();
+            row(&model, &Scenario::parse(cluster).unwrap()).swap_remove(4)
+        };
+        let pcs = "[[node]]\nname='pc'\ndevice='desktop-ddr4'\nmemory='28GiB'\ncount=4\n";
+        let copies = advised("llama-3.1-8b", Quant::Q4_K_M, pcs);
+        assert!(copies.starts_with("a copy on each of 4; split, a lone prompt is read "), "{copies}");
+        let unlike = "[[node]]\nname='a'\ndevice='h100-pcie'\nmemory='70GiB'\n\
+                      [[node]]\nname='b'\ndevice='raspberry-pi-5'\nmemory='15GiB'\n";
+        assert_eq!(advised("llama-3.1-8b", Quant::Q4_K_M, unlike), "use a alone");
+        assert_eq!(advised("llama-3.3-70b", Quant::Q4_K_M, pcs), "split: it fits on none alone");
+        let table = of_home(&HOMES[2]).unwrap();
+        assert!(table.contains("| gpt-oss-120b MXFP4 \\* |") && table.contains("| llama-3.1-8b Q4_K_M |"), "{table}");
+    }
 
     #[test]
     fn the_guide_is_what_the_planner_says() {

@@ -86,6 +86,14 @@ fn answer(
     let mut head =
         |status: &str, headers: &str| write!(stream, "HTTP/1.1 {status}\r\nconnection: close\r\n{headers}\r\n");
     match how {
+        // As storages do whose addresses are signed: good for the range that was asked for, and for no other.
+        "signed" => {
+            let to = format!("location: /only-{first}-{last}/{name}\r\ncontent-length: 0\r\n");
+            return head("302 Found", &to);
+        }
+        only if only.starts_with("only-") && only != format!("only-{first}-{last}") => {
+            return head("403 Forbidden", "content-length: 0\r\n");
+        }
         "moved" => return head("302 Found", &format!("location: /ok/{name}\r\ncontent-length: 0\r\n")),
         "round" => return head("302 Found", &format!("location: /round/{name}\r\ncontent-length: 0\r\n")),
         "nowhere" => return head("302 Found", "location: ftp://elsewhere/x\r\ncontent-length: 0\r\n"),
@@ -107,7 +115,7 @@ fn answer(
             &format!("content-range: bytes */{n_file_bytes}\r\ncontent-length: 0\r\n"),
         );
     }
-    let last = last.min(n_file_bytes - 1);
+    let last = if how == "crumbs" { first } else { last }.min(n_file_bytes - 1);
     let n_bytes = last - first + 1;
     let range = match how {
         "shifted" => format!("bytes {}-{}/{n_file_bytes}", first + 1, last + 1),
@@ -153,6 +161,24 @@ fn a_header_over_http_is_as_good_as_the_file() {
     assert!(n_sent < n_file_bytes / 4, "{n_sent} of {n_file_bytes} bytes were read");
 }
 
+/// A header of more than one range, at a hub whose storage signs addresses for one range each.
+#[test]
+fn each_range_is_asked_for_where_the_file_was_said_to_be() {
+    let file = ModelFile::open(abacus()).unwrap();
+    let mut metadata = file.catalog().metadata().clone();
+    metadata.set("general.description", GgufValue::String("long ".repeat(120_000)));
+    let mut builder = Builder::new(&metadata);
+    for tensor in file.catalog().tensors() {
+        builder.tensor(tensor.name.clone(), &tensor.dims, tensor.ty).unwrap();
+    }
+    let server = Server::start(Files::from([("long.gguf".to_owned(), (builder.header_bytes(), 64 << 20))]));
+    let there = plan(&format!("{}/signed/long.gguf", server.url));
+    assert_eq!(there["plan"], plan(abacus().to_str().unwrap())["plan"]);
+    let asked = server.asked.lock().unwrap();
+    let at_hub = asked.iter().filter(|(path, _)| path.starts_with("/signed")).count();
+    assert!(at_hub > 1 && asked.len() == 2 * at_hub, "{asked:?}");
+}
+
 #[test]
 fn a_split_model_is_put_together_from_all_headers() {
     let file = ModelFile::open(abacus()).unwrap();
@@ -187,21 +213,31 @@ fn the_hub_is_asked_with_its_token_and_nobody_else() {
     let mut files = Files::from([("elsewhere".to_owned(), whole(storage.url.clone().into_bytes()))]);
     files.insert("abacus.gguf".to_owned(), whole(std::fs::read(abacus()).unwrap()));
     let hub = Server::start(files);
-    let ask = |endpoint: &str, token: &str| {
+    let ask_for = |model: &str, endpoint: &str, token: &str| {
         Command::new(env!("CARGO_BIN_EXE_brigade"))
-            .args(["plan", "hf:someone/abacus/abacus.gguf", "--json"])
+            .args(["plan", model, "--json"])
             .args(NODES)
             .env("HF_ENDPOINT", endpoint)
             .env("HF_TOKEN", token)
             .output()
             .unwrap()
     };
+    let ask = |endpoint: &str, token: &str| ask_for("hf:someone/abacus/abacus.gguf", endpoint, token);
     // The hub's own path decides here how it behaves.
     assert!(ask(&format!("{}/private", hub.url), "secret").status.success());
     assert_eq!(hub.asked.lock().unwrap()[0].0, "/private/someone/abacus/resolve/main/abacus.gguf");
-    let refused = ask(&format!("{}/private", hub.url), "");
-    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
-    assert!(refused.status.code() == Some(1) && said.contains("401") && said.contains("HF_TOKEN"), "{said}");
+    for (token, expected) in [("", "set HF_TOKEN"), ("wrong", "the token in HF_TOKEN may not read")] {
+        let refused = ask(&format!("{}/private", hub.url), token);
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(refused.status.code() == Some(1) && said.contains("401") && said.contains(expected), "{said}");
+    }
+
+    // An address of the hub's is the hub's, too; others get no token.
+    let address = format!("{}/private/someone/abacus/resolve/main/abacus.gguf", hub.url);
+    assert!(ask_for(&address, &hub.url, "secret").status.success());
+    let elsewhere = ask_for(&address, "https://hub.invalid", "secret");
+    let said = String::from_utf8_lossy(&elsewhere.stderr).into_owned();
+    assert!(elsewhere.status.code() == Some(1) && said.contains("HF_TOKEN goes to the hub alone"), "{said}");
 
     assert!(ask(&format!("{}/away", hub.url), "secret").status.success());
     assert!(hub.asked.lock().unwrap().iter().any(|(path, key)| path.starts_with("/away") && key.is_some()));
@@ -231,7 +267,8 @@ fn servers_that_misbehave_are_told_apart() {
     for (path, expected) in [
         ("ok/missing.gguf", &["is not there (404)", "repository"][..]),
         ("whole/abacus.gguf", &["knows no ranges", "download it"]),
-        ("private/abacus.gguf", &["401", "HF_TOKEN"]),
+        ("private/abacus.gguf", &["401", "HF_TOKEN goes to the hub alone", "download the file"]),
+        ("crumbs/abacus.gguf", &["bytes 0-0/", "in place of the bytes from 0"]),
         ("busy/abacus.gguf", &["503", "try again"]),
         ("cut/abacus.gguf", &["broke off after 131072 of 262144 bytes"]),
         ("shifted/abacus.gguf", &["in place of the bytes from 0"]),

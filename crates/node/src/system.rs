@@ -134,20 +134,23 @@ fn first_core_mhz() -> Option<u64> {
     system.cpus().first().map(sysinfo::Cpu::frequency).filter(|mhz| *mhz > 0)
 }
 
-fn thermal_throttles(cpus: &Path) -> Option<u64> {
+/// How often cores were slowed for heat since the machine was started, by its directory of processors; `None` where
+/// nobody counts.
+pub(crate) fn thermal_throttles(cpus: &Path) -> Option<u64> {
     let counts = entries(cpus).into_iter().filter_map(|cpu| number(&cpu.join("thermal_throttle/core_throttle_count")));
     counts.reduce(u64::saturating_add)
 }
 
-/// Whether a battery empties, and how full it is; of several the first counts.
-fn battery(supplies: &Path) -> (Option<bool>, Option<u64>) {
+/// Whether a battery empties, by the machine's directory of power supplies, and how full the first one is.
+pub(crate) fn battery(supplies: &Path) -> (Option<bool>, Option<u64>) {
     let is_battery = |supply: &PathBuf| text(&supply.join("type")).as_deref() == Some("Battery");
     // Mice and keyboards have batteries too, and say so.
     let is_ours = |supply: &PathBuf| text(&supply.join("scope")).as_deref() != Some("Device");
-    let found = entries(supplies).into_iter().find(|supply| is_battery(supply) && is_ours(supply));
-    let Some(supply) = found else { return (None, None) };
-    let status = text(&supply.join("status"));
-    (status.map(|status| status == "Discharging"), number(&supply.join("capacity")))
+    let ours: Vec<PathBuf> =
+        entries(supplies).into_iter().filter(|supply| is_battery(supply) && is_ours(supply)).collect();
+    let statuses = ours.iter().filter_map(|supply| text(&supply.join("status")));
+    let empties = statuses.map(|status| status == "Discharging").reduce(|one, other| one || other);
+    (empties, ours.first().and_then(|supply| number(&supply.join("capacity"))))
 }
 
 /// What is in a folder, in the order of names.
@@ -186,14 +189,9 @@ impl CpuTime {
 
     /// From the files `stat` of the machine and of this process.
     fn parse(machine: &str, own: &str) -> Option<Self> {
-        let of_all = machine.lines().next()?.strip_prefix("cpu ")?;
-        // user, nice, system, idle, iowait, irq, softirq, steal; guests are counted in user.
-        let ticks: Vec<u64> = of_all.split_whitespace().take(8).map_while(|n| n.parse().ok()).collect();
-        let idle = ticks.get(3)? + ticks.get(4)?;
+        let ticks = machine_ticks(machine)?;
         let all = ticks.iter().sum();
-        // Behind the name, which may have spaces and brackets: the state, ten numbers, user and system time.
-        let mut numbers = own.rsplit_once(')')?.1.split_whitespace().skip(11).map_while(|n| n.parse::<u64>().ok());
-        Some(Self { all, busy: all - idle, own: numbers.next()? + numbers.next()? })
+        Some(Self { all, busy: all - ticks[3] - ticks[4], own: process_ticks(own)? })
     }
 
     /// Share of all cores' time since `before` that other processes took, 0 to 1.
@@ -201,6 +199,21 @@ impl CpuTime {
         let others = self.busy.saturating_sub(before.busy).saturating_sub(self.own.saturating_sub(before.own));
         others as f64 / self.all.saturating_sub(before.all).max(1) as f64
     }
+}
+
+/// What all processors together did, by the file `stat` of the machine: user, nice, system, idle, iowait, irq, softirq,
+/// steal. What follows is counted in the first two already.
+pub(crate) fn machine_ticks(stat: &str) -> Option<[u64; 8]> {
+    let of_all = stat.lines().find_map(|line| line.strip_prefix("cpu "))?;
+    let ticks: Vec<u64> = of_all.split_whitespace().map_while(|word| word.parse().ok()).collect();
+    ticks.get(..8)?.try_into().ok()
+}
+
+/// What a process did for itself and in the system, by its file `stat`.
+pub(crate) fn process_ticks(stat: &str) -> Option<u64> {
+    // Behind the name, which may have spaces and brackets: the state, ten numbers, user and system time.
+    let mut numbers = stat.rsplit_once(')')?.1.split_whitespace().skip(11).map_while(|n| n.parse::<u64>().ok());
+    Some(numbers.next()? + numbers.next()?)
 }
 
 /// The machine's name for people.
@@ -271,6 +284,10 @@ mod tests {
             write(&format!("bat/{file}"), text);
         }
         assert_eq!(battery(dir.path()), (Some(true), Some(42)));
+        for (file, text) in [("a-full/type", "Battery\n"), ("a-full/status", "Full\n"), ("a-full/capacity", "99\n")] {
+            write(file, text);
+        }
+        assert_eq!(battery(dir.path()), (Some(true), Some(99)), "one of two empties");
         assert_eq!(thermal_throttles(dir.path()), None);
         write("cpu0/thermal_throttle/core_throttle_count", "3\n");
         write("cpu1/thermal_throttle/core_throttle_count", "4\n");

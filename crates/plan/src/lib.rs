@@ -12,16 +12,18 @@ mod profile;
 mod standby;
 mod study;
 mod units;
+mod words;
 
 pub use memory::{COMPUTE_FLOOR, HEADROOM_DIVISOR, StageMemory};
 pub use place::{check_split, place, place_anywhere, predict};
-pub use predict::{ANSWER_TOKENS, Bound, PROMPT_TOKENS, Prediction, RingModel, RingStage, StagePrediction};
+pub use predict::{ANSWER_TOKENS, Bound, PROMPT_TOKENS, Prediction, RingModel, RingStage, Round, StagePrediction};
 pub use profile::{
-    Curve, CurveError, Demand, LinkProfile, Links, MAX_BYTES_PER_S, MAX_CONTEXT_S, MAX_POINTS, MAX_SECONDS, ModelProfile,
-    NodeProfile, Optimize, Speed, SpeedSource,
+    Curve, CurveError, Demand, LinkProfile, Links, MAX_BYTES_PER_S, MAX_CONTEXT_S, MAX_POINTS, MAX_SECONDS,
+    ModelProfile, NodeProfile, Optimize, Speed, SpeedSource,
 };
 pub use standby::{MAX_STAGES_OF_WORKER, Standby, Uncovered, Worker, explain_standbys, stand_in, standbys};
-pub use study::{Alternative, AlternativeKind, Coordinator, Forecast, Member, Study, advice, figure, seconds, study};
+pub use study::{Alternative, AlternativeKind, Coordinator, Forecast, Member, Study, advice, study};
+pub use words::{figure, seconds};
 
 use std::fmt;
 

@@ -90,6 +90,19 @@ fn chosen(
     plan
 }
 
+/// Whether a node can hold the whole model as the coordinator.
+pub(crate) fn can_hold(model: &ModelProfile, node: &NodeProfile, demand: &Demand) -> bool {
+    let all = LayerRange::new(0, model.n_layers());
+    all.is_ok_and(|all| stage_memory(model, demand, all, true).total() <= usable(node.memory))
+}
+
+/// The plan for one node alone, without words; `None` if it cannot hold the model. What was asked about the split does
+/// not count.
+pub(crate) fn alone_on(model: &ModelProfile, node: &NodeProfile, links: &Links, demand: &Demand) -> Option<Plan> {
+    let all = LayerRange::new(0, model.n_layers()).ok().filter(|_| can_hold(model, node, demand))?;
+    Some(assemble(model, std::slice::from_ref(node), links, demand, &vec![(0, all)]))
+}
+
 /// What these stages will do, if the speed of all their nodes is known.
 pub fn predict(
     model: &ModelProfile,
@@ -356,6 +369,22 @@ mod tests {
 
     fn split_of(plan: &Plan) -> Vec<u32> {
         plan.stages.iter().map(|stage| stage.layers.len()).collect()
+    }
+
+    #[test]
+    fn who_can_hold_the_model_alone_is_known_without_placing() {
+        let demand = demand();
+        let needed = stage_memory(&model(8), &demand, LayerRange::new(0, 8).unwrap(), true).total().0;
+        let mut seen = [false; 2];
+        for memory in (needed..needed * 9 / 8).step_by(1 << 20).map(ByteSize) {
+            let node = NodeProfile { memory, ..nodes(&[1])[0].clone() };
+            let placed = place_here(&model(8), std::slice::from_ref(&node), &demand).ok();
+            let alone = alone_on(&model(8), &node, &Links::default(), &demand);
+            assert_eq!(alone.as_ref().map(|plan| &plan.stages), placed.as_ref().map(|plan| &plan.stages));
+            assert_eq!(can_hold(&model(8), &node, &demand), placed.is_some());
+            seen[usize::from(placed.is_some())] = true;
+        }
+        assert_eq!(seen, [true; 2]);
     }
 
     #[test]

@@ -2,8 +2,9 @@
 //! the first token.
 //!
 //! - One stream: its row goes around; all stages and hops one after the other.
-//! - Many streams: they are dealt over passes. In one round each gets a token; that takes as long as one pass needs for
-//!   the whole ring, or as the busiest stage (or link) needs for all passes.
+//! - Many streams: they are dealt over passes, of which no more are on their way at once than there are stages. In one
+//!   round each gets a token; that takes as long as the passes need for the whole ring, those at once counted once, or
+//!   as the busiest stage (or link) needs for all of them.
 //! - The first token: a prompt's chunks follow each other through the stages as through a flow shop.
 //!
 //! The same rules by which `protocol::schedule` deals sessions over passes and cuts prompts into chunks.
@@ -88,6 +89,17 @@ pub enum Bound {
     RoundTrip,
 }
 
+/// How sessions are dealt over passes, and how long each waits for its next token.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Round {
+    /// Passes in which each session gets a token.
+    pub passes: u32,
+    /// Rows of the largest of them.
+    pub rows: u32,
+    /// Seconds of all of them.
+    pub seconds: f64,
+}
+
 /// A ring with all that its times follow from.
 #[derive(Debug, Clone)]
 pub struct RingModel<'a> {
@@ -158,19 +170,24 @@ impl<'a> RingModel<'a> {
         self.places().map(|k| self.decode_s(k, rows).max(self.wire_s(k, rows))).fold(0.0, f64::max)
     }
 
-    /// Rows of a pass and seconds of a round in which each of `n` sessions gets a token. There is one pass for each
-    /// stage, or another number if that is clearly better.
-    pub fn round(&self, n: u32) -> (f64, f64) {
+    /// The round in which each of `n` sessions gets a token. As the schedule has it, there is one pass for each stage,
+    /// or another number if that is clearly better by what stages compute: links do not count for that choice.
+    pub fn round(&self, n: u32) -> Round {
         let n_stages = self.stages.len() as u32;
         let n = n.max(1);
-        let round = |passes: u32| {
+        let computing_s = |passes: u32| {
             let rows = f64::from(n.div_ceil(passes));
-            (rows, self.around_s(rows).max(f64::from(passes) * self.busiest_s(rows)))
+            let all_s: f64 = self.places().map(|k| self.decode_s(k, rows)).sum();
+            all_s.max(f64::from(passes) * self.slowest_s(rows))
         };
-        let usual = round(n_stages.min(n));
+        let usual = (n_stages.min(n), computing_s(n_stages.min(n)));
         let most = n.min(MOST_PASSES_PER_STAGE * n_stages);
-        let best = (1..=most).map(round).min_by(|a, b| a.1.total_cmp(&b.1)).unwrap_or(usual);
-        if best.1 < usual.1 * CLEARLY_BETTER { best } else { usual }
+        let tried = (1..=most).map(|passes| (passes, computing_s(passes)));
+        let best = tried.min_by(|a, b| a.1.total_cmp(&b.1)).unwrap_or(usual);
+        let (passes, _) = if best.1 < usual.1 * CLEARLY_BETTER { best } else { usual };
+        let rows = n.div_ceil(passes);
+        let busiest_s = self.busiest_s(rows.into());
+        Round { passes, rows, seconds: round_s(passes, self.stages.len(), self.around_s(rows.into()), busiest_s) }
     }
 
     /// Rows of a chunk while nobody decodes.
@@ -192,7 +209,8 @@ impl<'a> RingModel<'a> {
     pub fn first_token_s(&self) -> f64 {
         let (prompt, chunk) = (self.prompt_tokens(), self.chunk_rows());
         let n_stages = self.stages.len();
-        // When each stage, and the hop behind it, is free again; and when each of the last passes was back.
+        // When each stage, and the hop behind it, is free again; and when each of the last passes was back. The hop
+        // into the first stage is the one behind the last.
         let (mut free, mut wire_free) = (vec![0.0f64; n_stages], vec![0.0f64; n_stages]);
         let mut back: Vec<f64> = Vec::new();
         let mut done = 0;
@@ -201,21 +219,13 @@ impl<'a> RingModel<'a> {
             // One pass more than there are stages may be on its way.
             let mut at = back.len().checked_sub(n_stages + 1).map_or(0.0, |k| back[k]);
             for k in self.places() {
+                let into = (k + n_stages - 1) % n_stages;
+                let wire = self.wire_s(into, rows.into());
+                wire_free[into] = at.max(wire_free[into]) + wire;
+                at = wire_free[into] + self.hop_s(into, rows.into()) - wire;
                 let is_last = done + rows == prompt;
                 at = at.max(free[k]) + self.chunk_s(k, rows.into(), done.into(), is_last);
                 free[k] = at;
-                if k + 1 < n_stages {
-                    let wire = self.wire_s(k, rows.into());
-                    wire_free[k] = at.max(wire_free[k]) + wire;
-                    at = wire_free[k] + self.hop_s(k, rows.into()) - wire;
-                }
-            }
-            // The hop into the first stage is the one behind the last.
-            if n_stages > 1 && done == 0 {
-                let into_first = self.hop_s(n_stages - 1, rows.into());
-                at += into_first;
-                free.iter_mut().for_each(|free| *free += into_first);
-                wire_free.iter_mut().for_each(|free| *free += into_first);
             }
             back.push(at);
             done += rows;
@@ -227,8 +237,8 @@ impl<'a> RingModel<'a> {
     pub fn predict(&self) -> Prediction {
         let token_s = self.token_s();
         let streams = self.demand.parallel.max(1);
-        let (rows, round_s) = self.round(streams);
-        let passes = f64::from(streams) / rows;
+        let round = self.round(streams);
+        let (passes, rows, round_s) = (f64::from(round.passes), f64::from(round.rows), round.seconds);
         let stages: Vec<StagePrediction> = self
             .places()
             .map(|k| {
@@ -264,6 +274,8 @@ impl<'a> RingModel<'a> {
 
     /// Seconds until the first token, roughly: chunks of a length that depends on the number of stages alone, all as
     /// long as their mean. It is for comparing: being a sum over the stages and their maximum, it can be minimised.
+    /// What a link takes for further chunks is left out: it would be a maximum over hops, and hops are chosen by their
+    /// sum.
     fn flow_s(&self) -> f64 {
         let (n_chunks, rows) = flow_chunks(self.prompt_tokens(), self.stages.len(), self.demand);
         let before = f64::from(self.prompt_tokens()) / 2.0;
@@ -273,7 +285,8 @@ impl<'a> RingModel<'a> {
     }
 
     /// What [`Demand::optimize`] makes least, in seconds. The placement is optimal in this, not in the finer
-    /// [`RingModel::predict`]. With [`Optimize::Memory`] it is that of [`Optimize::Balanced`], to compare with.
+    /// [`RingModel::predict`]; in no objective does a link that is slower than the slowest stage hold up a round. With
+    /// [`Optimize::Memory`] it is that of [`Optimize::Balanced`], to compare with.
     ///
     /// - Latency: a lone stream's token, and a token's share of the time until the first.
     /// - Throughput: a round of all sessions, over the best number of passes.
@@ -290,7 +303,9 @@ impl<'a> RingModel<'a> {
         };
         match objective(self.demand) {
             Optimize::Latency => self.token_s() + self.flow_s() / f64::from(ANSWER_TOKENS),
-            Optimize::Throughput => least(1, &|passes, rows| self.around_s(rows).max(passes * self.slowest_s(rows))),
+            Optimize::Throughput => least(1, &|passes, rows| {
+                round_s(passes as u32, self.stages.len(), self.around_s(rows), self.slowest_s(rows))
+            }),
             Optimize::Balanced | Optimize::Memory => {
                 self.token_s() + least(n.min(n_stages), &|passes, rows| passes * self.slowest_s(rows))
             }
@@ -310,6 +325,17 @@ pub(crate) fn objective(demand: &Demand) -> Optimize {
         Optimize::Memory => Optimize::Balanced,
         other => other,
     }
+}
+
+/// Seconds of so many passes of which each takes `around_s` for a ring of `n_stages` and `busiest_s` for its busiest
+/// stage. No more than one for each stage are on their way at once.
+fn round_s(passes: u32, n_stages: usize, around_s: f64, busiest_s: f64) -> f64 {
+    (around_s * turns(passes.into(), n_stages)).max(f64::from(passes) * busiest_s)
+}
+
+/// How often so many passes go around a ring one after the other, if one for each stage can be on its way at once.
+pub(crate) fn turns(passes: f64, n_stages: usize) -> f64 {
+    (passes / n_stages as f64).max(1.0)
 }
 
 /// Seconds of a stage by its work (see [`ModelProfile::work`]), head left out.
@@ -358,3 +384,6 @@ pub(crate) fn flow_chunks(prompt: u32, n_stages: usize, demand: &Demand) -> (f64
     let rows = rows.min(most).min(prompt);
     ((prompt / rows).max(1.0), rows)
 }
+
+#[cfg(test)]
+mod tests;

@@ -127,7 +127,10 @@ fn does_not_fit(error: &PlanError, model: &Model, machines: &Machines, demand: &
 /// What to say of a model that can be planned for and not run.
 fn cannot_run(model: &Model) -> Option<String> {
     let architecture = model.unsupported.as_ref()?;
-    Some(format!("This version cannot run {} ({architecture}): the plan is what a version that can would do.", model.name))
+    Some(format!(
+        "This version cannot run {} ({architecture}): the plan is what a version that can would do.",
+        model.name
+    ))
 }
 
 /// Tokens of a session, as `brigade serve` would have it: what was asked for, or what the model was `trained` for.

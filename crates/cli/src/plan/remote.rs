@@ -4,10 +4,13 @@
 //! hundred KiB for a small vocabulary, some MiB for a large one. Of a split model the header of every file is read.
 //!
 //! Redirects are followed by hand, as hubs answer with the address of a storage that knows no tokens: a token goes to
-//! the host that it is for, and nowhere else.
+//! the host that it is for, and nowhere else. Such an address may be signed for one range, so each range is asked for
+//! where the file was said to be, and redirected anew.
+//!
+//! All files of a model share one [`Budget`] of bytes and time, whatever servers send.
 
 use std::io::Read;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use brigade_gguf::{Catalog, HeaderError};
 use ureq::http::{Response, header};
@@ -28,8 +31,18 @@ const MAX_PARTS: u32 = 512;
 /// Most redirects of one request: a hub answers with one, a renamed repository with one more.
 const MAX_REDIRECTS: usize = 5;
 
+/// Most ranges of one header: each is at least twice as long as what is there, so it is whole after log2 of
+/// [`MAX_HEADER_BYTES`] / [`FIRST_READ_BYTES`] and the first.
+const MAX_READS: u32 = (MAX_HEADER_BYTES / FIRST_READ_BYTES).ilog2() + 1;
+
+/// Most bytes of all headers of a model: the longest one, and what is read at first of each other file.
+const MAX_BYTES: u64 = MAX_HEADER_BYTES + MAX_PARTS as u64 * FIRST_READ_BYTES;
+
 /// How long a request may take: what remains of [`MAX_HEADER_BYTES`] over a link of 2 MB/s.
 const TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long all requests may take: [`MAX_BYTES`] over the same link, and a tenth of a second to ask for each file.
+const TIME: Duration = Duration::from_secs(160);
 
 /// The hub, unless `HF_ENDPOINT` names another.
 const HUB: &str = "https://huggingface.co";
@@ -52,15 +65,14 @@ pub enum RemoteError {
         url: String,
     },
     /// The server wants to know who asks.
-    #[error(
-        "{url} is not for everybody ({status}): a private or misspelt repository, or one whose licence must be \
-         accepted first; set HF_TOKEN to a token of the hub that may read it"
-    )]
+    #[error("{url} is not for everybody ({status}): {}", access.advice())]
     Forbidden {
         /// What was asked for.
         url: String,
         /// HTTP status.
         status: u16,
+        /// As whom it was asked.
+        access: Access,
     },
     /// The server said something else than yes.
     #[error("{url} answered {status}; try again later, or download the file and name it")]
@@ -114,6 +126,21 @@ pub enum RemoteError {
         /// Why.
         source: HeaderError,
     },
+    /// All headers together are too much.
+    #[error("{url}: the headers of all files have more than {MAX_BYTES} bytes; download the files and name one")]
+    TooMuch {
+        /// What was asked for.
+        url: String,
+    },
+    /// All headers together take too long.
+    #[error(
+        "{url}: the headers of this model's files could not be read within {} s; download the files and name one",
+        TIME.as_secs()
+    )]
+    TooSlow {
+        /// What was asked for.
+        url: String,
+    },
     /// The header goes on and on.
     #[error("{url}: the header needs {needed} bytes, more than the limit of {MAX_HEADER_BYTES}; this is no model file")]
     TooLong {
@@ -124,12 +151,46 @@ pub enum RemoteError {
     },
 }
 
+/// As whom a server was asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// The hub, without a token.
+    HubWithout,
+    /// The hub, with a token.
+    HubWith,
+    /// A storage to which the file's own server redirected; it gets no token.
+    Storage,
+    /// Another server; there is no token for it.
+    Other,
+}
+
+impl Access {
+    fn advice(self) -> &'static str {
+        match self {
+            Self::HubWithout => {
+                "a private or misspelt repository, or one whose licence must be accepted first; set HF_TOKEN to a \
+                 token of the hub that may read it"
+            }
+            Self::HubWith => {
+                "a misspelt repository, or one that the token in HF_TOKEN may not read, for example because its \
+                 licence must be accepted first"
+            }
+            Self::Storage => "the file's server led there, which may have been a moment too late; try again",
+            Self::Other => {
+                "HF_TOKEN goes to the hub alone, named as hf:OWNER/REPOSITORY/FILE.gguf; download the file and name it"
+            }
+        }
+    }
+}
+
 /// Where a model lies.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Location {
     /// Of one of its files.
     url: String,
-    /// Sent to the host of `url`.
+    /// Whether that is the hub.
+    is_hub: bool,
+    /// Sent to the host of `url`, which is then the hub.
     token: Option<String>,
 }
 
@@ -139,19 +200,21 @@ impl Location {
     /// # Errors
     /// If it begins like one, but names no file.
     pub fn parse(text: &str) -> Result<Option<Self>, Failure> {
-        if text.starts_with("https://") || text.starts_with("http://") {
-            return Ok(Some(Self { url: text.to_owned(), token: None }));
-        }
-        let Some(path) = text.strip_prefix("hf:") else { return Ok(None) };
         let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
         let hub = variable("HF_ENDPOINT").unwrap_or_else(|| HUB.to_owned());
+        if text.starts_with("https://") || text.starts_with("http://") {
+            let is_hub = origin(text).eq_ignore_ascii_case(origin(&hub));
+            let token = variable("HF_TOKEN").filter(|_| is_hub);
+            return Ok(Some(Self { url: text.to_owned(), is_hub, token }));
+        }
+        let Some(path) = text.strip_prefix("hf:") else { return Ok(None) };
         let url = hub_url(&hub, path).ok_or_else(|| {
             Failure::usage(format!(
                 "{text:?} names no file of the hub; write hf:OWNER/REPOSITORY/FILE.gguf, or with a revision \
                  hf:OWNER/REPOSITORY@REVISION/FILE.gguf"
             ))
         })?;
-        Ok(Some(Self { url, token: variable("HF_TOKEN") }))
+        Ok(Some(Self { url, is_hub: true, token: variable("HF_TOKEN") }))
     }
 
     /// Name of the file, without what stands before and behind it.
@@ -165,9 +228,9 @@ impl Location {
     /// # Errors
     /// If one cannot be had, or is unsound.
     pub fn catalog(&self) -> Result<Catalog, Failure> {
-        let mut parts = Vec::new();
+        let (mut parts, mut budget) = (Vec::new(), Budget::new());
         for url in part_urls(&self.url)? {
-            parts.push(File { url: url.clone(), at: url, token: self.token.clone(), agent: None }.header()?);
+            parts.push(File::new(self, url).header(&mut budget)?);
         }
         let header = |source| RemoteError::Header { url: self.url.clone(), source };
         Ok(Catalog::parse_parts(&parts).map_err(header)?)
@@ -220,23 +283,45 @@ fn part_urls(url: &str) -> Result<Vec<String>, Failure> {
     }
 }
 
+/// What all files of a model may take together.
+struct Budget {
+    n_bytes_left: u64,
+    deadline: Instant,
+}
+
+impl Budget {
+    fn new() -> Self {
+        Self { n_bytes_left: MAX_BYTES, deadline: Instant::now() + TIME }
+    }
+
+    /// How long the next request may take; `None` if there is no time left.
+    fn next_request(&self) -> Option<Duration> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        (!left.is_zero()).then(|| left.min(TIMEOUT))
+    }
+}
+
 /// A file on a server.
-struct File {
-    /// As it is called.
+struct File<'a> {
+    location: &'a Location,
+    /// Of this file.
     url: String,
-    /// Where the last redirect led.
+    /// Where the last request went: `url`, or where that led.
     at: String,
-    token: Option<String>,
     /// Made for the scheme of `at`.
     agent: Option<(bool, ureq::Agent)>,
 }
 
-impl File {
+impl<'a> File<'a> {
+    fn new(location: &'a Location, url: String) -> Self {
+        Self { location, at: url.clone(), url, agent: None }
+    }
+
     /// Its beginning, which holds the whole header, and the length of the file.
-    fn header(mut self) -> Result<(Vec<u8>, u64), Failure> {
+    fn header(mut self, budget: &mut Budget) -> Result<(Vec<u8>, u64), Failure> {
         let (mut bytes, mut wanted) = (Vec::new(), FIRST_READ_BYTES);
-        loop {
-            let n_file_bytes = self.read_on(&mut bytes, wanted)?;
+        for _ in 0..MAX_READS {
+            let n_file_bytes = self.read_on(&mut bytes, wanted, budget)?;
             let (url, n_read) = (self.url.clone(), bytes.len() as u64);
             match Catalog::parse(&bytes, n_file_bytes) {
                 Ok(_) => return Ok((bytes, n_file_bytes)),
@@ -250,40 +335,48 @@ impl File {
                 Err(source) => return Err(RemoteError::Header { url, source }.into()),
             }
         }
+        Err(RemoteError::TooLong { url: self.url, needed: bytes.len() as u64 + 1 }.into())
     }
 
     /// Reads from the end of `bytes` up to byte `end`, or the file's end; says how long the file is.
-    fn read_on(&mut self, bytes: &mut Vec<u8>, end: u64) -> Result<u64, Failure> {
+    fn read_on(&mut self, bytes: &mut Vec<u8>, end: u64, budget: &mut Budget) -> Result<u64, Failure> {
         let start = bytes.len() as u64;
-        let response = self.ask(start, end)?;
-        let url = || self.url.clone();
+        let response = self.ask(start, end, budget)?;
+        let url = self.place();
         let found = text_of(&response, header::CONTENT_RANGE.as_str());
-        let wrong = || RemoteError::WrongRange { url: url(), start, found: found.clone() };
+        let wrong = || RemoteError::WrongRange { url: url.clone(), start, found: found.clone() };
         let (first, last, n_file_bytes) = content_range(&found).ok_or_else(wrong)?;
-        if first != start || last >= end || last >= n_file_bytes || last < first {
+        // All that was asked for, or all that there is: a server that deals out crumbs would be asked without end.
+        let is_whole = last.checked_add(1) == Some(end.min(n_file_bytes));
+        if first != start || last < first || !is_whole {
             return Err(wrong().into());
         }
         let expected = last - first + 1;
+        budget.n_bytes_left = budget
+            .n_bytes_left
+            .checked_sub(expected)
+            .ok_or_else(|| RemoteError::TooMuch { url: self.location.url.clone() })?;
         // The body's own limit counts as exceeded where it is reached. What breaks off is told by its length.
         let body = response.into_body().into_with_config().limit(expected + 1).reader();
         let read = body.take(expected).read_to_end(bytes);
         let found = bytes.len() as u64 - start;
         if found != expected || read.is_err() {
-            return Err(RemoteError::BrokeOff { url: url(), found, expected }.into());
+            return Err(RemoteError::BrokeOff { url, found, expected }.into());
         }
         Ok(n_file_bytes)
     }
 
     /// The reply to a request for bytes from `start` to before `end`; redirects are followed.
-    fn ask(&mut self, start: u64, end: u64) -> Result<Response<ureq::Body>, Failure> {
+    fn ask(&mut self, start: u64, end: u64, budget: &Budget) -> Result<Response<ureq::Body>, Failure> {
+        self.at.clone_from(&self.url);
         for _ in 0..=MAX_REDIRECTS {
-            let response = self.ask_once(start, end)?;
-            let (url, status) = (self.url.clone(), response.status().as_u16());
+            let response = self.ask_once(start, end, budget)?;
+            let (url, status) = (self.place(), response.status().as_u16());
             match status {
                 206 => return Ok(response),
                 200 => return Err(RemoteError::NoRanges { url }.into()),
                 301 | 302 | 303 | 307 | 308 => self.at = self.next(&text_of(&response, header::LOCATION.as_str()))?,
-                401 | 403 => return Err(RemoteError::Forbidden { url, status }.into()),
+                401 | 403 => return Err(RemoteError::Forbidden { url, status, access: self.access() }.into()),
                 404 | 410 => return Err(RemoteError::NotFound { url }.into()),
                 416 => {
                     let source = HeaderError::Truncated { needed: start + 1, available: start };
@@ -292,11 +385,12 @@ impl File {
                 _ => return Err(RemoteError::Refused { url, status }.into()),
             }
         }
-        Err(RemoteError::Redirect { url: self.url.clone(), to: self.at.clone(), why: "is one redirect too many" }
-            .into())
+        let to = self.at.clone();
+        Err(RemoteError::Redirect { url: self.url.clone(), to, why: "is one redirect too many" }.into())
     }
 
-    fn ask_once(&mut self, start: u64, end: u64) -> Result<Response<ureq::Body>, Failure> {
+    fn ask_once(&mut self, start: u64, end: u64, budget: &Budget) -> Result<Response<ureq::Body>, Failure> {
+        let limit = budget.next_request().ok_or_else(|| RemoteError::TooSlow { url: self.location.url.clone() })?;
         let is_secure = self.at.starts_with("https://");
         let agent = match self.agent.take() {
             Some((same, agent)) if same == is_secure => agent,
@@ -304,15 +398,37 @@ impl File {
         };
         let mut request = agent
             .get(&self.at)
+            .config()
+            .timeout_global(Some(limit))
+            .build()
             .header(header::RANGE, format!("bytes={start}-{}", end.saturating_sub(1)))
             .header(header::ACCEPT_ENCODING, "identity");
-        if let Some(token) = self.token.as_ref().filter(|_| origin(&self.at) == origin(&self.url)) {
+        if let Some(token) = self.location.token.as_ref().filter(|_| self.is_at_home()) {
             request = request.header(header::AUTHORIZATION, format!("Bearer {token}"));
         }
-        let unreachable = |source| RemoteError::Unreachable { url: self.url.clone(), source: Box::new(source) };
+        let unreachable = |source| RemoteError::Unreachable { url: self.place(), source: Box::new(source) };
         let response = request.call().map_err(unreachable)?;
         self.agent = Some((is_secure, agent));
         Ok(response)
+    }
+
+    /// Whether the last request went to the server that was named.
+    fn is_at_home(&self) -> bool {
+        origin(&self.at) == origin(&self.url)
+    }
+
+    /// What was asked for, and of whom. Of another server only the name: the rest of the address may be a key to it.
+    fn place(&self) -> String {
+        if self.is_at_home() { self.url.clone() } else { format!("{} (where {} leads)", origin(&self.at), self.url) }
+    }
+
+    fn access(&self) -> Access {
+        match (self.is_at_home(), self.location.is_hub, &self.location.token) {
+            (false, ..) => Access::Storage,
+            (true, true, None) => Access::HubWithout,
+            (true, true, Some(_)) => Access::HubWith,
+            (true, false, _) => Access::Other,
+        }
     }
 
     /// Where a redirect leads.
@@ -393,8 +509,31 @@ mod tests {
     }
 
     #[test]
+    fn all_files_share_a_budget() {
+        assert_eq!(FIRST_READ_BYTES << (MAX_READS - 1), MAX_HEADER_BYTES);
+        let mut budget = Budget::new();
+        assert_eq!(budget.next_request(), Some(TIMEOUT));
+        budget.deadline = Instant::now();
+        assert_eq!(budget.next_request(), None);
+        let location = Location { url: "http://127.0.0.1:1/a".into(), is_hub: false, token: None };
+        let late = File::new(&location, location.url.clone()).header(&mut budget).unwrap_err();
+        assert!(late.to_string().contains("within 160 s"), "{late}");
+    }
+
+    #[test]
+    fn who_refuses_is_named_without_the_key_to_it() {
+        let location = Location { url: "https://h/a".into(), is_hub: true, token: None };
+        let mut file = File::new(&location, location.url.clone());
+        assert_eq!((file.place().as_str(), file.access()), ("https://h/a", Access::HubWithout));
+        file.at = "https://storage/a?signature=secret".into();
+        assert_eq!(file.place(), "https://storage (where https://h/a leads)");
+        assert_eq!(file.access(), Access::Storage);
+    }
+
+    #[test]
     fn a_redirect_must_lead_somewhere_safe() {
-        let file = File { url: "https://h/a".into(), at: "https://h/a".into(), token: None, agent: None };
+        let location = Location { url: "https://h/a".into(), is_hub: false, token: None };
+        let file = File::new(&location, location.url.clone());
         assert_eq!(file.next("/b").unwrap(), "https://h/b");
         assert_eq!(file.next("//i/b").unwrap(), "https://i/b");
         assert_eq!(file.next("https://i/b").unwrap(), "https://i/b");

@@ -3,14 +3,14 @@
 use std::sync::mpsc::Sender;
 
 use brigade_base::NodeId;
-use brigade_protocol::control::ToWorker;
+use brigade_protocol::control::{Offer, ToWorker};
 use brigade_protocol::measure::Examined;
 
 use super::owner::Owner;
 use crate::doctor::{Known, Note, Report};
 
-/// Most that ask at once: whoever asks over HTTP waits for the one before, so there are more only while those that gave
-/// up were not noticed yet.
+/// Most that ask at once: one round follows the other, so there are more only while those that gave up were not noticed
+/// yet.
 const MAX_ASKERS: usize = 4;
 
 impl Owner {
@@ -42,13 +42,16 @@ impl Owner {
             own_copy: None,
             trouble: None,
         };
-        let workers = self.cluster.members().iter().map(|member| Note {
-            node: member.id,
-            name: member.offer.name.clone(),
-            software: member.offer.software.clone(),
-            own_copy: member.offer.own_copy,
-            trouble: self.pace.trouble(member.id).map(str::to_owned),
-        });
+        let note = |node: NodeId, offer: &Offer| Note {
+            node,
+            name: offer.name.clone(),
+            software: offer.software.clone(),
+            own_copy: offer.own_copy,
+            trouble: self.pace.trouble(node).map(str::to_owned),
+        };
+        let members = self.cluster.members().iter().map(|member| note(member.id, &member.offer));
+        // Those that still measure themselves are asked too.
+        let measuring = self.workers.keys().filter_map(|id| Some(note(*id, self.pace.offer(*id)?)));
         Known {
             asked: self.workers.keys().copied().collect(),
             model: self.settings.model.clone(),
@@ -58,7 +61,7 @@ impl Owner {
             demand: self.settings.demand.clone(),
             plan: self.cluster.plan().cloned(),
             reports: self.pace.links().map(|(by, report)| (by, *report)).collect(),
-            notes: workers.chain([own]).collect(),
+            notes: members.chain(measuring).chain([own]).collect(),
         }
     }
 }

@@ -27,8 +27,8 @@ const MEASURE_WITHIN: Duration = Duration::from_secs(8);
 /// How often it is looked whether a node has become slower or faster.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 
-/// How often a node that became slow and has no stage any more measures itself anew: seldom, since that disturbs whoever
-/// uses the machine.
+/// How often a node that became slow and has no stage any more measures itself anew: seldom, since that disturbs
+/// whoever uses the machine.
 const AGAIN_EVERY: Duration = Duration::from_secs(300);
 
 /// By how much a node's pace must change before others are told: what passes take wavers by some percent.
@@ -212,8 +212,8 @@ impl Owner {
         given_up
     }
 
-    /// A worker offers itself: it is asked how fast it is first. Nobody waits for that where answers wait already, since
-    /// another coordinator was lost.
+    /// A worker offers itself: it is asked how fast it is first. Nobody waits for that where answers wait already,
+    /// since another coordinator was lost.
     pub(super) fn offered(&mut self, id: NodeId, offer: Offer) -> Option<String> {
         if !self.is_measured() {
             return self.feed(Input::Offer(id, offer));

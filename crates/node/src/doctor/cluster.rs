@@ -2,7 +2,7 @@
 //! clocks differ. What it knows of links is judged in `links.rs`.
 
 use brigade_base::{Hash, NodeId};
-use brigade_plan::{Demand, Links, ModelProfile, NodeProfile, Optimize, Plan, Prediction, place};
+use brigade_plan::{Demand, Links, ModelProfile, NodeProfile, Optimize, Plan, PlannedStage, Prediction, place};
 use brigade_protocol::measure::{Finding, LinkReport};
 
 use super::{fail, links, ok, warn};
@@ -19,6 +19,9 @@ const SLOWED: f64 = 1.25;
 
 /// By how much a placement must be faster to be called so: predictions are no better than that.
 const CLEARLY_FASTER: f64 = 1.05;
+
+/// Most workers of a placement that are left out in turn, the slowest: placing a model on many nodes takes a while.
+const MAX_LEFT_OUT: usize = 8;
 
 /// Shares of time that tell a node that holds the others up.
 const BUSY: f64 = 0.9;
@@ -110,9 +113,18 @@ fn judge_note(note: &Note, header_hash: Hash, own_software: Option<&str>) -> Vec
     }
     if let Some(trouble) = &note.trouble {
         let cost = "placements count on what is usual there";
-        findings.push(warn("measuring", trouble, cost, "open the nodes' link ports to each other in the firewall"));
+        findings.push(warn("measuring", trouble, cost, fix_of_trouble(trouble)));
     }
     findings
+}
+
+/// What helps against what a node could not measure: of links it says so, all else is its own.
+fn fix_of_trouble(trouble: &str) -> &'static str {
+    if trouble.contains("link to node") {
+        "see that both nodes' link ports are open to each other in their firewalls, then restart `brigade join` there"
+    } else {
+        "mend there what it says, then restart `brigade join`: it measures itself again"
+    }
 }
 
 fn judge_node(node: &NodeStatus, status: &ClusterStatus) -> Vec<Finding> {
@@ -204,12 +216,12 @@ impl Known {
             )
         };
         let mut findings = Vec::new();
-        for worker in workers {
-            if let Some((without, gain)) = gain(&|id| id == worker.node) {
+        for worker in self.slowest(workers) {
+            if let Some((without, gain)) = gain(&|id| id == worker) {
                 let detail = format!("costs more than it brings: without it the model is {gain:.1} times as fast");
                 let fix = "stop it with `brigade leave`, or let the placement leave it out: without --layers and \
                            --spread, and not with --optimize memory";
-                findings.push((worker.node, warn("worth", detail, said(&without), fix)));
+                findings.push((worker, warn("worth", detail, said(&without), fix)));
             }
         }
         if findings.is_empty() && workers.len() > 1 {
@@ -222,12 +234,25 @@ impl Known {
         }
         findings
     }
+
+    /// The nodes of some stages that take longest for a layer, the slowest first; none are slower than those of which
+    /// nothing is known.
+    fn slowest(&self, stages: &[PlannedStage]) -> Vec<NodeId> {
+        let layer_s = |id: NodeId| {
+            let speed = self.nodes.iter().find(|node| node.id == id).and_then(|node| node.speed.as_ref());
+            speed.map_or(f64::INFINITY, |speed| speed.decode.at(1.0))
+        };
+        let mut nodes: Vec<NodeId> = stages.iter().map(|stage| stage.node).collect();
+        nodes.sort_by(|a, b| layer_s(*b).total_cmp(&layer_s(*a)));
+        nodes.truncate(MAX_LEFT_OUT);
+        nodes
+    }
 }
 
 #[cfg(test)]
 pub(super) mod tests {
     use brigade_base::{ByteSize, LayerRange};
-    use brigade_plan::{Curve, LinkProfile, PlannedStage, Speed, SpeedSource};
+    use brigade_plan::{Curve, LinkProfile, Speed, SpeedSource};
     use brigade_protocol::measure::Severity;
 
     use super::*;
@@ -268,26 +293,28 @@ pub(super) mod tests {
 
     /// A worker 1 and a coordinator 9 that share eight layers.
     pub(in crate::doctor) fn known(layer_s: [f64; 2]) -> Known {
+        ring(vec![node(1, layer_s[0]), node(9, layer_s[1])], vec![4, 4])
+    }
+
+    /// Nodes that have so many layers each, the first of them measured its link to the last.
+    fn ring(nodes: Vec<NodeProfile>, split: Vec<u32>) -> Known {
+        let n_layers: u32 = split.iter().sum();
         let model = ModelProfile {
-            layer_bytes: vec![100 * MIB; 8],
-            kv_bytes_per_token: vec![1024; 8],
+            layer_bytes: vec![100 * MIB; n_layers as usize],
+            kv_bytes_per_token: vec![1024; n_layers as usize],
             head_bytes: MIB,
-            cut_points: (1..8).collect(),
+            cut_points: (1..n_layers).collect(),
             n_embd: 4096,
             n_heads: 4,
             n_ff: 128,
             n_vocab: 1000,
             ..ModelProfile::default()
         };
-        let nodes = vec![node(1, layer_s[0]), node(9, layer_s[1])];
-        let (links, demand) = (
-            Links::default(),
-            Demand { context: 1024, parallel: 4, max_rows: 64, split: Some(vec![4, 4]), ..Demand::default() },
-        );
+        let links = Links::default();
+        let demand =
+            Demand { context: 1024, parallel: 4, max_rows: 64, split: Some(split.clone()), ..Demand::default() };
         let plan = place(&model, &nodes, &links, &demand).unwrap();
-        assert!(
-            plan.stages.iter().map(|stage: &PlannedStage| stage.layers.len()).eq([4, 4]) && plan.prediction.is_some()
-        );
+        assert!(plan.stages.iter().map(|stage| stage.layers.len()).eq(split) && plan.prediction.is_some());
         Known {
             asked: vec![id(1)],
             model,
@@ -367,6 +394,33 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn a_node_that_is_better_off_alone_is_named() {
+        // Neither of the two is worth leaving out by itself, since the other's way around remains.
+        let slow_link = LinkProfile { latency_s: 0.2, bytes_per_s: 1e6 };
+        let mut known = ring(vec![node(1, 0.01), node(2, 0.01), node(9, 0.01)], vec![2, 2, 4]);
+        for worker in [1, 2] {
+            known.links.set(id(worker), id(9), slow_link);
+            known.links.set(id(9), id(worker), slow_link);
+        }
+        known.plan = place(&known.model, &known.nodes, &known.links, &known.demand).ok();
+        known.demand.spread = true;
+        known.reports.clear();
+        check(&known, &status(), &[], &[(9, "worth")], "times as fast without the others");
+    }
+
+    #[test]
+    fn only_some_are_left_out_in_turn_and_the_slowest_are_among_them() {
+        let mut nodes: Vec<NodeProfile> = (1..=12).map(|n| node(n, 0.001)).collect();
+        nodes[10] = node(11, 0.5);
+        nodes.push(node(99, 0.001));
+        let known = ring(nodes, vec![1; 13]);
+        let stages = &known.plan.as_ref().unwrap().stages;
+        let looked_at = known.slowest(&stages[..12]);
+        assert_eq!((looked_at.len(), looked_at[0]), (MAX_LEFT_OUT, id(11)));
+        assert!(known.judge_worth().iter().any(|(node, finding)| *node == id(11) && finding.check == "worth"));
+    }
+
+    #[test]
     fn nodes_that_changed_or_hold_others_up_are_named() {
         let known = known([0.01, 0.01]);
         let with = |alter: &dyn Fn(&mut NodeStatus)| {
@@ -392,6 +446,13 @@ pub(super) mod tests {
         known.notes[0].trouble = Some("n9 was not reached".to_owned());
         let expected = [(1, "version"), (1, "model file"), (1, "measuring")];
         check(&known, &status(), &[], &expected, "version 2, while the coordinator has 1");
+        let fix = |trouble: &str| {
+            let note = Note { trouble: Some(trouble.to_owned()), ..note(1) };
+            judge_note(&note, Hash::from_bytes([1; 32]), None)[0].fix.clone()
+        };
+        assert!(fix("the link to node 0a was not measured: refused").contains("firewall"));
+        let own = fix("measuring needs 2.0 GiB, but only 1.0 GiB may be used for it; free some memory");
+        assert!(own.contains("measures itself again") && !own.contains("firewall"), "{own}");
         known.notes[0] = Note { own_copy: Some(known.header_hash), ..note(1) };
         check(&known, &status(), &[], &[], "");
     }

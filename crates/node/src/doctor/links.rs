@@ -128,6 +128,8 @@ mod tests {
     #[test]
     fn links_are_judged_by_what_they_cost() {
         check_link(|_| {}, &[], "to n9: 0.20 ms round trip, 117 MB/s there and 117 MB/s back");
+        check_link(|l| l.jitter_s = 0.0009, &[], "");
+        check_link(|l| l.loaded_rtt_s = 0.02, &[], "");
         let slow = LinkProfile { latency_s: 0.01, ..FAST };
         // 20.3 ms of the way beside 90 ms of computing.
         check_link(|l| (l.there, l.back) = (slow, slow), &["link"], "20 ms of each token, 22 % of its time");
@@ -140,6 +142,14 @@ mod tests {
         // Beyond what cables carry, uneven is only measured so.
         let memory = LinkProfile { bytes_per_s: 4e9, ..FAST };
         check_link(|l| (l.there, l.back) = (memory, FAST), &[], "");
+    }
+
+    #[test]
+    fn a_link_that_no_frames_take_costs_nothing() {
+        let mut known = known([0.01, 0.01]);
+        known.reports[0].1.there.latency_s = 0.01;
+        known.plan = None;
+        check(&known, &status(), &[], &[(1, "link")], "no frames take this link");
     }
 
     #[test]

@@ -261,6 +261,29 @@ mod tests {
     }
 
     #[test]
+    fn nodes_on_other_machines_are_told_from_those_here() {
+        let dir = tempfile::tempdir().unwrap();
+        let machine = Machine::made_up(dir.path(), &[]);
+        let gather = |listens_on: &str, peers: &[&str]| {
+            let subject = Subject {
+                state_dir: dir.path().to_owned(),
+                model: None,
+                threads: 1,
+                memory: None,
+                listens_on: vec![listens_on.to_owned()],
+                peers: peers.iter().map(ToString::to_string).collect(),
+                has_stage: false,
+            };
+            let network = Network::gather(&machine, &subject);
+            (network.is_closed, network.has_distant_peers)
+        };
+        // Addresses for documentation are nobody's.
+        assert_eq!(gather("127.0.0.1:1", &["127.0.0.1:2", "[::1]:2", "a name:2"]), (true, false));
+        assert_eq!(gather("127.0.0.1:1", &["203.0.113.7:2"]), (true, true));
+        assert_eq!(gather("0.0.0.0:1", &["203.0.113.7:2"]), (false, true));
+    }
+
+    #[test]
     fn cards_behind_a_bridge_are_read() {
         let dir = tempfile::tempdir().unwrap();
         let files = [

@@ -4,6 +4,7 @@ use brigade_protocol::measure::Finding;
 
 use super::machine::Machine;
 use super::{ok, warn};
+use crate::system;
 
 /// Most processors that are looked at: those of one machine are governed alike, up to two kinds.
 const MAX_CPUS: usize = 64;
@@ -46,9 +47,7 @@ struct Governor {
 
 /// How often heat slowed processors down since the start; `None` where nobody counts.
 pub(super) fn throttle_count(machine: &Machine) -> Option<u64> {
-    let counts = cpus(machine)
-        .filter_map(|cpu| machine.number::<u64>(format!("{CPU_DIR}/{cpu}/thermal_throttle/core_throttle_count")));
-    counts.reduce(|sum, count| sum.saturating_add(count))
+    system::thermal_throttles(&machine.path(CPU_DIR))
 }
 
 fn cpus(machine: &Machine) -> impl Iterator<Item = String> {
@@ -178,20 +177,11 @@ fn is_cooled(machine: &Machine) -> bool {
 }
 
 fn battery(machine: &Machine) -> Battery {
-    let dir = "sys/class/power_supply";
-    let of = |name: &str, file: &str| machine.text(format!("{dir}/{name}/{file}")).unwrap_or_default();
-    let mut found = Battery::None;
-    for name in machine.names(dir, "") {
-        // Batteries of mice and headphones have the scope of a device.
-        if of(&name, "type") != "Battery" || of(&name, "scope") == "Device" {
-            continue;
-        }
-        if of(&name, "status") == "Discharging" {
-            return Battery::Drawn;
-        }
-        found = Battery::Charged;
+    match system::battery(&machine.path("sys/class/power_supply")).0 {
+        Some(true) => Battery::Drawn,
+        Some(false) => Battery::Charged,
+        None => Battery::None,
     }
-    found
 }
 
 /// Reasons for which the machine goes to sleep by itself.

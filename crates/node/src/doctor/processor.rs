@@ -4,6 +4,7 @@ use brigade_protocol::measure::Finding;
 
 use super::machine::{Machine, cpu_list};
 use super::{Subject, ok, warn};
+use crate::system::{machine_ticks, process_ticks};
 
 /// Most processors that are told apart.
 const MAX_CPUS: usize = 4096;
@@ -31,10 +32,7 @@ impl Ticks {
     /// Reads them; `None` where the system does not count.
     pub(super) fn read(machine: &Machine) -> Option<Self> {
         let text = machine.text("proc/stat")?;
-        let line = text.lines().find_map(|line| line.strip_prefix("cpu "))?;
-        let ticks: Vec<u64> = line.split_whitespace().filter_map(|word| word.parse().ok()).collect();
-        // user nice system idle iowait irq softirq steal; what follows is counted in the first two already.
-        let [user, nice, system, idle, iowait, irq, softirq, stolen] = ticks.get(..8)?.try_into().ok()?;
+        let [user, nice, system, idle, iowait, irq, softirq, stolen] = machine_ticks(&text)?;
         let busy = user + nice + system + irq + softirq;
         let is_cpu = |line: &&str| line.starts_with("cpu") && !line.starts_with("cpu ");
         let n_cpus = text.lines().filter(is_cpu).count().max(1) as u64;
@@ -60,10 +58,9 @@ fn own_ticks(machine: &Machine) -> u64 {
     let ticks = machine.names("proc", "").into_iter().filter(is_pid).filter_map(|pid| {
         // The name in brackets may hold anything, brackets too.
         let stat = machine.text(format!("proc/{pid}/stat"))?;
-        let (head, tail) = stat.rsplit_once(") ")?;
+        let (head, _) = stat.rsplit_once(") ")?;
         let is_own = head.ends_with("(brigade") || pid == me;
-        let mut times = tail.split(' ').skip(11).filter_map(|word| word.parse::<u64>().ok());
-        is_own.then(|| times.next().unwrap_or(0) + times.next().unwrap_or(0))
+        is_own.then(|| process_ticks(&stat).unwrap_or(0))
     });
     ticks.sum()
 }

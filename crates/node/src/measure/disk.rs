@@ -28,12 +28,7 @@ pub(crate) fn write_bytes_per_s(file: &mut File) -> io::Result<f64> {
 ///
 /// # Errors
 /// If they cannot be read.
-pub(crate) fn read_bytes_per_s(
-    file: &mut File,
-    start: u64,
-    most: usize,
-    within: Duration,
-) -> io::Result<Option<f64>> {
+pub(crate) fn read_bytes_per_s(file: &mut File, start: u64, most: usize, within: Duration) -> io::Result<Option<f64>> {
     if !forget(file, start, most) {
         return Ok(None);
     }

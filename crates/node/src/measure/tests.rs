@@ -6,6 +6,7 @@ use brigade_engine::dequantize_rows;
 use brigade_gguf::{Builder, GgmlType, Metadata, SyntheticTensors, TensorSource};
 use brigade_plan::{Curve, SpeedSource};
 
+use super::bench::Shape;
 use super::session::{DECODE_ROWS, Points, decode_rows, expected};
 use super::*;
 
@@ -57,9 +58,22 @@ fn what_was_measured_is_not_measured_again() {
     profiles.put(&key, &measured, true).unwrap();
     let stored = profiles.get(&key).unwrap();
     assert_eq!(speed(&request, &options, &profiles, false).unwrap(), stored);
-    for other in [MeasureOptions { threads: 2, ..options.clone() }, MeasureOptions { own: Some(file()), ..options }] {
+    for other in [
+        MeasureOptions { threads: 2, ..options.clone() },
+        MeasureOptions { throttle: 0.5, ..options.clone() },
+        MeasureOptions { own: Some(file()), ..options.clone() },
+    ] {
         assert_ne!(ProfileKey::of(&request, &other), key);
     }
+    for other in [
+        MeasureRequest { context: 255, ..request.clone() },
+        MeasureRequest { max_rows: 64, ..request.clone() },
+        MeasureRequest { sessions: 2, ..request.clone() },
+    ] {
+        assert_ne!(ProfileKey::of(&other, &options), key);
+    }
+    let slower = MeasureOptions { budget: Duration::from_secs(1), ..options };
+    assert_eq!(ProfileKey::of(&request, &slower), key, "it is the same speed, however long it was measured");
 }
 
 #[test]
@@ -77,6 +91,49 @@ fn too_little_memory_is_said() {
     session.room = 1000;
     let Err(error) = session.load_thin().map(drop) else { panic!() };
     assert!(error.to_string().contains("free some memory"), "{error}");
+}
+
+#[test]
+fn a_context_that_does_not_fit_is_shortened() {
+    // Halved until it fits: from the longest that a message can name to a few tokens more than are put before the rows
+    // that are timed.
+    for n_ctx in [513, 575, 600, 1024] {
+        let request = MeasureRequest { context: n_ctx << 3, ..request(2) };
+        let options = options(None);
+        let mut session = Session::new(&request, &options).unwrap();
+        let (view, shape) = session.thin().unwrap();
+        session.room = session.memory(&view, Shape { n_ctx, ..shape });
+        let speed = session.run().unwrap_or_else(|error| panic!("{n_ctx}: {error}"));
+        assert!(speed.is_sound(), "{n_ctx}: {speed:?}");
+    }
+}
+
+#[test]
+fn what_a_stage_takes_is_known_for_every_request() {
+    let request = MeasureRequest { context: u32::MAX, sessions: u32::MAX, max_rows: u32::MAX, ..request(1) };
+    let options = options(None);
+    let mut session = Session::new(&request, &options).unwrap();
+    let (view, shape) = session.thin().unwrap();
+    let memory = |n_ctx| session.memory(&view, Shape { n_ctx, ..shape });
+    assert!(memory(1) < memory(1 << 20) && memory(1 << 20) < memory(u32::MAX));
+    assert!(memory(u32::MAX) > u64::from(u32::MAX), "at least a byte for each token");
+    session.room = memory(2048);
+    assert!(session.load_thin().is_ok_and(|thin| (1024..=2048).contains(&thin.n_ctx)));
+}
+
+#[test]
+fn who_computes_for_a_part_of_the_time_is_slower() {
+    let of = |throttle| {
+        let options = MeasureOptions { throttle, ..options(None) };
+        measure(&request(1), &options).unwrap()
+    };
+    let (whole, part) = (of(1.0), of(0.02));
+    // Fifty times as slow, if the machine were the same each time.
+    for (whole, part) in [(&whole.decode, &part.decode), (&whole.chunk, &part.chunk)] {
+        let rows = part.points()[0].0.into();
+        assert!(part.at(rows) > 5.0 * whole.at(rows), "{whole:?}, {part:?}");
+    }
+    assert!(part.chunk.points().len() == whole.chunk.points().len());
 }
 
 #[test]

@@ -154,8 +154,8 @@ impl Measurable {
         Measured { speed, is_fresh, links: round.links, trouble: text_of(&troubles) }
     }
 
-    /// How fast it computes the model, and whether that was measured just now or undisturbed; nothing if it is not known
-    /// and not to be measured.
+    /// How fast it computes the model, and whether that was measured just now or undisturbed; nothing if it is not
+    /// known and not to be measured.
     fn speed(
         &self,
         wanted: &Measure,

@@ -139,8 +139,6 @@ pub struct Device {
     pub flops: f64,
     /// Watts under load.
     pub watts: Option<f64>,
-    /// Dollars for the cheapest of them.
-    pub price_usd: Option<f64>,
     /// Bytes of weights that it loads in a second.
     pub load_bytes_per_s: f64,
     /// What others measured.
@@ -166,7 +164,6 @@ impl Device {
             bandwidth,
             flops,
             watts: None,
-            price_usd: None,
             load_bytes_per_s: typical.load_bytes_per_s,
             measured: Vec::new(),
             source: String::new(),
@@ -290,7 +287,6 @@ pub(super) struct Row {
     bandwidth_gb_s: f64,
     tflops: f64,
     watts: Option<f64>,
-    price_usd: Option<f64>,
     load_gb_s: Option<f64>,
     layer_us: Option<f64>,
     decode_efficiency: Option<f64>,
@@ -330,7 +326,6 @@ impl Row {
             title: self.title,
             memory: self.memory_gib.into_iter().map(ByteSize::gib).collect(),
             watts: self.watts,
-            price_usd: self.price_usd,
             load_bytes_per_s: self.load_gb_s.map_or(custom.load_bytes_per_s, |gb| gb * 1e9),
             layer_s: self.layer_us.map_or(custom.layer_s, |us| us / 1e6),
             decode_efficiency: self.decode_efficiency.unwrap_or(custom.decode_efficiency),

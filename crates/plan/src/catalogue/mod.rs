@@ -45,8 +45,6 @@ pub struct Link {
     /// Seconds from a node that is attached by it to the switch: half of the way for a cable, as two of them make one
     /// link; all of it where the delay is that of the air (Wi-Fi) or of the distance.
     pub port_latency_s: f64,
-    /// Seconds that one packet in a hundred is later than usual.
-    pub jitter_s: f64,
     /// Where the numbers come from.
     pub source: String,
 }
@@ -157,7 +155,6 @@ struct LinkRow {
     latency_ms: f64,
     port_latency_ms: Option<f64>,
     gbit_s: f64,
-    jitter_ms: f64,
     source: String,
 }
 
@@ -166,7 +163,6 @@ impl LinkRow {
         Link {
             profile: LinkProfile { latency_s: self.latency_ms / 1e3, bytes_per_s: self.gbit_s * 1e9 / 8.0 },
             port_latency_s: self.port_latency_ms.unwrap_or(self.latency_ms / 2.0) / 1e3,
-            jitter_s: self.jitter_ms / 1e3,
             source: source(&self.source),
             name: self.name,
             title: self.title,
@@ -184,7 +180,7 @@ mod tests {
         assert!(catalogue.devices().len() >= 45, "{}", catalogue.devices().len());
         assert!(catalogue.links().len() >= 20, "{}", catalogue.links().len());
         for link in catalogue.links() {
-            assert!(link.profile.is_sound() && link.profile.latency_s > 0.0 && link.jitter_s >= 0.0, "{}", link.name);
+            assert!(link.profile.is_sound() && link.profile.latency_s > 0.0, "{}", link.name);
             let is_cable = !link.name.starts_with("wifi") && !link.name.starts_with("wan");
             let share = link.port_latency_s / link.profile.latency_s;
             assert!((share - if is_cable { 0.5 } else { 1.0 }).abs() < 1e-9, "{}: {share}", link.name);

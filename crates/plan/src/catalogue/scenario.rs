@@ -19,7 +19,6 @@
 //! coordinator = true          # at most one; whichever is best if left out
 //! throttle = 0.5              # share of its speed
 //! watts = 400
-//! price_usd = 900
 //!
 //! [[node]]
 //! name = "mini"
@@ -91,8 +90,6 @@ pub struct ScenarioNode {
     pub throttle: f64,
     /// Watts under load, where they are known.
     pub watts: Option<f64>,
-    /// Dollars, where they are known.
-    pub price_usd: Option<f64>,
 }
 
 /// A link of a scenario.
@@ -150,7 +147,6 @@ struct NodeRow {
     coordinator: bool,
     throttle: Option<f64>,
     watts: Option<f64>,
-    price_usd: Option<f64>,
 }
 
 #[derive(Deserialize)]
@@ -258,7 +254,6 @@ impl Reader {
         check(&place, "count", row.count.map(f64::from), |n| n >= 1.0, "1 or more")?;
         check(&place, "throttle", row.throttle, |share| share > 0.0 && share <= 1.0, "above 0, and at most 1")?;
         check(&place, "watts", row.watts, |watts| watts >= 0.0, "0 or more")?;
-        check(&place, "price_usd", row.price_usd, |price| price >= 0.0, "0 or more")?;
         let device = device_of(&place, row)?;
         let memory = memory_of(&place, row, &device)?;
         let has_link = row.link.is_some() || row.latency_ms.is_some() || row.gbit_s.is_some();
@@ -288,7 +283,6 @@ impl Reader {
                 link: link.clone(),
                 throttle: row.throttle.unwrap_or(1.0),
                 watts: row.watts.or(device.watts),
-                price_usd: row.price_usd.or(device.price_usd),
             });
         }
         if row.count.is_some() && self.groups.insert(row.name.clone(), start..self.nodes.len()).is_some() {

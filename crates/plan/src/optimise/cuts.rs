@@ -54,7 +54,8 @@ impl<'a> Cutter<'a> {
             return None;
         }
         let work = self.problem.units.work(0, n_units);
-        for scenario in self.scenarios.iter().filter(|s| s.suits(n_stages)) {
+        for scenario in self.scenarios.iter().filter_map(|s| s.of(n_stages)) {
+            let scenario = &scenario;
             self.cells += CELLS_OF_A_STAGE * n_stages as u64;
             self.parts.clear();
             self.parts.extend(ring.iter().map(|&node| self.problem.part(scenario, node)));

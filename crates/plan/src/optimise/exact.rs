@@ -45,10 +45,13 @@ pub(super) fn best_rings(problem: &Problem, scenarios: &[Scenario], workers: &[u
         let parts: Vec<Part> = workers.iter().map(|&node| problem.part(scenario, node)).collect();
         let bounds = Bounds::new(&parts, tail, n_units, unit_work);
         let sizes = |set: usize| set.count_ones() as usize + 1;
-        let wanted = |set: usize| problem.stages.contains(&sizes(set)) && scenario.suits(sizes(set));
+        // As rings of 0, 1, 2.. stages run it; those that are not wanted are left out.
+        let runs: Vec<Option<Scenario>> = (0..=workers.len() + 1)
+            .map(|n_stages| scenario.of(n_stages).filter(|_| problem.stages.contains(&n_stages)))
+            .collect();
+        let bound = |set: usize| bounds.of(runs[sizes(set)].as_ref()?, set, paths.cost(set));
         let mut sets: Vec<(f64, usize)> = (1..1usize << workers.len())
-            .filter(|&set| wanted(set))
-            .filter_map(|set| Some((bounds.of(scenario, set, paths.cost(set))?, set)))
+            .filter_map(|set| Some((bound(set)?, set)))
             .filter(|&(bound, _)| bound < best * slack)
             .collect();
         sets.sort_by(|a, b| a.0.total_cmp(&b.0));
@@ -61,7 +64,8 @@ pub(super) fn best_rings(problem: &Problem, scenarios: &[Scenario], workers: &[u
             }
             let members = parts.iter().enumerate().filter(|(i, _)| set & (1 << i) != 0).map(|(_, part)| *part);
             shares.set(members.chain([tail]));
-            let Some(cost) = shares.cost(scenario, n_units, unit_work, paths.cost(set), limit) else { continue };
+            let Some(run) = &runs[sizes(set)] else { continue };
+            let Some(cost) = shares.cost(run, n_units, unit_work, paths.cost(set), limit) else { continue };
             best = best.min(cost);
             let mut ring: Vec<usize> = paths.order(set).into_iter().map(|i| workers[i]).collect();
             ring.push(problem.tail);

@@ -5,6 +5,7 @@ use brigade_base::ByteSize;
 use super::cuts::{Cut, Cutter};
 use super::{Choice, WORTH_A_SPLIT, cost};
 use crate::predict::objective;
+use crate::words::listed;
 use crate::{Bound, Optimize, Prediction};
 
 /// Idle nodes of which each is given a line: a screen full.
@@ -35,19 +36,9 @@ fn name<'a>(choice: &Choice<'a>, node: usize) -> &'a str {
     &choice.problem.nodes[node].name
 }
 
-/// Names in a row: "a, b and c". Of many the first few and the last.
-fn names(choice: &Choice, nodes: &[usize]) -> String {
-    const MAX_NAMES: usize = 6;
-    let mut names: Vec<String> = nodes.iter().map(|&node| name(choice, node).to_owned()).collect();
-    if names.len() > MAX_NAMES {
-        let left_out = names.len() - MAX_NAMES;
-        names.splice(MAX_NAMES - 1..names.len() - 1, [format!("{} more", left_out + 1)]);
-    }
-    match names.split_last() {
-        Some((last, [])) => last.clone(),
-        Some((last, first)) => format!("{} and {last}", first.join(", ")),
-        None => String::new(),
-    }
+/// Names of nodes in a row.
+fn names(choice: &Choice, nodes: impl IntoIterator<Item = usize>) -> String {
+    listed(&nodes.into_iter().map(|node| name(choice, node)).collect::<Vec<_>>())
 }
 
 /// What the cost is about.
@@ -72,10 +63,10 @@ fn compared(cost: f64, base: f64) -> String {
 }
 
 fn alone(choice: &Choice) -> String {
-    let (Some(solo), Some(tail)) = (&choice.solo, choice.solo.as_ref().map(|solo| solo.ring[0])) else {
+    let (Some(solo), Some(node)) = (&choice.solo, choice.solo.as_ref().map(|solo| solo.ring[0])) else {
         return String::new();
     };
-    let tail = name(choice, tail);
+    let tail = name(choice, node);
     if choice.problem.nodes.len() == 1 {
         return "The coordinator holds the whole model.".to_owned();
     }
@@ -87,10 +78,15 @@ fn alone(choice: &Choice) -> String {
     } else {
         String::new()
     };
+    // Where any node may coordinate, the best split may be one without this node.
+    let ring = split.ring.iter().copied();
+    let with = if split.ring.contains(&node) {
+        format!("with {} too", names(choice, ring.filter(|other| *other != node)))
+    } else {
+        format!("split over {}", names(choice, ring))
+    };
     format!(
-        "{tail} holds the whole model alone: with {} too, {} would take {}{threshold}. --spread splits it all the \
-         same.",
-        names(choice, &split.ring[..split.ring.len() - 1]),
+        "{tail} holds the whole model alone: {with}, {} would take {}{threshold}. --spread splits it all the same.",
         subject(choice),
         compared(split.cost, solo.cost),
     )
@@ -98,7 +94,7 @@ fn alone(choice: &Choice) -> String {
 
 fn together(choice: &Choice, best: &Cut) -> String {
     let tail = name(choice, choice.problem.tail);
-    let with = format!("The model is split over {}", names(choice, &best.ring));
+    let with = format!("The model is split over {}", names(choice, best.ring.iter().copied()));
     match &choice.solo {
         _ if choice.problem.demand.spread => format!("{with}: --spread asks for every node."),
         None => format!("{with}: {tail} alone could not hold it."),

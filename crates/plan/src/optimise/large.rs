@@ -123,15 +123,13 @@ impl<'a> Ranking<'a> {
     /// The best worker to share the model with the coordinator, if the two are enough.
     fn pair(&self) -> Option<(f64, Vec<usize>)> {
         let (n_units, unit_work) = (self.problem.units.len(), self.problem.units.mean_work());
-        if !self.problem.stages.contains(&2) || !self.scenario.suits(2) {
-            return None;
-        }
+        let scenario = self.scenario.of(2).filter(|_| self.problem.stages.contains(&2))?;
         let mut shares = Shares::default();
         let mut best = None;
         let mut limit = f64::INFINITY;
         for (node, part, hops_s) in &self.workers {
             shares.set([*part, self.tail].into_iter());
-            if let Some(cost) = shares.cost(self.scenario, n_units, unit_work, 2.0 * hops_s, limit) {
+            if let Some(cost) = shares.cost(&scenario, n_units, unit_work, 2.0 * hops_s, limit) {
                 limit = cost;
                 best = Some((cost, vec![*node]));
             }
@@ -174,7 +172,9 @@ impl<'a> Ranking<'a> {
         }
         let is_enough = rest == 0 && set.len() >= least;
         let peak_s = if cap.is_finite() { cap } else { 0.0 };
-        is_enough.then(|| (self.scenario.total(sum_s + self.tail.sum.fixed_s, peak_s), set))
+        // A set that cannot run this number of passes may be worth another.
+        let scenario = self.scenario.of(set.len() + 1).unwrap_or(*self.scenario);
+        is_enough.then(|| (scenario.total(sum_s + self.tail.sum.fixed_s, peak_s), set))
     }
 }
 
@@ -246,14 +246,15 @@ impl<'a> Field<'a> {
         if !self.problem.stages.contains(&ring.len()) {
             return None;
         }
-        for (s, scenario) in self.scenarios.iter().enumerate().filter(|(_, s)| s.suits(ring.len())) {
+        for (s, scenario) in self.scenarios.iter().enumerate() {
+            let Some(scenario) = scenario.of(ring.len()) else { continue };
             let next = ring.iter().cycle().skip(1);
             let hops_s: f64 = ring.iter().zip(next).map(|(&a, &b)| self.hops[s][a * n + b]).sum();
             if hops_s >= best {
                 continue;
             }
             self.shares.set(ring.iter().map(|&i| self.parts[s][i]));
-            if let Some(cost) = self.shares.cost(scenario, n_units, unit_work, hops_s, best) {
+            if let Some(cost) = self.shares.cost(&scenario, n_units, unit_work, hops_s, best) {
                 best = cost * (1.0 - SAME);
                 found = Some(cost);
             }

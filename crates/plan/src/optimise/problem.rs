@@ -8,7 +8,9 @@
 use std::ops::RangeInclusive;
 
 use crate::memory::usable;
-use crate::predict::{ANSWER_TOKENS, Line, MOST_PASSES_PER_STAGE, flow_chunks, frame_bytes, objective, prompt_tokens};
+use crate::predict::{
+    ANSWER_TOKENS, Line, MOST_PASSES_PER_STAGE, flow_chunks, frame_bytes, objective, prompt_tokens, turns,
+};
 use crate::units::Units;
 use crate::{Demand, LinkProfile, Links, ModelProfile, NodeProfile, Optimize, Speed};
 
@@ -41,6 +43,8 @@ pub(super) struct Scenario {
     rows: f64,
     /// How often the slowest stage's time counts.
     weight: f64,
+    /// How often the sum counts; more than once in a round of more passes than there are stages.
+    sum_weight: f64,
     /// Rings with so many stages can run it.
     least_stages: usize,
     most_stages: usize,
@@ -61,6 +65,7 @@ impl Scenario {
                         kind: Kind::Request,
                         rows,
                         weight,
+                        sum_weight: 1.0,
                         least_stages: n_stages,
                         most_stages: n_stages,
                     }),
@@ -79,19 +84,22 @@ impl Scenario {
             }
             let least_stages = if is_again { passes } else { passes.div_ceil(MOST_PASSES_PER_STAGE) } as usize;
             let most_stages = if kind == Kind::Round || passes == n { usize::MAX } else { passes as usize };
-            all.push(Self { kind, rows, weight: passes.into(), least_stages, most_stages });
+            all.push(Self { kind, rows, weight: passes.into(), sum_weight: 1.0, least_stages, most_stages });
         }
         all
     }
 
-    /// Whether a ring of so many stages can run it.
-    pub fn suits(&self, n_stages: usize) -> bool {
-        (self.least_stages..=self.most_stages).contains(&n_stages)
+    /// It as a ring of so many stages runs it; `None` if that cannot.
+    pub fn of(&self, n_stages: usize) -> Option<Self> {
+        let can_run = (self.least_stages..=self.most_stages).contains(&n_stages);
+        let sum_weight = if self.kind == Kind::Round { turns(self.weight, n_stages) } else { 1.0 };
+        can_run.then_some(Self { sum_weight, ..*self })
     }
 
-    /// The cost.
+    /// The cost, for a ring of as many stages as it was made for by [`Scenario::of`].
     pub fn total(&self, sum_s: f64, peak_s: f64) -> f64 {
-        if self.kind == Kind::Round { sum_s.max(self.weight * peak_s) } else { sum_s + self.weight * peak_s }
+        let (sum_s, peak_s) = (self.sum_weight * sum_s, self.weight * peak_s);
+        if self.kind == Kind::Round { sum_s.max(peak_s) } else { sum_s + peak_s }
     }
 
     /// The slowest stage's time with which the cost reaches `cost`, if the sum is no less than `sum_s`.

@@ -282,6 +282,17 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 100, ..same_cases() })]
+
+    #[test]
+    fn more_nodes_than_are_searched_exactly_are_placed_nearly_best(case in case(13..17, 2..5, true)) {
+        prop_assert!(case.nodes.len() > exact::MAX_NODES);
+        let best = case.brute(case.nodes.len() - 1);
+        case.check_placed(place(&case.model, &case.nodes, &case.links, &case.demand), best, 0.05)?;
+    }
+}
+
 /// Nodes that take so many milliseconds for a layer, and give so many MiB; the coordinator last.
 fn cluster(nodes: &[(&str, f64, u64)], n_layers: u32) -> Case {
     let model = ModelProfile {
@@ -372,6 +383,33 @@ fn one_machine_is_kept_where_a_split_gains_little() {
     assert_eq!(case.place().stages.len(), 2);
     (case.demand.spread, case.demand.optimize, case.demand.parallel) = (false, Optimize::Throughput, 8);
     assert_eq!(case.place().stages.len(), 2, "many sessions gain by a second machine");
+}
+
+#[test]
+fn a_search_up_to_no_end_ends() {
+    let scenario = Scenario::all(&cluster(&[("a", 1.0, 1)], 1).demand, &(1..=1))[0].of(1).unwrap();
+    let fill = |_| Some((1.0, f64::INFINITY));
+    assert_eq!(least::least(&scenario, (0.0, f64::INFINITY), f64::INFINITY, fill), None);
+}
+
+#[test]
+fn who_would_share_with_whom_is_said_with_any_coordinator() {
+    let said = |case: &Case| place_anywhere(&case.model, &case.nodes, &case.links, &case.demand).unwrap().explanation;
+    // The box is the fastest alone, but in a split the other would coordinate: its head is faster.
+    let mut case = cluster(&[("other", 1.2, 4000), ("box", 1.0, 4000)], 24);
+    (case.demand.parallel, case.nodes[1].speed.as_mut().unwrap().head) = (1, Some(Curve::constant(3e-3)));
+    case.links.set(case.nodes[0].id, case.nodes[1].id, LinkProfile { latency_s: 0.001, bytes_per_s: 1e9 });
+    let lines = said(&case);
+    assert!(lines[0].starts_with("box holds the whole model alone: with other too, "), "{lines:?}");
+    // Two that are faster but too small are not worth it either, with the box or without.
+    let mut case = cluster(&[("a", 0.9, 2000), ("b", 0.9, 2000), ("box", 1.0, 4000)], 24);
+    case.demand.parallel = 1;
+    for (from, to) in [(0, 1), (0, 2), (1, 2)] {
+        let link = LinkProfile { latency_s: 0.002, bytes_per_s: 1e9 };
+        case.links.set(case.nodes[from].id, case.nodes[to].id, link);
+    }
+    let lines = said(&case);
+    assert!(lines[0].starts_with("box holds the whole model alone: split over "), "{lines:?}");
 }
 
 #[test]

@@ -4,8 +4,9 @@ use brigade_base::ByteSize;
 
 use super::{Alternative, AlternativeKind, Forecast, Question};
 use crate::memory::{stage_memory, usable};
-use crate::predict::{RingModel, RingStage};
-use crate::{LinkProfile, Links, NodeProfile, Plan};
+use crate::predict::{RingModel, RingStage, objective};
+use crate::words::{change, figure, listed, percent, seconds};
+use crate::{LinkProfile, Links, NodeProfile, Optimize, Plan};
 use brigade_base::LayerRange;
 
 /// Below this gain nothing is worth a machine moved or a cable bought; predictions are no finer.
@@ -13,67 +14,6 @@ const WORTH_SAYING: f64 = 1.1;
 
 /// Below this gain not even the most that something could bring is of interest.
 const WORTH_MENTIONING: f64 = 1.03;
-
-/// From this factor on people say "2.1x" and not "110 %".
-const SAID_AS_FACTOR: f64 = 1.5;
-
-/// Below this difference two numbers are the same.
-const SAME: f64 = 1.02;
-
-/// Most names in a list.
-const MAX_NAMES: usize = 6;
-
-/// A number with two significant digits.
-pub fn figure(value: f64) -> String {
-    if !value.is_finite() || value <= 0.0 {
-        return "0".to_owned();
-    }
-    // Rounded first, so that 9.96 becomes 10 and not 10.0.
-    let unit = 10f64.powi(value.log10().floor() as i32 - 1);
-    let rounded = (value / unit).round() * unit;
-    let digits = (1 - rounded.log10().floor() as i32).max(0) as usize;
-    format!("{rounded:.digits$}")
-}
-
-/// A time with two significant digits, in the unit that people would use.
-pub fn seconds(value: f64) -> String {
-    match value {
-        s if s < 0.000_999_5 => format!("{} us", figure(s * 1e6)),
-        s if s < 0.999_5 => format!("{} ms", figure(s * 1e3)),
-        s if s < 119.5 => format!("{} s", figure(s)),
-        s if s < 7_200.0 => format!("{} min", figure(s / 60.0)),
-        s => format!("{} h", figure(s / 3600.0)),
-    }
-}
-
-/// A share as whole percent.
-pub(super) fn percent(share: f64) -> String {
-    format!("{:.0} %", share * 100.0)
-}
-
-/// Names as in a sentence; long lists are cut.
-pub(super) fn listed(names: &[&str]) -> String {
-    match names {
-        [] => "nothing".to_owned(),
-        [one] => (*one).to_owned(),
-        many if many.len() > MAX_NAMES => {
-            format!("{} and {} more", many[..MAX_NAMES - 1].join(", "), many.len() + 1 - MAX_NAMES)
-        }
-        [first @ .., last] => format!("{} and {last}", first.join(", ")),
-    }
-}
-
-/// How much faster the new rate is, as "2.1x faster" or "31 % slower".
-fn change(new: f64, old: f64) -> String {
-    let factor = new / old;
-    match factor {
-        f if f >= SAID_AS_FACTOR => format!("{}x faster", figure(f)),
-        f if f >= SAME => format!("{} faster", percent(f - 1.0)),
-        f if f > 1.0 / SAME => "as fast".to_owned(),
-        f if f > 1.0 / SAID_AS_FACTOR => format!("{} slower", percent(1.0 - f)),
-        f => format!("{}x slower", figure(1.0 / f)),
-    }
-}
 
 impl Forecast {
     /// This one against another, as "one stream would be 31 % faster, 4 would be as fast".
@@ -136,21 +76,36 @@ fn unknown_speeds(question: &Question<'_>) -> String {
     )
 }
 
-/// Another node alone is clearly better than the plan.
+/// Another node alone is clearly better than the plan: for one stream, or for all together, whichever is asked for
+/// first. The latter says, too, where the plan's links carry less than a node computes, which no objective counts.
 fn serve_elsewhere(question: &Question<'_>, now: &Forecast, plan: &Plan, others: &[Alternative]) -> Option<String> {
-    let best = others.iter().find(|other| other.kind == AlternativeKind::Alone)?;
-    let (there, stage) = (best.forecast?, best.stages.first()?);
-    let gain = there.tokens_per_s / now.tokens_per_s;
-    if gain < WORTH_SAYING {
-        return None;
-    }
-    let name = &stage.name;
-    let how_much = change(there.tokens_per_s, now.tokens_per_s);
-    Some(if !coordinates(question, stage.node) {
-        let than = if plan.stages.len() > 1 { "in this split" } else { "here" };
-        format!("The model fits on {name} alone and is {how_much} there than {than}: run `brigade serve` on {name}.")
-    } else {
-        format!("The model fits on {name} alone, and one stream is {how_much} there than in this split.")
+    let rate = |is_many: bool, of: &Forecast| if is_many { of.streams_tokens_per_s } else { of.tokens_per_s };
+    let measures: &[bool] = match objective(question.demand) {
+        Optimize::Latency => &[false],
+        Optimize::Throughput => &[true, false],
+        Optimize::Balanced | Optimize::Memory => &[false, true],
+    };
+    let than = if plan.stages.len() > 1 { "in this split" } else { "here" };
+    measures.iter().find_map(|&is_many| {
+        let alone = others.iter().filter(|other| other.kind == AlternativeKind::Alone);
+        let known = alone.filter_map(|other| Some((other.stages.first()?, other.forecast?)));
+        let (stage, there) = known.max_by(|a, b| rate(is_many, &a.1).total_cmp(&rate(is_many, &b.1)))?;
+        if rate(is_many, &there) < WORTH_SAYING * rate(is_many, now) {
+            return None;
+        }
+        let (name, how_much) = (&stage.name, change(rate(is_many, &there), rate(is_many, now)));
+        let here = coordinates(question, stage.node);
+        let who = match (is_many, here) {
+            (true, _) => format!(", and {} streams together are", now.streams),
+            (false, true) => ", and one stream is".to_owned(),
+            (false, false) => " and is".to_owned(),
+        };
+        // What is gained for the one must not hide what is lost for the other.
+        let lost = change(rate(!is_many, &there), rate(!is_many, now));
+        let loser = if is_many { "one stream".to_owned() } else { format!("{} at once", now.streams) };
+        let but = if lost.ends_with("slower") { format!("; {loser} would be {lost}") } else { String::new() };
+        let run = if here { String::new() } else { format!(": run `brigade serve` on {name}") };
+        Some(format!("The model fits on {name} alone{who} {how_much} there than {than}{but}{run}."))
     })
 }
 
@@ -291,26 +246,4 @@ fn more_memory(question: &Question<'_>, plan: &Plan, now: &Forecast) -> Option<S
             change(rate, now.tokens_per_s)
         )
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn numbers_are_for_people() {
-        let figures = [0.0, 0.0123, 0.99, 0.999, 1.0, 7.449, 9.96, 14.6, 99.6, 163.0, 12_345.0].map(figure);
-        assert_eq!(figures, ["0", "0.012", "0.99", "1.0", "1.0", "7.4", "10", "15", "100", "160", "12000"]);
-        let times = [0.000_012, 0.012, 0.98, 1.5, 90.0, 600.0, 36_000.0].map(seconds);
-        assert_eq!(times, ["12 us", "12 ms", "980 ms", "1.5 s", "90 s", "10 min", "10 h"]);
-        let changes = [2.1, 1.31, 1.01, 0.69, 0.25].map(|new| change(new, 1.0));
-        assert_eq!(changes, ["2.1x faster", "31 % faster", "as fast", "31 % slower", "4.0x slower"]);
-    }
-
-    #[test]
-    fn long_lists_of_names_are_cut() {
-        assert_eq!(listed(&["a"]), "a");
-        assert_eq!(listed(&["a", "b", "c"]), "a, b and c");
-        assert_eq!(listed(&["a", "b", "c", "d", "e", "f", "g", "h"]), "a, b, c, d, e and 3 more");
-    }
 }

@@ -14,11 +14,11 @@ mod advice;
 mod replicas;
 mod tensor;
 
-pub use advice::{figure, seconds};
 pub use replicas::Member;
 
 use serde::Serialize;
 
+use crate::place::alone_on;
 use crate::{
     Demand, Links, ModelProfile, NodeProfile, Optimize, Plan, PlanError, PlannedStage, Prediction, place,
     place_anywhere,
@@ -203,7 +203,7 @@ impl Question<'_> {
 
     /// The plan for one node alone, if it can hold the model.
     fn alone(&self, node: &NodeProfile) -> Option<Plan> {
-        place(self.model, std::slice::from_ref(node), self.links, &self.free_demand()).ok()
+        alone_on(self.model, node, self.links, self.demand)
     }
 
     /// Whether this node may coordinate.

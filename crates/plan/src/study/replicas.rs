@@ -6,6 +6,7 @@
 use serde::Serialize;
 
 use super::{Alternative, AlternativeKind, Forecast, Question};
+use crate::place::can_hold;
 use crate::{Demand, Links, ModelProfile, NodeProfile, RingModel, RingStage};
 use brigade_base::{LayerRange, NodeId};
 
@@ -40,7 +41,7 @@ struct Copy<'a> {
 pub(super) fn alternative(question: &Question<'_>) -> Option<Alternative> {
     let Question { model, demand, links, .. } = *question;
     let all = LayerRange::new(0, model.n_layers()).ok()?;
-    let holds = |node: &&NodeProfile| node.speed.is_some() && question.alone(node).is_some();
+    let holds = |node: &&NodeProfile| can_hold(model, node, demand);
     let mut copies: Vec<Copy<'_>> = question
         .nodes
         .iter()
@@ -87,7 +88,7 @@ pub(super) fn alternative(question: &Question<'_>) -> Option<Alternative> {
 
 /// Seconds in which each of `streams` gets a token.
 fn round_s(model: &ModelProfile, stage: &RingStage<'_>, links: &Links, demand: &Demand, streams: u32) -> f64 {
-    RingModel::new(model, std::slice::from_ref(stage), links, demand).round(streams).1
+    RingModel::new(model, std::slice::from_ref(stage), links, demand).round(streams).seconds
 }
 
 fn member(model: &ModelProfile, copy: &Copy<'_>, links: &Links, demand: &Demand) -> Member {

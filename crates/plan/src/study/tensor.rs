@@ -20,8 +20,9 @@ use brigade_base::LayerRange;
 
 use super::{Alternative, AlternativeKind, Forecast, Question};
 use crate::memory::{stage_memory, usable};
-use crate::predict::Line;
-use crate::{LinkProfile, NodeProfile, PROMPT_TOKENS, Speed};
+use crate::predict::{Line, prompt_tokens};
+use crate::words::{listed, percent};
+use crate::{LinkProfile, NodeProfile, Speed};
 
 /// Most nodes of a group: beyond it the reductions outweigh everything on any network of a home.
 const MAX_RANKS: usize = 8;
@@ -57,14 +58,14 @@ pub(super) fn alternative(question: &Question<'_>) -> Option<Alternative> {
     let names: Vec<&str> = group.ranks.iter().map(|(node, _)| node.name.as_str()).collect();
     Some(Alternative {
         kind: AlternativeKind::TensorGroup,
-        name: format!("every layer split over {}", super::advice::listed(&names)),
+        name: format!("every layer split over {}", listed(&names)),
         stages: Vec::new(),
         members: Vec::new(),
         forecast: Some(forecast),
         is_possible: false,
         why_not: format!(
             "{} of each token would go into {} sums over the network",
-            super::advice::percent(group.reducing_s(1.0) / group.pass_s(1.0)),
+            percent(group.reducing_s(1.0) / group.pass_s(1.0)),
             REDUCTIONS * f64::from(question.model.n_layers())
         ),
     })
@@ -132,7 +133,7 @@ impl<'a> Group<'a> {
     /// Seconds until the first token: one chunk after the other, since all ranks work on each.
     fn first_token_s(&self) -> f64 {
         let demand = self.question.demand;
-        let prompt = PROMPT_TOKENS.min(demand.context / 2).max(1);
+        let prompt = prompt_tokens(demand);
         let chunk = demand.max_rows.saturating_sub(demand.parallel).max(2);
         let starts = (0..prompt).step_by(chunk as usize);
         let chunks = starts.map(|start| {

@@ -181,7 +181,7 @@ mod tests {
         assert_eq!(far.to_string(), "0.2 + 1 + 0.4, 384 + 512 + 448 MiB, 5 ms, 100 Mb/s; 20 ms, 50 Mb/s to node 3");
         assert_eq!((far.link_of(0, 1), far.link_of(1, 2), far.link_of(2, 0)), (Link::Wireless, Link::Wide, Link::Wide));
         let turned = far.with_workers(&[2, 1]);
-        assert_eq!((turned.nodes[1].throttle, turned.far), (0.5, Some((1, Link::Wide))));
+        assert_eq!((turned.nodes[1].throttle, turned.far), (0.4, Some((1, Link::Wide))));
         assert_eq!(far.with_workers(&[1]).far, None);
     }
 }

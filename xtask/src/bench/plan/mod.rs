@@ -25,7 +25,7 @@ use clap::Args;
 
 use self::clusters::{ClusterPlan, QUICK, SEARCHED, UNEQUAL_PAIR};
 use self::measure::{Effort, Measurement, measure};
-use self::report::{ClusterResult, Report};
+use self::report::{ClusterResult, Report, Wanted};
 use self::search::{Gain, Search, Tried, Way, grain, measured_in, ways};
 use self::start::{Placement, Start, is_legal};
 use super::serve::Prompts;
@@ -74,6 +74,16 @@ impl PlanArgs {
         };
         (0..clusters::all().len()).filter(is_wanted).collect()
     }
+
+    /// What is to be found out beside what those clusters do.
+    fn wanted(&self) -> Wanted {
+        let chosen = self.chosen();
+        let is_asked = |k: &usize| !self.quick && chosen.contains(k);
+        Wanted {
+            searches: SEARCHED.into_iter().filter(is_asked).map(|k| k + 1).collect(),
+            gain: Some(UNEQUAL_PAIR).filter(is_asked).map(|k| k + 1),
+        }
+    }
 }
 
 /// Measures, prints and writes.
@@ -88,23 +98,24 @@ pub fn run(args: &PlanArgs) -> Outcome {
     let mut prompts = Prompts::new(facts.n_vocab);
     let plans = clusters::all();
     let (mut results, mut searches, mut gain) = (Vec::new(), Vec::new(), None);
+    let wanted = args.wanted();
     for k in args.chosen() {
         let plan = &plans[k];
         error(&format!("cluster {} of {}: {plan} ...", k + 1, plans.len()));
         let effort = if args.quick { BRIEF } else { FULL };
         let measured = bench.cluster(k, plan, &mut prompts, effort);
-        if let (Ok(measured), false) = (&measured, args.quick) {
-            if SEARCHED.contains(&k) {
+        if let Ok(measured) = &measured {
+            if wanted.searches.contains(&(k + 1)) {
                 searches.extend(said(k, bench.search(k, plan, measured, &mut prompts)));
             }
-            if k == UNEQUAL_PAIR {
+            if wanted.gain == Some(k + 1) {
                 gain = said(k, bench.gain(k, plan, measured, &mut prompts));
             }
         }
         results.push(ClusterResult::new(k + 1, plan, measured));
     }
     let name = bench.model.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let report = Report::new(name, results, searches, gain);
+    let report = Report::new(name, &wanted, results, searches, gain);
     if let Some(path) = &args.svg {
         std::fs::write(path, plot::draw(&report.scatters())).map_err(Failure::io(path.display()))?;
     }
@@ -177,10 +188,11 @@ impl Bench {
                 legal.push(way);
             }
         }
+        let n_ways = legal.len();
         let mut tried = Vec::new();
         for (i, way) in std::iter::once(chosen).chain(legal).enumerate() {
             error(&format!("  {} ...", way.text()));
-            // One that fails is no better.
+            // One that fails is counted, and compared with nothing.
             let measurement = said(k, self.pinned(k, plan, &way, &format!("way-{i}"), prompts));
             tried.extend(measurement.map(|measurement| Tried { way, measurement }));
         }
@@ -188,7 +200,8 @@ impl Bench {
             return Err(Failure::said("the chosen plan could not be measured again"));
         }
         let chosen = tried.remove(0);
-        let mut search = Search { cluster: k + 1, chosen, others: tried };
+        let failed = n_ways - tried.len();
+        let mut search = Search { cluster: k + 1, chosen, others: tried, failed };
         let mut n_again = 0;
         search.look_again(|way| {
             n_again += 1;
@@ -229,5 +242,16 @@ mod tests {
         assert_eq!(chosen(&["--quick"]), Some(QUICK.to_vec()));
         assert_eq!(chosen(&["--quick", "--only", "3,1"]), Some(vec![0, 2]));
         assert_eq!((chosen(&["--only", "0"]), chosen(&["--only", "99"])), (None, None));
+    }
+
+    #[test]
+    fn what_is_asked_for_is_wanted() {
+        let wanted = |words: &[&str]| Line::parse_from(std::iter::once(&"plan").chain(words)).args.wanted();
+        let all = wanted(&[]);
+        assert_eq!((all.searches, all.gain), (SEARCHED.map(|k| k + 1).to_vec(), Some(UNEQUAL_PAIR + 1)));
+        let quick = wanted(&["--quick"]);
+        assert_eq!((quick.searches, quick.gain), (Vec::new(), None));
+        let one = wanted(&["--only", "5,6"]);
+        assert_eq!((one.searches, one.gain), (vec![5], None));
     }
 }

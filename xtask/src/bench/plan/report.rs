@@ -25,6 +25,18 @@ const MOST_REGRET: f64 = 0.05;
 /// By how much measured placement is to be faster than placement by memory on the unequal pair.
 const LEAST_GAIN: f64 = 1.5;
 
+/// How many clusters are to be measured, or all where fewer are asked for.
+const LEAST_CLUSTERS: usize = 12;
+
+/// What is to be found out beside what each cluster does; what is missing of it counts as not met.
+#[derive(Debug, Clone, Default)]
+pub struct Wanted {
+    /// Clusters on which other plans are to be measured, by their numbers.
+    pub searches: Vec<usize>,
+    /// The cluster that is to be placed by memory, too.
+    pub gain: Option<usize>,
+}
+
 /// A speed that is predicted.
 struct Quantity {
     name: &'static str,
@@ -63,6 +75,11 @@ impl ClusterResult {
         };
         Self { number, cluster: plan.to_string(), measurement, failure }
     }
+
+    /// Whether a prediction can be held against it.
+    fn is_measured(&self) -> bool {
+        self.measurement.as_ref().is_some_and(|measurement| measurement.predicted.is_some())
+    }
 }
 
 /// A line of the verdict.
@@ -74,20 +91,41 @@ pub struct Verdict {
     target: f64,
     /// Whether the value is to be that at least, not at most.
     at_least: bool,
+    unit: Unit,
     met: bool,
+}
+
+/// What a value of a verdict is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Unit {
+    Share,
+    Factor,
+    Count,
 }
 
 impl Verdict {
     fn at_most(what: String, value: Option<f64>, target: f64) -> Self {
-        Self { what, value, target, at_least: false, met: value.is_some_and(|value| value <= target) }
+        Self {
+            what,
+            value,
+            target,
+            at_least: false,
+            unit: Unit::Share,
+            met: value.is_some_and(|value| value <= target),
+        }
     }
 
-    fn at_least(what: String, value: Option<f64>, target: f64) -> Self {
-        Self { what, value, target, at_least: true, met: value.is_some_and(|value| value >= target) }
+    fn at_least(what: String, value: Option<f64>, target: f64, unit: Unit) -> Self {
+        Self { what, value, target, at_least: true, unit, met: value.is_some_and(|value| value >= target) }
     }
 
-    fn cells(&self) -> Vec<String> {
-        let show = |value: f64| if self.at_least { format!("{value:.2}x") } else { percent(value) };
+    fn cells(&self) -> [String; 4] {
+        let show = |value: f64| match self.unit {
+            Unit::Share => percent(value),
+            Unit::Factor => format!("{value:.2}x"),
+            Unit::Count => format!("{value}"),
+        };
         let sign = if self.at_least { ">=" } else { "<=" };
         let met = if self.value.is_none() {
             "not measured"
@@ -97,7 +135,7 @@ impl Verdict {
             "NO"
         };
         let value = self.value.map_or("-".to_owned(), show);
-        vec![self.what.clone(), value, format!("{sign} {}", show(self.target)), met.to_owned()]
+        [self.what.clone(), value, format!("{sign} {}", show(self.target)), met.to_owned()]
     }
 }
 
@@ -113,8 +151,17 @@ pub struct Report {
 
 impl Report {
     /// Sums up.
-    pub fn new(model: String, clusters: Vec<ClusterResult>, searches: Vec<Search>, gain: Option<Gain>) -> Self {
-        let mut verdicts = Vec::new();
+    pub fn new(
+        model: String,
+        wanted: &Wanted,
+        clusters: Vec<ClusterResult>,
+        searches: Vec<Search>,
+        gain: Option<Gain>,
+    ) -> Self {
+        let n_measured = clusters.iter().filter(|cluster| cluster.is_measured()).count();
+        let least = clusters.len().min(LEAST_CLUSTERS);
+        let count = (!clusters.is_empty()).then_some(n_measured as f64);
+        let mut verdicts = vec![Verdict::at_least("clusters measured".to_owned(), count, least as f64, Unit::Count)];
         for Quantity { name, pick, .. } in QUANTITIES {
             let off = || clusters.iter().filter_map(|cluster| off_by(cluster.measurement.as_ref()?, pick));
             verdicts.push(Verdict::at_most(format!("{name}, median off by"), middle(off()), MEDIAN_OFF));
@@ -123,14 +170,17 @@ impl Report {
         let memory = || clusters.iter().filter_map(|cluster| cluster.measurement.as_ref()).flat_map(memory_off);
         verdicts.push(Verdict::at_most("memory of a node, median off by".to_owned(), middle(memory()), MEMORY_OFF));
         verdicts.push(Verdict::at_most("memory of a node, worst off by".to_owned(), worst(memory()), MEMORY_OFF));
-        for search in &searches {
-            let what = format!("cluster {}: chosen plan behind the best", search.cluster);
-            verdicts.push(Verdict::at_most(what, Some(search.regret()), MOST_REGRET));
+        for number in &wanted.searches {
+            let search = searches.iter().find(|search| search.cluster == *number);
+            let what = format!("cluster {number}: chosen plan behind the best");
+            verdicts.push(Verdict::at_most(what, search.map(Search::regret), MOST_REGRET));
+            let what = format!("cluster {number}: of the plans tried, measured");
+            verdicts.push(Verdict::at_least(what, search.and_then(Search::measured_share), 1.0, Unit::Share));
         }
-        for Quantity { name, pick, .. } in gain.iter().flat_map(|_| &QUANTITIES[..2]) {
+        for Quantity { name, pick, .. } in wanted.gain.iter().flat_map(|_| &QUANTITIES[..2]) {
             let came = gain.as_ref().map(|gain| gain.factors(*pick));
             let what = format!("{name}, faster than placed by memory");
-            verdicts.push(Verdict::at_least(what, came.map(|came| came.0), LEAST_GAIN));
+            verdicts.push(Verdict::at_least(what, came.map(|came| came.0), LEAST_GAIN, Unit::Factor));
             let off = came.and_then(|(came, expected)| Some((expected? / came - 1.0).abs()));
             verdicts.push(Verdict::at_most(format!("{name}, that factor off by"), off, MEDIAN_OFF));
         }
@@ -158,10 +208,38 @@ impl Report {
             table(&gain_rows(gain))?;
         }
         line("")?;
-        let head = ["", "value", "target", "met?"].map(str::to_owned).to_vec();
-        table(&std::iter::once(head).chain(self.verdicts.iter().map(Verdict::cells)).collect::<Vec<_>>())?;
+        let head = ["", "value", "target", "met?"].map(str::to_owned);
+        let rows = std::iter::once(head).chain(self.verdicts.iter().map(Verdict::cells)).map(Vec::from);
+        table(&rows.collect::<Vec<_>>())?;
         line("\nfor the documents:\n")?;
-        line(markdown(&self.cluster_rows()))
+        line(markdown(&self.cluster_rows()))?;
+        line("")?;
+        self.conclusion().into_iter().try_for_each(line)
+    }
+
+    /// What was not met and not measured, at the end where it is seen.
+    fn conclusion(&self) -> Vec<String> {
+        let failed = self.clusters.iter().filter(|cluster| !cluster.is_measured());
+        let failed: Vec<String> = failed.map(|cluster| cluster.number.to_string()).collect();
+        let mut lines = Vec::new();
+        if !failed.is_empty() {
+            lines.push(format!("not measured, or not predicted: clusters {}", failed.join(", ")));
+        }
+        let unmet: Vec<&Verdict> = self.verdicts.iter().filter(|verdict| !verdict.met).collect();
+        if unmet.is_empty() {
+            lines.push(format!("all {} targets are met", self.verdicts.len()));
+            return lines;
+        }
+        lines.extend(unmet.iter().map(|verdict| {
+            let [what, value, target, met] = verdict.cells();
+            format!("{met}: {what} {value}, target {target}")
+        }));
+        lines.push(format!(
+            "{} of {} targets are not met; the exit code does not tell, as a missed target is a finding",
+            unmet.len(),
+            self.verdicts.len()
+        ));
+        lines
     }
 
     /// Panels of predicted against measured.
@@ -339,21 +417,23 @@ mod tests {
             let measurement = measurement(None, speeds(alone, 80.0, 1.0));
             Tried { way: Way::of(&measurement), measurement }
         };
-        let search = Search { cluster: 2, chosen: tried(10.0), others: vec![tried(20.0), tried(5.0)] };
+        let search = Search { cluster: 2, chosen: tried(10.0), others: vec![tried(20.0), tried(5.0)], failed: 1 };
         let gain = Gain {
             cluster: 2,
             measured: measurement(Some(speeds(16.0, 50.0, 1.0)), speeds(16.0, 48.0, 1.0)),
             memory: measurement(None, speeds(10.0, 40.0, 1.0)),
             memory_predicted: Some(speeds(10.0, 40.0, 1.0)),
         };
-        Report::new("m.gguf".to_owned(), clusters, vec![search], Some(gain))
+        let wanted = Wanted { searches: vec![2, 4], gain: Some(2) };
+        Report::new("m.gguf".to_owned(), &wanted, clusters, vec![search], Some(gain))
     }
 
     #[test]
     fn predictions_are_held_against_targets() {
         let verdicts: Vec<_> =
-            report().verdicts.into_iter().map(|v| (v.what, percent(v.value.unwrap()), v.met)).collect();
+            report().verdicts.into_iter().map(|v| (v.what, v.value.map_or("-".into(), percent), v.met)).collect();
         let expected = [
+            ("clusters measured", "200.0 %", false),
             ("one stream, median off by", "5.0 %", true),
             ("one stream, worst off by", "10.0 %", true),
             ("8 streams, median off by", "25.0 %", false),
@@ -363,6 +443,9 @@ mod tests {
             ("memory of a node, median off by", "4.0 %", true),
             ("memory of a node, worst off by", "4.0 %", true),
             ("cluster 2: chosen plan behind the best", "33.3 %", false),
+            ("cluster 2: of the plans tried, measured", "66.7 %", false),
+            ("cluster 4: chosen plan behind the best", "-", false),
+            ("cluster 4: of the plans tried, measured", "-", false),
             ("one stream, faster than placed by memory", "160.0 %", true),
             ("one stream, that factor off by", "0.0 %", true),
             ("8 streams, faster than placed by memory", "120.0 %", false),
@@ -380,9 +463,23 @@ mod tests {
         assert!(rows[3][1..].iter().all(|cell| cell == "-"));
         assert_eq!(rows[4][2..5], ["-", "1.0", "-"]);
         assert_eq!(report.scatters().iter().map(|s| s.points.len()).collect::<Vec<_>>(), [2, 2, 2]);
-        let none = Report::new(String::new(), Vec::new(), Vec::new(), None);
+        let none = Report::new(String::new(), &Wanted::default(), Vec::new(), Vec::new(), None);
         assert!(none.verdicts.iter().all(|verdict| verdict.value.is_none() && !verdict.met));
         assert_eq!(none.verdicts[0].cells()[3], "not measured");
+    }
+
+    #[test]
+    fn what_is_not_met_is_said_at_the_end() {
+        let lines = report().conclusion();
+        assert_eq!(lines[0], "not measured, or not predicted: clusters 3, 4");
+        assert_eq!(lines[1], "NO: clusters measured 2, target >= 4");
+        assert!(lines.contains(&"not measured: cluster 4: chosen plan behind the best -, target <= 5.0 %".to_owned()));
+        assert_eq!(lines.len(), 10, "{lines:?}");
+        assert!(lines[9].starts_with("8 of 17 targets are not met"), "{lines:?}");
+        let good = || Ok(measurement(Some(speeds(10.0, 40.0, 1.0)), speeds(10.0, 40.0, 1.0)));
+        let clusters = (1..=13).map(|n| ClusterResult::new(n, &clusters::all()[n - 1], good())).collect();
+        let met = Report::new(String::new(), &Wanted::default(), clusters, Vec::new(), None);
+        assert_eq!(met.conclusion(), ["all 9 targets are met"]);
     }
 
     #[test]

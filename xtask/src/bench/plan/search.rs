@@ -102,7 +102,13 @@ pub struct Search {
     pub chosen: Tried,
     /// The others.
     pub others: Vec<Tried>,
+    /// How many others could not be measured.
+    pub failed: usize,
 }
+
+/// Up to how much more than the chosen plan another one may cost to be measured again with it, as a share: twice of
+/// what two measurements of one plan differ by, as a rule.
+const CLOSE: f64 = 0.10;
 
 impl Search {
     /// The best of all.
@@ -110,20 +116,25 @@ impl Search {
         self.others.iter().chain([&self.chosen]).min_by(|a, b| cost_s(a).total_cmp(&cost_s(b))).unwrap_or(&self.chosen)
     }
 
-    /// Has the chosen plan and the best one, if that is another, measured a second time, and takes the means: the best
-    /// of many is partly the luckiest.
+    /// Has the chosen plan and its nearest rival measured a second time, and takes the means: the best of many is
+    /// partly the luckiest, be it the chosen one or another. Nothing is done where no other comes close.
     pub fn look_again(&mut self, mut again: impl FnMut(&Way) -> Option<Measurement>) {
-        let best = self.best().way.clone();
-        if best == self.chosen.way {
-            return;
-        }
-        let both = self.others.iter_mut().filter(|tried| tried.way == best).chain([&mut self.chosen]);
+        let rival = self.others.iter().min_by(|a, b| cost_s(a).total_cmp(&cost_s(b)));
+        let Some(rival) = rival.filter(|rival| cost_s(rival) <= (1.0 + CLOSE) * cost_s(&self.chosen)) else { return };
+        let rival = rival.way.clone();
+        let both = self.others.iter_mut().filter(|tried| tried.way == rival).chain([&mut self.chosen]);
         for tried in both {
             if let Some(second) = again(&tried.way) {
                 let first = tried.measurement.measured;
                 tried.measurement.measured = first.mean(&second.measured);
             }
         }
+    }
+
+    /// The share of the other plans that was measured; `None` if there are none.
+    pub fn measured_share(&self) -> Option<f64> {
+        let tried = self.others.len() + self.failed;
+        (tried > 0).then(|| self.others.len() as f64 / tried as f64)
     }
 
     /// What the chosen plan costs beyond the best one, as a share of that one's cost.
@@ -197,7 +208,7 @@ mod tests {
             let measurement = measurement(&[("worker-2", 5), ("coordinator", 11)], alone, together);
             Tried { way: Way::of(&measurement), measurement }
         };
-        let mut search = Search { cluster: 1, chosen: tried(10.0, 40.0), others: vec![tried(5.0, 45.0)] };
+        let mut search = Search { cluster: 1, chosen: tried(10.0, 40.0), others: vec![tried(5.0, 45.0)], failed: 0 };
         assert_eq!((search.regret(), search.best()), (0.0, &search.chosen));
         search.others.push(tried(20.0, 40.0));
         assert!((search.regret() - 0.2).abs() < 1e-9);
@@ -211,6 +222,28 @@ mod tests {
         assert!((search.chosen.measurement.measured.alone - 15.0).abs() < 1e-9 && search.regret() < 1e-9);
         assert_eq!(search.chosen.way, search_chosen());
         assert_eq!(search.chosen.way.text(), "worker-2 5, coordinator 11");
+    }
+
+    #[test]
+    fn a_chosen_plan_that_was_lucky_is_measured_again() {
+        let tried = |worker: usize, alone| {
+            let measurement = measurement(&[("worker-2", 5), ("coordinator", 11)], alone, 40.0);
+            Tried { way: Way { workers: vec![worker], layers: vec![5, 11] }, measurement }
+        };
+        // The others cost 4 % and twice as much.
+        let mut search =
+            Search { cluster: 1, chosen: tried(2, 20.0), others: vec![tried(1, 19.2), tried(3, 5.0)], failed: 1 };
+        assert_eq!((search.regret(), search.measured_share()), (0.0, Some(2.0 / 3.0)));
+        let mut asked = Vec::new();
+        search.look_again(|way| {
+            asked.push(way.workers[0]);
+            Some(tried(2, if *way == search_chosen() { 10.0 } else { 19.2 }).measurement)
+        });
+        assert_eq!(asked, [1, 2]);
+        assert!(search.regret() > 0.05, "{}", search.regret());
+        // Nobody comes close.
+        let mut search = Search { cluster: 1, chosen: tried(2, 20.0), others: vec![tried(3, 5.0)], failed: 0 };
+        search.look_again(|_| panic!("there is no need to"));
     }
 
     #[test]
