@@ -55,6 +55,8 @@ fn main() -> ExitCode {
         Verb::Doctor(args) => doctor::run(&args),
         Verb::Bench(args) => bench::run(&args),
     };
+    // Whoever reads the output may have gone while this node still measures itself.
+    brigade_node::measure::end_all();
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) if failure.is_broken_pipe() => ExitCode::SUCCESS,

@@ -23,7 +23,7 @@ mod profiles;
 mod session;
 
 use std::path::Path;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -207,6 +207,12 @@ pub fn measure(request: &MeasureRequest, options: &MeasureOptions) -> Result<Spe
     Session::new(request, options)?.run()
 }
 
+/// Ends what is being measured, and waits for that; for a process that is about to end, whatever its node does.
+pub fn end_all() {
+    IS_OVER.store(true, Ordering::Relaxed);
+    wait_until_over();
+}
+
 /// Waits for what is being measured, which was told to end: a process must not end while the engine computes.
 pub(crate) fn wait_until_over() {
     drop(lock(&TURN));
@@ -214,6 +220,9 @@ pub(crate) fn wait_until_over() {
 
 /// Held while something is measured: two at once would slow each other down.
 static TURN: Mutex<()> = Mutex::new(());
+
+/// Nothing is to be measured any more.
+static IS_OVER: AtomicBool = AtomicBool::new(false);
 
 /// Whether two headers have the same tensors.
 fn has_tensors_of(file: &Catalog, model: &Catalog) -> bool {

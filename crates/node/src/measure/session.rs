@@ -156,7 +156,11 @@ impl<'a> Session<'a> {
     }
 
     fn check(&self) -> Result<(), MeasureError> {
-        if self.options.cancel.load(Ordering::Relaxed) { Err(MeasureError::Cancelled) } else { Ok(()) }
+        if self.options.cancel.load(Ordering::Relaxed) || super::IS_OVER.load(Ordering::Relaxed) {
+            Err(MeasureError::Cancelled)
+        } else {
+            Ok(())
+        }
     }
 
     /// Layers between two of the bounds.
