@@ -3,10 +3,12 @@
 //! Nothing here does I/O. Each type is checked where it is made, so that code which holds one need not check again.
 
 mod ids;
+mod kv;
 mod layers;
 mod units;
 
 pub use ids::{DeploymentId, Epoch, Hash, IdError, ImageId, ModelId, NodeId, PassId, SessionId, TenantId};
+pub use kv::{KvType, KvTypes, UnknownKvType};
 pub use layers::{LayerRange, LayerRangeError};
 pub use units::{ByteSize, ByteSizeError};
 
