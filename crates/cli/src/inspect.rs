@@ -1,6 +1,6 @@
 //! `brigade inspect`: what is in a model file.
 
-use brigade_base::ByteSize;
+use brigade_base::{ByteSize, KvTypes};
 use brigade_gguf::{Architecture, Catalog, ModelFile};
 use serde::Serialize;
 
@@ -79,7 +79,7 @@ fn report(catalog: &Catalog, with_tensors: bool) -> Report {
         embedding_bytes: a.map_or(0, Architecture::embedding_bytes),
         head_bytes: a.map_or(0, Architecture::head_bytes),
         bytes_per_layer: catalog.bytes_per_layer(),
-        kv_bytes_per_token: a.map_or(0, |a| (0..a.n_layers).map(|i| a.kv_bytes_per_token(i)).sum()),
+        kv_bytes_per_token: a.map_or(0, |a| (0..a.n_layers).map(|i| a.kv_bytes_per_token(i, KvTypes::default())).sum()),
         cut_points: a.map(Architecture::cut_points).unwrap_or_default(),
         tensors: tensors.collect(),
         architecture: name,

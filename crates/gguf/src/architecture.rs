@@ -1,13 +1,18 @@
 //! A model's hyperparameters, resolved as libllama resolves them and checked before it sees them.
 //!
-//! libllama answers an unsound hyperparameter by ending the process. So everything that its asserts look at is checked
-//! here: a model for which [`Architecture::of`] succeeds does not trip them.
+//! libllama answers an unsound hyperparameter by ending the process. What all its architectures share is checked here,
+//! with an error that names the key; what one graph alone insists on is found out by trying the header in a process of
+//! its own before it is loaded.
 
 use std::collections::HashSet;
 
+use brigade_base::{KvType, KvTypes};
+
 use crate::catalog::{Catalog, TensorRole};
-use crate::rules::{Experts, Rules, Sliding, rules_of, supported_architectures};
+use crate::cuts;
+use crate::rules::{Experts, Input, Recurrent, Rules, Sliding, Step, Whole, Window, rules_of, supported_architectures};
 use crate::stage::zero_type;
+use crate::state::{Kv, RecurrentState};
 use crate::value::{Array, Metadata, Value};
 
 /// libllama's own limit (`LLAMA_MAX_LAYERS`).
@@ -29,14 +34,15 @@ const MAX_VOCABULARY: u64 = 1 << 24;
 /// Longest context: 2^30 positions, since libllama counts them in 32 bits with a sign.
 const MAX_CONTEXT: u64 = 1 << 30;
 
-/// Bytes of one element of the KV cache (F16).
-const KV_ELEMENT_BYTES: u64 = 2;
-
 /// Why a model cannot be run.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[expect(missing_docs, reason = "the messages explain the fields")]
 pub enum ArchitectureError {
-    #[error("models of architecture {found:?} cannot be cut yet; supported are {}", supported_list())]
+    #[error(
+        "models of architecture {found:?} cannot be cut yet; `docs/architectures.md` lists \
+             those that can: {}",
+        supported_list()
+    )]
     Unsupported { found: String },
     #[error("the metadata lacks {key:?}; this is no complete language model")]
     Missing { key: String },
@@ -61,6 +67,8 @@ pub struct SlidingWindow {
     pub n_tokens: u32,
     /// For each layer, whether it slides.
     pub slides: Vec<bool>,
+    /// Whether the full layers compute the same in a model without a window.
+    pub(crate) is_separable: bool,
 }
 
 /// The hyperparameters of a model.
@@ -72,13 +80,13 @@ pub struct Architecture {
     pub n_layers: u32,
     /// Width of a hidden state.
     pub n_embd: u32,
-    /// Attention heads per layer.
+    /// Attention heads per layer; 0 where a layer has no attention.
     pub n_head: Vec<u32>,
-    /// Heads of keys and values per layer.
+    /// Heads of keys and values per layer; 0 where a layer has no attention.
     pub n_head_kv: Vec<u32>,
-    /// Width of one head's key.
+    /// Width of one head's key; 0 without attention.
     pub key_length: u32,
-    /// Width of one head's value.
+    /// Width of one head's value; 0 without attention.
     pub value_length: u32,
     /// Width of the feed forward per layer; 0 where only experts are.
     pub n_ff: Vec<u32>,
@@ -96,6 +104,16 @@ pub struct Architecture {
     pub n_rope_dims: u32,
     /// Whether the head is the token embedding.
     pub tied_head: bool,
+    /// Layers behind `n_layers` that draft further tokens; they are left out.
+    pub n_draft_layers: u32,
+    /// The node that holds what enters the first layer, where the graph changes its input rows.
+    pub(crate) input_node: Option<&'static str>,
+    pub(crate) kv: Kv,
+    pub(crate) state: RecurrentState,
+    cut_points: Vec<u32>,
+    why_whole: Option<&'static str>,
+    /// Layers that choose what to attend to by an index of their own; all in models without indices.
+    pub(crate) indexes: Vec<bool>,
     layer_bytes: Vec<u64>,
     embedding_bytes: u64,
     head_bytes: u64,
@@ -116,33 +134,42 @@ impl Architecture {
         let rules = rules_of(found).ok_or_else(|| ArchitectureError::Unsupported { found: found.to_owned() })?;
         let keys = Keys { metadata, prefix: rules.name };
 
-        let n_layers = keys.required("block_count", 1, MAX_LAYERS)?;
+        let n_blocks = keys.required("block_count", 1, MAX_LAYERS)?;
+        let n_draft_layers = keys.optional("nextn_predict_layers", 0, 0, u64::from(n_blocks) - 1)?;
+        let n_layers = n_blocks - n_draft_layers;
         let n_embd = keys.required("embedding_length", 1, MAX_WIDTH)?;
         let n_ctx_train = keys.required("context_length", 1, MAX_CONTEXT)?;
-        let n_head = keys.per_layer("attention.head_count", n_layers, 1, MAX_HEADS)?;
-        let n_head = n_head.ok_or_else(|| keys.missing("attention.head_count"))?;
-        let n_head_kv = keys.per_layer("attention.head_count_kv", n_layers, 1, MAX_HEADS)?;
-        let n_head_kv = n_head_kv.unwrap_or_else(|| n_head.clone());
-        let n_ff = keys.per_layer("feed_forward_length", n_layers, 0, MAX_WIDTH)?;
-        keys.check_heads(&n_head, &n_head_kv)?;
-        let default_length = u64::from(n_embd / n_head.first().copied().unwrap_or(1));
-        let key_length = keys.optional("attention.key_length", default_length, 1, MAX_WIDTH)?;
-        let value_length = keys.optional("attention.value_length", default_length, 1, MAX_WIDTH)?;
-        let n_rope_dims = keys.optional("rope.dimension_count", key_length.into(), 1, MAX_WIDTH)?;
-        keys.check_lengths(rules, key_length, value_length, n_rope_dims)?;
+        let heads = keys.heads(rules, n_blocks, n_embd)?;
+        let n_ff = keys.per_layer("feed_forward_length", n_blocks, 0, MAX_WIDTH)?;
+        let n_rope_dims = keys.optional("rope.dimension_count", heads.key_length.into(), 0, MAX_WIDTH)?;
+        keys.check_lengths(rules, heads.key_length, heads.value_length, n_rope_dims)?;
         keys.check_rope()?;
-        let (n_experts, n_experts_used) = keys.experts(rules, n_layers)?;
+        let (n_experts, n_experts_used) = keys.experts(rules, n_blocks)?;
         let sliding_window = keys.sliding_window(rules, n_layers)?;
-        keys.optional("nextn_predict_layers", 0, 0, 0)?;
+        let n_ff = n_ff.unwrap_or_else(|| vec![0; n_blocks as usize]);
+        let recurrent = keys.recurrent(rules, &heads.n_head_kv, &n_ff, n_layers)?;
+        let state = RecurrentState::of(&keys, recurrent, n_embd, &heads)?;
 
         let tensors = Tensors { catalog, rules };
         let n_vocab = tensors.n_vocab(n_embd)?;
         keys.check_vocabulary(n_vocab)?;
-        tensors.check_layers(n_layers)?;
+        tensors.check_layers(n_layers, n_blocks)?;
         let embedding_bytes = catalog.tensor("token_embd.weight").map_or(0, |tensor| tensor.n_bytes);
         let tied_head = rules.always_tied || catalog.tensor("output.weight").is_none();
         let untied_bytes = tensors.bytes_of(TensorRole::Head);
-        Ok(Self {
+        let mut layer_bytes = catalog.bytes_per_layer();
+        layer_bytes.resize(n_layers as usize, 0);
+        let input_node = keys.input_node(rules, catalog);
+        let rotates = keys.flags("attention.rope_pattern", n_layers)?.unwrap_or_else(|| vec![true; n_layers as usize]);
+        let indexes = keys.indexes(rules, n_ctx_train, n_layers)?;
+        let kv = Kv::of(&keys, rules, &heads, sliding_window.as_ref(), &state, &indexes)?;
+        let swa_differs = keys.swa_differs(&heads, n_rope_dims)?;
+        let Heads { mut n_head, mut n_head_kv, key_length, value_length } = heads;
+        let mut n_ff = n_ff;
+        [&mut n_head, &mut n_head_kv, &mut n_ff]
+            .into_iter()
+            .for_each(|per_layer| per_layer.truncate(n_layers as usize));
+        let mut architecture = Self {
             name: rules.name,
             n_layers,
             n_embd,
@@ -150,7 +177,7 @@ impl Architecture {
             n_head_kv,
             key_length,
             value_length,
-            n_ff: n_ff.unwrap_or_else(|| vec![0; n_layers as usize]),
+            n_ff,
             n_vocab,
             n_ctx_train,
             n_experts,
@@ -158,44 +185,79 @@ impl Architecture {
             sliding_window,
             n_rope_dims,
             tied_head,
-            layer_bytes: catalog.bytes_per_layer(),
+            n_draft_layers,
+            input_node,
+            kv,
+            state,
+            cut_points: Vec::new(),
+            why_whole: keys.why_whole(rules, n_layers),
+            indexes: indexes.clone(),
+            layer_bytes,
             embedding_bytes,
             expert_bytes: expert_bytes(catalog),
             n_weights: catalog.n_parameters(),
             head_bytes: if tied_head { untied_bytes.saturating_add(embedding_bytes) } else { untied_bytes },
             rules,
-        })
+        };
+        if architecture.is_scaled_by_layer_count() {
+            architecture.why_whole = Some("libllama scales its attention by its number of layers");
+        }
+        if architecture.why_whole.is_none() {
+            let facts = cuts::Facts { steps: keys.steps(rules), rotates, indexes, swa_differs };
+            architecture.cut_points = cuts::cut_points(&architecture, &facts);
+        }
+        Ok(architecture)
     }
 
-    /// Bytes that one token takes in the KV cache of `layer` (keys and values in F16); 0 for a layer that is not there.
-    pub fn kv_bytes_per_token(&self, layer: u32) -> u64 {
-        let n_head_kv = self.n_head_kv.get(layer as usize).copied().unwrap_or(0);
-        u64::from(n_head_kv) * (u64::from(self.key_length) + u64::from(self.value_length)) * KV_ELEMENT_BYTES
+    /// Bytes that one token takes in the KV cache of `layer`; 0 for a layer that has none or is not there.
+    pub fn kv_bytes_per_token(&self, layer: u32, types: KvTypes) -> u64 {
+        self.kv.bytes_per_token(layer, types)
+    }
+
+    /// The length of a head's key or value that cannot be stored in one of these types, since it is no whole number of
+    /// blocks, with that type.
+    pub fn kv_misfit(&self, types: KvTypes) -> Option<(u64, KvType)> {
+        self.kv.misfit(types)
+    }
+
+    /// Bytes of the state that one session has in `layer`, however long it is; 0 for a layer that has none.
+    pub fn state_bytes(&self, layer: u32) -> u64 {
+        self.state.bytes(layer)
+    }
+
+    /// Whether layers keep a state that a token changes for good: a session cannot be cut back to fewer tokens.
+    pub fn is_recurrent(&self) -> bool {
+        self.state.is_any()
     }
 
     /// Where the model may be cut: layer `c` in the list can be the first of a stage. Any set of them is legal. Empty
     /// for a model that must stay whole.
     pub fn cut_points(&self) -> Vec<u32> {
-        if !self.is_cuttable() {
-            return Vec::new();
-        }
-        match (&self.sliding_window, self.rules.sliding) {
-            // Each stage begins with a sliding layer, except for the first, which has one further on.
-            (Some(SlidingWindow { slides, .. }), Sliding::Pattern { default_window: Some(_), .. }) => {
-                let first = slides.iter().position(|slides| *slides).unwrap_or(slides.len());
-                (1..self.n_layers).filter(|cut| *cut as usize > first && slides[*cut as usize]).collect()
-            }
-            _ => (1..self.n_layers).collect(),
-        }
+        self.cut_points.clone()
     }
 
-    fn is_cuttable(&self) -> bool {
+    /// Why the model must stay whole, where its architecture or size is the reason.
+    pub fn why_whole(&self) -> Option<&'static str> {
+        self.why_whole
+    }
+
+    /// Whether libllama takes no rows that it has not looked up itself.
+    pub(crate) fn looks_up_rows(&self) -> bool {
+        matches!(self.rules.input, Input::LookedUp(_))
+    }
+
+    /// Whether its layers need the tokens themselves.
+    pub(crate) fn takes_tokens(&self) -> bool {
+        self.rules.input == Input::Tokens
+    }
+
+    /// Whether cutting the model would change its attention scale with nothing to make up for that.
+    fn is_scaled_by_layer_count(&self) -> bool {
         match self.rules.attention_scale {
-            // Cutting such a model may change the attention scale, and nothing can make up for that.
             Some(scale) if !scale.by_query_norm && self.n_layers >= scale.n_layers => {
-                self.head_width() == self.key_length
+                self.head_width() != self.key_length
             }
-            _ => true,
+            _ => false,
         }
     }
 
@@ -226,6 +288,9 @@ impl Architecture {
     /// Bytes that the final stage holds for an embedding that nothing reads: zeros, or the embedding once more where
     /// libllama makes the head of it.
     pub fn unread_embedding_bytes(&self) -> u64 {
+        if self.takes_tokens() && !self.tied_head {
+            return self.embedding_bytes;
+        }
         if self.rules.always_tied {
             return self.embedding_bytes;
         }
@@ -257,10 +322,18 @@ fn expert_bytes(catalog: &Catalog) -> u64 {
     tensors.fold(0, |sum, tensor| sum.saturating_add(tensor.n_bytes))
 }
 
+/// Attention heads of each block, and their width.
+pub(crate) struct Heads {
+    pub n_head: Vec<u32>,
+    pub n_head_kv: Vec<u32>,
+    pub key_length: u32,
+    pub value_length: u32,
+}
+
 /// Reads an architecture's keys.
-struct Keys<'a> {
-    metadata: &'a Metadata,
-    prefix: &'static str,
+pub(crate) struct Keys<'a> {
+    pub(crate) metadata: &'a Metadata,
+    pub(crate) prefix: &'static str,
 }
 
 impl Keys<'_> {
@@ -289,7 +362,7 @@ impl Keys<'_> {
         self.number(key, self.get(key).ok_or_else(|| self.missing(key))?, min, max)
     }
 
-    fn optional(&self, key: &str, default: u64, min: u64, max: u64) -> Result<u32, ArchitectureError> {
+    pub(crate) fn optional(&self, key: &str, default: u64, min: u64, max: u64) -> Result<u32, ArchitectureError> {
         self.number(key, self.get(key).unwrap_or(&Value::U64(default)), min, max)
     }
 
@@ -307,28 +380,47 @@ impl Keys<'_> {
         }
     }
 
-    /// All graphs here take the number of heads from layer 0, and share each key among a whole number of queries.
-    fn check_heads(&self, n_head: &[u32], n_head_kv: &[u32]) -> Result<(), ArchitectureError> {
-        for (key, counts) in [("attention.head_count", n_head), ("attention.head_count_kv", n_head_kv)] {
-            if counts.windows(2).any(|pair| pair[0] != pair[1]) {
+    /// Numbers of heads, and how wide they are: `n_embd` divided among those of the first layer unless told.
+    fn heads(&self, rules: &Rules, n_blocks: u32, n_embd: u32) -> Result<Heads, ArchitectureError> {
+        let min = u64::from(rules.uniform_heads);
+        let n_head = match self.per_layer("attention.head_count", n_blocks, min, MAX_HEADS)? {
+            Some(n_head) => n_head,
+            None if rules.recurrent == Recurrent::All => vec![0; n_blocks as usize],
+            None => return Err(self.missing("attention.head_count")),
+        };
+        let n_head_kv = self.per_layer("attention.head_count_kv", n_blocks, min, MAX_HEADS)?;
+        let n_head_kv = n_head_kv.unwrap_or_else(|| n_head.clone());
+        for (key, counts) in [("attention.head_count", &n_head), ("attention.head_count_kv", &n_head_kv)] {
+            if rules.uniform_heads && counts.windows(2).any(|pair| pair[0] != pair[1]) {
                 return Err(self.wrong(key, "different from layer to layer", "the same number in all layers"));
             }
         }
-        match n_head.iter().zip(n_head_kv).find(|(q, kv)| !q.is_multiple_of(**kv)) {
-            Some((q, kv)) => Err(self.wrong("attention.head_count_kv", kv, format!("a divisor of the {q} heads"))),
-            None => Ok(()),
+        match n_head.iter().zip(&n_head_kv).find(|(q, kv)| **kv > 0 && !q.is_multiple_of(**kv)) {
+            Some((q, kv)) => Err(self.wrong("attention.head_count_kv", kv, format!("a divisor of the {q} heads")))?,
+            None => {}
         }
+        let first = n_head.first().copied().unwrap_or(0);
+        if first == 0 {
+            return Ok(Heads { n_head, n_head_kv, key_length: 0, value_length: 0 });
+        }
+        let default = u64::from(n_embd / first);
+        let key_length = self.optional("attention.key_length", default, 1, MAX_WIDTH)?;
+        let value_length = self.optional("attention.value_length", default, 1, MAX_WIDTH)?;
+        Ok(Heads { n_head, n_head_kv, key_length, value_length })
     }
 
     fn check_lengths(&self, rules: &Rules, key: u32, value: u32, rope: u32) -> Result<(), ArchitectureError> {
         if rules.same_key_value_length && value != key {
             return Err(self.wrong("attention.value_length", value, format!("the key length, {key}")));
         }
-        if rope > key || !rope.is_multiple_of(2) {
+        if (key > 0 && rope > key) || !rope.is_multiple_of(2) {
             return Err(self.wrong("rope.dimension_count", rope, format!("an even number of at most {key}")));
         }
         if rules.rotates_whole_head && rope != key {
             return Err(self.wrong("rope.dimension_count", rope, format!("the key length, {key}")));
+        }
+        if !rules.uniform_heads {
+            return Ok(());
         }
         // Other lengths in sliding layers: the graphs here read them from layer 0 alone.
         for (name, same) in [
@@ -342,6 +434,97 @@ impl Keys<'_> {
             }
         }
         Ok(())
+    }
+
+    /// For each layer, whether it keeps a state.
+    fn recurrent(
+        &self,
+        rules: &Rules,
+        n_head_kv: &[u32],
+        n_ff: &[u32],
+        n_layers: u32,
+    ) -> Result<Vec<bool>, ArchitectureError> {
+        let all = |is: &dyn Fn(usize) -> bool| (0..n_layers as usize).map(is).collect::<Vec<_>>();
+        Ok(match rules.recurrent {
+            Recurrent::None => all(&|_| false),
+            Recurrent::All | Recurrent::Beside => all(&|_| true),
+            Recurrent::NoKvHeads => all(&|i| n_head_kv[i] == 0),
+            Recurrent::NoKvHeadsNoFeedForward => all(&|i| n_head_kv[i] == 0 && n_ff[i] == 0),
+            Recurrent::Interval => match self.flags("attention.recurrent_layers", n_layers)? {
+                Some(flags) => flags,
+                None => {
+                    let interval = self.optional("full_attention_interval", 4, 1, MAX_LAYERS)? as usize;
+                    all(&|i| (i + 1) % interval != 0)
+                }
+            },
+        })
+    }
+
+    /// A list with a flag for each layer, and perhaps for draft layers behind them; `None` if there is no list.
+    fn flags(&self, key: &str, n_layers: u32) -> Result<Option<Vec<bool>>, ArchitectureError> {
+        match self.get(key) {
+            Some(Value::Array(Array::Scalars(scalars))) if scalars.len() >= n_layers as usize => {
+                let flags = scalars.iter().take(n_layers as usize).map(|value| match value {
+                    Value::Bool(flag) => Ok(flag),
+                    other => self.number(key, &other, 0, 1).map(|n| n == 1),
+                });
+                flags.collect::<Result<_, _>>().map(Some)
+            }
+            Some(value @ Value::Array(_)) => {
+                Err(self.wrong(key, describe(value), format!("one flag for each of the {n_layers} layers")))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Why this model must stay whole.
+    fn why_whole(&self, rules: &Rules, n_layers: u32) -> Option<&'static str> {
+        match rules.whole {
+            Whole::Always(why) => Some(why),
+            Whole::Layers(n, why) if n == n_layers => Some(why),
+            Whole::From(n, why) if n_layers >= n => Some(why),
+            Whole::Above1(key, why) if self.get(key).and_then(Value::as_u64).is_some_and(|n| n > 1) => Some(why),
+            _ => None,
+        }
+    }
+
+    fn input_node(&self, rules: &Rules, catalog: &Catalog) -> Option<&'static str> {
+        match rules.input {
+            Input::Plain | Input::ScaledTokens | Input::Scaled(_) | Input::Tokens => None,
+            Input::Changed(node) | Input::LookedUp(node) => Some(node),
+            Input::ChangedWith { node, tensor } => catalog.tensor(tensor).map(|_| node),
+        }
+    }
+
+    /// For each layer, whether it has an index of its own; true in models without indices.
+    fn indexes(&self, rules: &Rules, n_ctx_train: u32, n_layers: u32) -> Result<Vec<bool>, ArchitectureError> {
+        if rules.name != "glm-dsa" {
+            return Ok(vec![true; n_layers as usize]);
+        }
+        if let Some(flags) = self.flags("attention.indexer.types", n_layers)? {
+            return Ok(flags);
+        }
+        // The table that libllama has for files which do not tell: two layers, then one of four.
+        let is_long = n_ctx_train >= 1 << 20;
+        let has_index = |layer: u32| !is_long || layer < 2 || (layer < 78 && (layer - 2) % 4 == 0);
+        Ok((0..n_layers).map(has_index).collect())
+    }
+
+    /// Whether heads of sliding layers differ from those of full ones in length or rotation.
+    fn swa_differs(&self, heads: &Heads, n_rope_dims: u32) -> Result<bool, ArchitectureError> {
+        let differs = |key: &str, same: u32| Ok(self.optional(key, same.into(), 0, MAX_WIDTH)? != same);
+        Ok(differs("attention.key_length_swa", heads.key_length)?
+            || differs("attention.value_length_swa", heads.value_length)?
+            || differs("rope.dimension_count_swa", n_rope_dims)?)
+    }
+
+    /// The numbers whose multiples stages may begin at.
+    fn steps(&self, rules: &Rules) -> Vec<u32> {
+        let step = |step: &Step| match step {
+            Step::Of(n) => *n,
+            Step::Key(key) => self.get(key).and_then(Value::as_u64).and_then(|n| u32::try_from(n).ok()).unwrap_or(1),
+        };
+        rules.steps.iter().map(step).filter(|step| *step > 1).collect()
     }
 
     fn check_rope(&self) -> Result<(), ArchitectureError> {
@@ -378,32 +561,35 @@ impl Keys<'_> {
     }
 
     fn sliding_window(&self, rules: &Rules, n_layers: u32) -> Result<Option<SlidingWindow>, ArchitectureError> {
-        let Sliding::Pattern { period, default_window } = rules.sliding else { return Ok(None) };
-        let (default, min) = default_window.map_or((0, 0), |n_tokens| (n_tokens, 1));
-        let n_tokens = self.optional("attention.sliding_window", default.into(), min, MAX_CONTEXT)?;
+        let Sliding::Pattern { period, dense_first, window } = rules.sliding else { return Ok(None) };
+        let key = "attention.sliding_window";
+        let n_tokens = match window {
+            Window::Told => self.required(key, 1, MAX_CONTEXT)?,
+            Window::Default(default) => self.optional(key, default.into(), 1, MAX_CONTEXT)?,
+            Window::Optional | Window::Separable => self.optional(key, 0, 0, MAX_CONTEXT)?,
+        };
         if n_tokens == 0 {
             return Ok(None);
         }
         let key = "attention.sliding_window_pattern";
-        let every = |period: u32| (0..n_layers).map(|layer| period == 0 || layer % period < period - 1).collect();
-        let slides: Vec<bool> = match self.get(key) {
-            None => every(period),
-            Some(Value::Array(Array::Scalars(scalars))) if scalars.len() == n_layers as usize => {
-                let slides = scalars.iter().map(|value| match value {
-                    Value::Bool(slides) => Ok(slides),
-                    other => self.number(key, &other, 0, 1).map(|n| n == 1),
-                });
-                slides.collect::<Result<_, _>>()?
-            }
-            Some(value @ Value::Array(_)) => {
-                return Err(self.wrong(key, describe(value), format!("one bool for each of the {n_layers} layers")));
-            }
-            Some(value) => every(self.number(key, value, 0, MAX_LAYERS)?),
+        let every = |period: u32| {
+            let slides = |layer: u32| match (period, dense_first) {
+                (0, _) => true,
+                (_, true) => layer % period != 0,
+                (_, false) => layer % period < period - 1,
+            };
+            (0..n_layers).map(slides).collect()
+        };
+        let slides: Vec<bool> = match (self.flags(key, n_layers)?, self.get(key)) {
+            (Some(flags), _) => flags,
+            (None, None) if period == 0 => return Err(self.missing(key)),
+            (None, None) => every(period),
+            (None, Some(value)) => every(self.number(key, value, 0, MAX_LAYERS)?),
         };
         if !slides.contains(&true) {
             return Err(self.wrong(key, "without a sliding layer", "at least one, since there is a window"));
         }
-        Ok(Some(SlidingWindow { n_tokens, slides }))
+        Ok(Some(SlidingWindow { n_tokens, slides, is_separable: window == Window::Separable }))
     }
 
     /// The vocabulary, where it is told, must have as many tokens as the embedding has rows, each once, and be of a
@@ -485,30 +671,26 @@ impl Tensors<'_> {
         ] {
             match self.catalog.tensor(name) {
                 Some(tensor) if tensor.dims != dims => return Err(shape(name, &tensor.dims, format!("{dims:?}"))),
-                None if name == "output_norm.weight" => {
-                    return Err(ArchitectureError::MissingTensor { name: name.to_owned() });
-                }
                 _ => {}
             }
         }
         Ok(n_vocab)
     }
 
-    /// Each layer has its tensors, and there is nothing that no stage would take.
-    fn check_layers(&self, n_layers: u32) -> Result<(), ArchitectureError> {
-        for layer in 0..n_layers {
-            let name = format!("blk.{layer}.attn_norm.weight");
-            if self.catalog.tensor(&name).is_none() {
-                return Err(ArchitectureError::MissingTensor { name });
-            }
+    /// Each layer has tensors, and there is nothing that no stage would take.
+    fn check_layers(&self, n_layers: u32, n_blocks: u32) -> Result<(), ArchitectureError> {
+        let bytes = self.catalog.bytes_per_layer();
+        if let Some(layer) = (0..n_layers).find(|layer| bytes.get(*layer as usize).is_none_or(|bytes| *bytes == 0)) {
+            return Err(ArchitectureError::MissingTensor { name: format!("blk.{layer}.attn_norm.weight") });
         }
-        let unknown = self.catalog.tensors().iter().find(|tensor| match TensorRole::of(&tensor.name) {
-            TensorRole::Layer(layer) => layer >= n_layers,
-            TensorRole::Other => true,
+        let is_whole = matches!(self.rules.whole, Whole::Always(_));
+        let unknown = self.catalog.tensors().iter().find(|tensor| match self.rules.role_of(&tensor.name) {
+            TensorRole::Layer(layer) => layer >= n_blocks,
+            TensorRole::Other => !is_whole,
             TensorRole::TokenEmbedding => tensor.name != "token_embd.weight",
             // libllama would stop at a tensor that it does not ask for.
             TensorRole::Head => self.rules.always_tied && tensor.name == "output.weight",
-            TensorRole::EveryStage => false,
+            TensorRole::EveryStage | TensorRole::Input => false,
         });
         match unknown {
             Some(tensor) => {
@@ -519,7 +701,7 @@ impl Tensors<'_> {
     }
 
     fn bytes_of(&self, role: TensorRole) -> u64 {
-        let tensors = self.catalog.tensors().iter().filter(|tensor| TensorRole::of(&tensor.name) == role);
+        let tensors = self.catalog.tensors().iter().filter(|tensor| self.rules.role_of(&tensor.name) == role);
         tensors.map(|tensor| tensor.n_bytes).fold(0, u64::saturating_add)
     }
 }

@@ -29,6 +29,8 @@ pub enum TensorRole {
     Layer(u32),
     /// The look-up of tokens, and the head too where the head is tied to it.
     TokenEmbedding,
+    /// What is added to embeddings before the first layer, or done with them: positions, token types, a norm.
+    Input,
     /// Final norm and head.
     Head,
     /// Every layer, so every stage has a copy: rope factors.
@@ -210,7 +212,8 @@ impl TensorRole {
         }
         match name.split_once('.').map_or(name, |(stem, _)| stem) {
             "token_embd" => Self::TokenEmbedding,
-            "output" | "output_norm" => Self::Head,
+            "token_embd_norm" | "position_embd" | "token_types" => Self::Input,
+            "output" | "output_norm" | "cls" | "dense_2" | "dense_3" => Self::Head,
             "rope_freqs" | "rope_factors_long" | "rope_factors_short" => Self::EveryStage,
             _ => Self::Other,
         }
@@ -284,7 +287,9 @@ mod tests {
             ("output.weight", TensorRole::Head),
             ("output_norm.weight", TensorRole::Head),
             ("rope_freqs.weight", TensorRole::EveryStage),
-            ("cls.output.weight", TensorRole::Other),
+            ("position_embd.weight", TensorRole::Input),
+            ("cls.output.weight", TensorRole::Head),
+            ("altup_proj.weight", TensorRole::Other),
         ] {
             assert_eq!(TensorRole::of(name), role, "{name}");
         }

@@ -13,6 +13,7 @@
 mod architecture;
 mod builder;
 mod catalog;
+mod cuts;
 mod file;
 mod ggml_type;
 mod header;
@@ -20,6 +21,7 @@ mod identity;
 mod reader;
 mod rules;
 mod stage;
+mod state;
 mod synthetic;
 mod value;
 

@@ -1,27 +1,70 @@
-//! What a stage of each architecture needs beyond renumbered layers: one row per architecture that was read and tried.
+//! What a stage of each architecture needs beyond renumbered layers: one row per architecture.
 //!
-//! The rows follow llama.cpp's `src/models/*.cpp`. An architecture without a row is refused, never run wrong: its graph
-//! may use token ids in every layer, or constants that depend on the number of layers.
+//! The rows follow llama.cpp's `src/models/*.cpp`; `docs/architectures.md` shows what came of each when it was run whole
+//! and cut. An architecture without a row is refused, never run wrong: its graph may use token ids in every layer, or
+//! constants that depend on the number of layers.
 
-/// Where libllama multiplies the input of the first layer by `sqrt(n_embd)`.
+use crate::catalog::TensorRole;
+
+/// What the graph does with its input rows before the first layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum EmbeddingScale {
-    /// Nowhere.
-    Never,
-    /// On rows that it looked up from tokens itself; given rows are taken as they are.
-    TokensOnly,
-    /// On all rows, given ones too.
-    AllRows,
+pub(crate) enum Input {
+    /// Nothing.
+    Plain,
+    /// It multiplies rows that it looked up from tokens itself by `sqrt(n_embd)`; given rows are taken as they are.
+    ScaledTokens,
+    /// It changes all rows, given ones too: a scale, a norm, embeddings of positions. The node with this name holds
+    /// what enters the first layer.
+    Changed(&'static str),
+    /// It multiplies all rows by what this key says; 0 means that it does not.
+    Scaled(&'static str),
+    /// As `Changed` if the model has this tensor, else `Plain`.
+    ChangedWith { node: &'static str, tensor: &'static str },
+    /// It ends the process over given rows: it must look rows up itself. The node with this name holds them.
+    LookedUp(&'static str),
+    /// It takes tokens alone, which its layers need too.
+    Tokens,
 }
 
-/// Which layers attend to a window of the past only.
+/// Which layers attend to a window of the past only. libllama reads `attention.sliding_window_pattern` as a list with a
+/// flag for each layer or as a period.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Sliding {
     /// None, even if the metadata names a window (phi3: libllama ignores it).
     Never,
-    /// All but the last of each `period`. Without a `default_window`, none where the metadata names no window or one of
-    /// 0, so that a stage of full layers alone is possible; with one, libllama insists on a sliding layer.
-    Pattern { period: u32, default_window: Option<u32> },
+    /// All but the last of each `period`, or all but the first with `dense_first`, where the pattern is not told; a
+    /// period of 0 means that it must be.
+    Pattern { period: u32, dense_first: bool, window: Window },
+}
+
+/// When a pattern of sliding layers counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Window {
+    /// The metadata must name a window.
+    Told,
+    /// There always is one: this long if the metadata names none.
+    Default(u32),
+    /// Where the metadata names one that is not 0. A model without it computes in another way, so a stage must have a
+    /// sliding layer if the model has one.
+    Optional,
+    /// As `Optional`, but full layers compute the same without a window.
+    Separable,
+}
+
+/// Which layers keep a state that each token changes for good.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Recurrent {
+    None,
+    /// All, and none has a KV cache.
+    All,
+    /// All, beside a KV cache.
+    Beside,
+    /// Those without KV heads.
+    NoKvHeads,
+    /// Those with neither KV heads nor a feed-forward part; a layer with the latter has no state at all.
+    NoKvHeadsNoFeedForward,
+    /// `attention.recurrent_layers` tells, else all but the last of each `full_attention_interval` (4 by default).
+    Interval,
 }
 
 /// Whether layers route to experts.
@@ -30,6 +73,15 @@ pub(crate) enum Experts {
     Never,
     Optional,
     Always,
+}
+
+/// What a layer does by its place, in a way that the metadata of a stage cannot tell: a stage then begins at a multiple.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Step {
+    /// A multiple of this many layers.
+    Of(u32),
+    /// A multiple of what this key says; of 1 where it is missing.
+    Key(&'static str),
 }
 
 /// libllama recognises one size of a model by its number of layers and scales its attention by
@@ -42,34 +94,96 @@ pub(crate) struct AttentionScale {
     pub by_query_norm: bool,
 }
 
+/// Which models of an architecture cannot be cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Whole {
+    Never,
+    Always(&'static str),
+    /// Those with this many layers.
+    Layers(u32, &'static str),
+    /// Those with this many layers or more.
+    From(u32, &'static str),
+    /// Those whose metadata has this key with a number above 1.
+    Above1(&'static str, &'static str),
+}
+
+/// Where the hidden state behind the last layer of a stage is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Stop {
+    /// In the node with this name, a dash and the number of the layer.
+    Numbered(&'static str),
+    /// In the node with this name.
+    Named(&'static str),
+}
+
 /// The rules of one architecture.
 #[derive(Debug)]
 pub(crate) struct Rules {
     /// `general.architecture`, and the prefix of its keys.
     pub name: &'static str,
-    pub embedding_scale: EmbeddingScale,
+    pub input: Input,
     pub sliding: Sliding,
+    pub recurrent: Recurrent,
     pub experts: Experts,
+    pub steps: &'static [Step],
+    pub whole: Whole,
     /// The graph asserts that keys and values have the same length.
     pub same_key_value_length: bool,
     /// The graph asserts that all dimensions of a head are rotated.
     pub rotates_whole_head: bool,
+    /// All layers must have as many heads as the first.
+    pub uniform_heads: bool,
     /// The loader takes the head from `token_embd.weight` even if there is an `output.weight`.
     pub always_tied: bool,
+    /// The final norm is called `token_embd_norm`.
+    pub norm_is_token_embd_norm: bool,
     pub attention_scale: Option<AttentionScale>,
+    /// The node behind a layer that holds the hidden state.
+    pub stop: Stop,
+    /// Numbers of layers by which libllama recognises a kind of model; no stage may have so many, unless the model has.
+    pub recognised: &'static [u32],
 }
 
-const PLAIN: Rules = Rules {
+/// Attention whose head sizes are free.
+const FREE: Rules = Rules {
     name: "",
-    embedding_scale: EmbeddingScale::Never,
+    input: Input::Plain,
     sliding: Sliding::Never,
+    recurrent: Recurrent::None,
+    experts: Experts::Optional,
+    steps: &[],
+    whole: Whole::Never,
+    same_key_value_length: false,
+    rotates_whole_head: false,
+    uniform_heads: false,
+    always_tied: false,
+    norm_is_token_embd_norm: false,
+    attention_scale: None,
+    stop: Stop::Numbered("l_out"),
+    recognised: &[],
+};
+
+/// Attention of equal heads, all of which rotate whole.
+const PLAIN: Rules = Rules {
     experts: Experts::Never,
     same_key_value_length: true,
     rotates_whole_head: true,
-    always_tied: false,
-    attention_scale: None,
+    uniform_heads: true,
+    ..FREE
 };
 
+const fn sliding(period: u32, window: Window) -> Sliding {
+    Sliding::Pattern { period, dense_first: false, window }
+}
+
+const fn full_first(period: u32, window: Window) -> Sliding {
+    Sliding::Pattern { period, dense_first: true, window }
+}
+
+const TOKENS: &str = "its layers use the tokens themselves, not only hidden states";
+const FIRST_LAYER: &str = "all its layers use what the first one got or computed";
+
+#[rustfmt::skip]
 const RULES: &[Rules] = &[
     Rules { name: "llama", experts: Experts::Optional, ..PLAIN },
     Rules { name: "qwen2", ..PLAIN },
@@ -77,32 +191,181 @@ const RULES: &[Rules] = &[
     Rules { name: "qwen3moe", experts: Experts::Always, ..PLAIN },
     Rules {
         name: "gemma2",
-        embedding_scale: EmbeddingScale::AllRows,
-        sliding: Sliding::Pattern { period: 2, default_window: Some(4096) },
-        same_key_value_length: false,
-        rotates_whole_head: false,
+        input: Input::Changed("inp_scaled"),
+        sliding: sliding(2, Window::Default(4096)),
+        experts: Experts::Never,
+        uniform_heads: true,
         always_tied: true,
         attention_scale: Some(AttentionScale { n_layers: 46, by_query_norm: false }),
-        ..PLAIN
+        ..FREE
     },
     Rules {
         name: "gemma3",
-        embedding_scale: EmbeddingScale::TokensOnly,
-        sliding: Sliding::Pattern { period: 6, default_window: None },
-        same_key_value_length: false,
-        rotates_whole_head: false,
+        input: Input::ScaledTokens,
+        sliding: sliding(6, Window::Separable),
+        experts: Experts::Never,
+        uniform_heads: true,
         attention_scale: Some(AttentionScale { n_layers: 62, by_query_norm: true }),
-        ..PLAIN
+        ..FREE
     },
     Rules { name: "phi3", rotates_whole_head: false, ..PLAIN },
-];
+
+    // Input rows that the graph changes.
+    Rules { name: "granite", input: Input::Scaled("embedding_scale"), ..FREE },
+    Rules { name: "granitemoe", input: Input::Scaled("embedding_scale"), ..FREE },
+    Rules { name: "granitehybrid", input: Input::Scaled("embedding_scale"), recurrent: Recurrent::NoKvHeads, ..FREE },
+    Rules { name: "granite_swa", input: Input::Scaled("embedding_scale"), sliding: sliding(0, Window::Told), ..FREE },
+    Rules { name: "minicpm", input: Input::Scaled("embedding_scale"), ..FREE },
+    Rules { name: "grok", input: Input::Scaled("embedding_scale"), ..FREE },
+    Rules { name: "minicpm3", whole: Whole::Always("libllama scales its layers by their number"), ..FREE },
+    Rules { name: "gemma", input: Input::Changed("inp_scaled"), always_tied: true, ..FREE },
+
+    Rules { name: "gpt2", input: Input::Changed("inpL"), ..FREE },
+    Rules { name: "starcoder", input: Input::Changed("inpL"), ..FREE },
+    Rules { name: "bloom", input: Input::Changed("inp_norm-0"), ..FREE },
+    Rules { name: "talkie", input: Input::Changed("inp_norm"), whole: Whole::Always(FIRST_LAYER), ..FREE },
+    Rules { name: "muse-glimmer", input: Input::Changed("embd_norm"), sliding: sliding(4, Window::Told), ..FREE },
+    Rules { name: "mpt", input: Input::ChangedWith { node: "inpL", tensor: "position_embd.weight" }, ..FREE },
+
+    // Patterns of sliding layers.
+    Rules { name: "cohere2", sliding: sliding(4, Window::Told), always_tied: true, ..FREE },
+    Rules { name: "cohere2moe", sliding: full_first(4, Window::Told), ..FREE },
+    Rules { name: "gpt-oss", sliding: sliding(2, Window::Told), ..FREE },
+    Rules { name: "olmo2", sliding: sliding(4, Window::Optional), ..FREE },
+    Rules { name: "exaone4", whole: Whole::Layers(64, "libllama knows its sliding layers by their number alone"), recognised: &[64], ..FREE },
+    Rules { name: "exaone-moe", sliding: sliding(4, Window::Told), ..FREE },
+    Rules { name: "afmoe", input: Input::Changed("inp_embd_scaled"), sliding: sliding(4, Window::Optional), steps: &[Step::Of(4)], ..FREE },
+    Rules { name: "plamo3", sliding: sliding(8, Window::Optional), ..FREE },
+    Rules { name: "laguna", sliding: full_first(4, Window::Optional), ..FREE },
+    Rules { name: "mellum", sliding: sliding(4, Window::Optional), ..FREE },
+    Rules { name: "maple", sliding: sliding(0, Window::Told), ..FREE },
+    Rules { name: "mimo2", sliding: sliding(0, Window::Told), ..FREE },
+    Rules { name: "step35", sliding: sliding(0, Window::Told), stop: Stop::Named("h_nextn"), ..FREE },
+    Rules { name: "spark2_5", sliding: sliding(0, Window::Told), ..FREE },
+    Rules {
+        name: "smallthinker", sliding: full_first(4, Window::Optional), steps: &[Step::Of(4)], recognised: &[4], ..FREE
+    },
+    Rules {
+        name: "llama4", sliding: sliding(4, Window::Default(8192)), steps: &[Step::Of(4), Step::Key("interleave_moe_layer_step")],
+        ..FREE
+    },
+
+    // What a layer does by its number.
+    Rules { name: "smollm3", steps: &[Step::Of(4)], ..FREE },
+    Rules { name: "ernie4_5-moe", steps: &[Step::Key("interleave_moe_layer_step")], ..FREE },
+    Rules { name: "ernie4_5", ..FREE },
+    Rules { name: "paddleocr", ..FREE },
+    Rules { name: "baichuan", whole: Whole::Always("libllama knows its two sizes by their number of layers alone"), ..FREE },
+
+    // Recurrent and hybrid.
+    Rules { name: "mamba", recurrent: Recurrent::All, ..FREE },
+    Rules { name: "mamba2", recurrent: Recurrent::All, ..FREE },
+    Rules { name: "jamba", recurrent: Recurrent::NoKvHeads, ..FREE },
+    Rules { name: "falcon-h1", recurrent: Recurrent::Beside, ..FREE },
+    Rules { name: "plamo2", recurrent: Recurrent::NoKvHeads, stop: Stop::Numbered("ffn_residual"), ..FREE },
+    Rules { name: "lfm2", recurrent: Recurrent::NoKvHeads, norm_is_token_embd_norm: true, ..FREE },
+    Rules { name: "lfm2moe", recurrent: Recurrent::NoKvHeads, norm_is_token_embd_norm: true, ..FREE },
+    Rules { name: "nemotron_h", recurrent: Recurrent::NoKvHeadsNoFeedForward, stop: Stop::Numbered("nemotron_h_block_out"), ..FREE },
+    Rules { name: "nemotron_h_moe", recurrent: Recurrent::NoKvHeadsNoFeedForward, stop: Stop::Numbered("nemotron_h_block_out"), ..FREE },
+    Rules { name: "qwen3next", recurrent: Recurrent::Interval, ..FREE },
+    Rules { name: "qwen35", recurrent: Recurrent::Interval, ..FREE },
+    Rules { name: "qwen35moe", recurrent: Recurrent::Interval, ..FREE },
+    Rules { name: "minimax-01", recurrent: Recurrent::Interval, whole: Whole::Always("what its layers forget depends on their number"), ..FREE },
+    Rules { name: "kimi-linear", recurrent: Recurrent::NoKvHeads, ..FREE },
+    Rules { name: "bailingmoe3", recurrent: Recurrent::NoKvHeads, ..FREE },
+    Rules { name: "rwkv6", recurrent: Recurrent::All, whole: Whole::Always("its input passes a norm that has no name in the graph"), ..FREE },
+    Rules { name: "rwkv6qwen2", recurrent: Recurrent::All, ..FREE },
+    Rules { name: "rwkv7", recurrent: Recurrent::All, whole: Whole::Always(FIRST_LAYER), ..FREE },
+    Rules { name: "arwkv7", recurrent: Recurrent::All, whole: Whole::Always(FIRST_LAYER), ..FREE },
+
+    // Latent attention.
+    Rules { name: "deepseek2", recognised: &[26, 27], ..FREE },
+    Rules { name: "mistral4", recognised: &[26, 27], ..FREE },
+    Rules { name: "plm", always_tied: true, ..FREE },
+    Rules { name: "deepseek2-ocr", ..FREE },
+    Rules { name: "deepseek32", ..FREE },
+    Rules { name: "glm-dsa", ..FREE },
+    Rules { name: "minimax-m3", ..FREE },
+
+    // Plain decoders.
+    Rules { name: "mistral3", ..FREE },
+    Rules { name: "deci", ..FREE },
+    Rules { name: "falcon", ..FREE },
+    Rules { name: "gptneox", ..FREE },
+    Rules { name: "refact", ..FREE },
+    Rules { name: "stablelm", ..FREE },
+    Rules { name: "qwen", ..FREE },
+    Rules { name: "qwen2moe", ..FREE },
+    Rules { name: "qwen2vl", ..FREE },
+    Rules { name: "qwen3vl", ..FREE },
+    Rules { name: "qwen3vlmoe", ..FREE },
+    Rules { name: "phi2", ..FREE },
+    Rules { name: "phimoe", ..FREE },
+    Rules { name: "plamo", ..FREE },
+    Rules { name: "codeshell", ..FREE },
+    Rules { name: "orion", ..FREE },
+    Rules { name: "internlm2", ..FREE },
+    Rules { name: "starcoder2", ..FREE },
+    Rules { name: "xverse", ..FREE },
+    Rules { name: "command-r", always_tied: true, whole: Whole::From(64, "libllama knows by their number of layers that its queries are normed"), ..FREE },
+    Rules { name: "dbrx", ..FREE },
+    Rules { name: "olmo", ..FREE },
+    Rules { name: "olmoe", ..FREE },
+    Rules { name: "openelm", always_tied: true, ..FREE },
+    Rules { name: "arctic", ..FREE },
+    Rules { name: "deepseek", ..FREE },
+    Rules { name: "chatglm", ..FREE },
+    Rules { name: "glm4", input: Input::LookedUp("embd"), ..FREE },
+    Rules { name: "glm4moe", input: Input::LookedUp("embd"), ..FREE },
+    Rules { name: "bitnet", always_tied: true, ..FREE },
+    Rules { name: "jais", ..FREE },
+    Rules { name: "jais2", ..FREE },
+    Rules { name: "nemotron", ..FREE },
+    Rules { name: "exaone", ..FREE },
+    Rules { name: "bailingmoe", ..FREE },
+    Rules { name: "bailingmoe2", ..FREE },
+    Rules { name: "dots1", ..FREE },
+    Rules { name: "arcee", ..FREE },
+    Rules { name: "hunyuan-moe", ..FREE },
+    Rules { name: "hunyuan-dense", ..FREE },
+    Rules { name: "hunyuan_vl", ..FREE },
+    Rules { name: "hy_v3", ..FREE },
+    Rules { name: "seed_oss", ..FREE },
+    Rules { name: "grovemoe", ..FREE },
+    Rules { name: "apertus", ..FREE },
+    Rules { name: "minimax-m2", ..FREE },
+    Rules { name: "pangu-embedded", ..FREE },
+    Rules { name: "maincoder", ..FREE },
+
+    // Whole only.
+    Rules { name: "gemma3n", input: Input::Tokens, sliding: sliding(5, Window::Told), whole: Whole::Always(TOKENS), ..FREE },
+    Rules { name: "gemma4", input: Input::Tokens, sliding: sliding(0, Window::Told), whole: Whole::Always(TOKENS), ..FREE },
+    Rules { name: "nanbeige", whole: Whole::Above1("num_loops", "its layers are run more than once"), ..FREE },
+    ];
+
+impl Rules {
+    /// Whether layers keep a key for each token beside those of attention, by which they choose.
+    pub(crate) fn has_index(&self) -> bool {
+        matches!(self.name, "deepseek32" | "glm-dsa" | "minimax-m3")
+    }
+
+    /// Which part of a model needs the tensor `name`.
+    pub(crate) fn role_of(&self, name: &str) -> TensorRole {
+        match TensorRole::of(name) {
+            TensorRole::Input if self.norm_is_token_embd_norm && name.starts_with("token_embd_norm.") => {
+                TensorRole::Head
+            }
+            role => role,
+        }
+    }
+}
 
 /// The rules for `name`.
 pub(crate) fn rules_of(name: &str) -> Option<&'static Rules> {
     RULES.iter().find(|rules| rules.name == name)
 }
 
-/// The architectures that can be cut into stages.
+/// The architectures that can be run.
 pub fn supported_architectures() -> impl Iterator<Item = &'static str> {
     RULES.iter().map(|rules| rules.name)
 }

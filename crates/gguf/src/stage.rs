@@ -3,7 +3,8 @@
 //! ```text
 //! header    same metadata, but: block_count, per-layer arrays, vocabulary (none, only its size)
 //! tensors   token_embd.weight    final stage: zeros, or real where it must be the head; others: 32 rows of zeros
-//!           output_norm, output  final stage: real; others: a norm of zeros (the graph is stopped before it)
+//!           output_norm, output  final stage: real; others: zeros (the graph is stopped before them)
+//!           positions, norms     first stage: real; others: zeros (the hidden state replaces what they make)
 //!           rope factors         real, in every stage
 //!           blk.N.*              layers start..end, renumbered from 0
 //! ```
@@ -22,7 +23,7 @@ use crate::catalog::{Catalog, TensorRole, TensorSource, layer_and_rest};
 use crate::ggml_type::GgmlType;
 use crate::header::TensorInfo;
 use crate::reader::StageReader;
-use crate::rules::EmbeddingScale;
+use crate::rules::{Input, Recurrent, Stop};
 use crate::value::{Array, Metadata, Value};
 
 /// Vocabulary of a stage that is not the last: as small as possible, since libllama reserves a row of logits for every
@@ -30,14 +31,22 @@ use crate::value::{Array, Metadata, Value};
 pub const PLACEHOLDER_VOCAB: u32 = 32;
 
 /// Keys with one value per layer, where they are arrays.
-const PER_LAYER_KEYS: [&str; 6] = [
+const PER_LAYER_KEYS: [&str; 11] = [
     "attention.head_count",
     "attention.head_count_kv",
     "feed_forward_length",
     "expert_feed_forward_length",
     "expert_used_count",
     "attention.sliding_window_pattern",
+    "attention.recurrent_layers",
+    "attention.rope_pattern",
+    "attention.indexer.types",
+    "swiglu_clamp_exp",
+    "swiglu_clamp_shexp",
 ];
+
+/// The same, of keys without the architecture's name before them.
+const PER_LAYER_BARE_KEYS: [&str; 4] = ["xielu.alpha_n", "xielu.alpha_p", "xielu.beta", "xielu.eps"];
 
 /// Types for tensors of zeros that are never computed with, smallest first: the first whose block divides a row is
 /// taken.
@@ -58,6 +67,8 @@ pub enum StageViewError {
     NoSuchLayers { layers: LayerRange, n_layers: u32 },
     #[error("layers {layers} of this {architecture} model cannot be a stage; it can be cut before the layers {cuts:?}")]
     NotCuttable { layers: LayerRange, architecture: &'static str, cuts: Vec<u32> },
+    #[error("this {architecture} model cannot be cut: {why}; it runs whole, on one node")]
+    Whole { architecture: &'static str, why: &'static str },
     #[error("the tensor {name:?} is stored as {ty}, but a stage of this model must rescale it, which needs F32")]
     NotRescalable { name: String, ty: GgmlType },
     #[error(transparent)]
@@ -99,6 +110,9 @@ pub struct StageView {
     n_vocab: u32,
     input_scale: f32,
     input_node: Option<&'static str>,
+    stop: Stop,
+    looks_up_rows: bool,
+    takes_tokens: bool,
     tensors: Vec<usize>,
     weight_bytes: u64,
     file: Arc<VirtualFile>,
@@ -118,6 +132,9 @@ impl StageView {
         let cuts = architecture.cut_points();
         let may_cut = |layer| layer == 0 || layer == n_layers || cuts.contains(&layer);
         if !may_cut(layers.start()) || !may_cut(layers.end()) {
+            if let Some(why) = architecture.why_whole() {
+                return Err(StageViewError::Whole { architecture: architecture.name, why });
+            }
             return Err(StageViewError::NotCuttable { layers, architecture: architecture.name, cuts });
         }
         Draft::new(catalog, &architecture, layers).finish()
@@ -147,7 +164,10 @@ impl StageView {
     /// The graph node whose value is this stage's output and behind which nothing need be computed; `None` for the
     /// final stage.
     pub fn stop_node(&self) -> Option<String> {
-        (!self.is_final).then(|| format!("l_out-{}", self.layers.len() - 1))
+        (!self.is_final).then(|| match self.stop {
+            Stop::Numbered(name) => format!("{name}-{}", self.layers.len() - 1),
+            Stop::Named(name) => name.to_owned(),
+        })
     }
 
     /// What each input row must be multiplied by before libllama gets it as an embedding: rows of the token embedding
@@ -161,6 +181,18 @@ impl StageView {
     /// are; dividing beforehand would round them once more.
     pub fn input_node(&self) -> Option<String> {
         self.input_node.map(str::to_owned)
+    }
+
+    /// Whether libllama must be given tokens in place of hidden states, any tokens, since its graph ends the process
+    /// over given rows; [`StageView::input_node`] then gets the rows.
+    pub fn looks_up_rows(&self) -> bool {
+        self.looks_up_rows
+    }
+
+    /// Whether the stage is to be given tokens: its layers need them, and it looks their embedding up itself. Such a
+    /// model is whole.
+    pub fn takes_tokens(&self) -> bool {
+        self.takes_tokens
     }
 
     /// Width of a hidden state.
@@ -221,16 +253,17 @@ impl<'a> Draft<'a> {
 
     fn finish(mut self) -> Result<StageView, StageViewError> {
         self.add_embedding()?;
-        if !self.is_final {
-            self.add("output_norm.weight", &[self.architecture.n_embd.into()], GgmlType::F32, Origin::Zeros)?;
-        }
-        let catalog = self.catalog;
+        let (catalog, is_whole) = (self.catalog, self.is_final && self.layers.start() == 0);
         for (idx, tensor) in catalog.tensors().iter().enumerate() {
-            match TensorRole::of(&tensor.name) {
+            match self.architecture.rules.role_of(&tensor.name) {
                 TensorRole::Layer(layer) if self.layers.contains(layer) => self.add_layer_tensor(idx, tensor)?,
                 TensorRole::Head if self.is_final => self.add_source(idx, &tensor.name, tensor)?,
+                TensorRole::Head => self.add_unread_head(tensor)?,
+                TensorRole::Input if self.layers.start() == 0 => self.add_source(idx, &tensor.name, tensor)?,
+                TensorRole::Input => self.add(&tensor.name, &tensor.dims, tensor.ty, Origin::Zeros)?,
                 TensorRole::EveryStage => self.add_source(idx, &tensor.name, tensor)?,
-                _ => {}
+                TensorRole::Other if is_whole => self.add_source(idx, &tensor.name, tensor)?,
+                TensorRole::Layer(_) | TensorRole::TokenEmbedding | TensorRole::Other => {}
             }
         }
         let mut tensors: Vec<usize> = self.origins.iter().filter_map(|origin| origin.tensor_idx()).collect();
@@ -250,6 +283,9 @@ impl<'a> Draft<'a> {
             n_vocab: self.n_vocab,
             input_scale: input_scale(self.architecture, self.layers),
             input_node: input_node(self.architecture, self.layers),
+            stop: self.architecture.rules.stop,
+            looks_up_rows: self.architecture.looks_up_rows(),
+            takes_tokens: self.architecture.takes_tokens(),
             tensors,
             weight_bytes: segments.iter().map(|segment| segment.n_bytes).sum(),
             file: Arc::new(VirtualFile { header, segments, n_bytes: data_start + self.builder.n_data_bytes() }),
@@ -266,15 +302,27 @@ impl<'a> Draft<'a> {
         self.add(name, &tensor.dims, tensor.ty, Origin::Tensor(idx))
     }
 
+    /// A tensor behind the last layer, in a stage that is stopped before it: zeros, for as many tokens as there are here.
+    fn add_unread_head(&mut self, tensor: &TensorInfo) -> Result<(), StageViewError> {
+        let mut dims = tensor.dims.clone();
+        if let (Some(last), true) = (dims.last_mut(), tensor.name.starts_with("output."))
+            && *last == u64::from(self.architecture.n_vocab)
+        {
+            *last = self.n_vocab.into();
+        }
+        let ty = if dims.len() > 1 { zero_type(dims[0]) } else { GgmlType::F32 };
+        self.add(&tensor.name, &dims, ty, Origin::Zeros)
+    }
+
     /// libllama insists on a token embedding with a row per token, which nothing ever reads. A head that is tied to it
     /// is given by itself, as most architectures may have it: libllama would keep both.
     fn add_embedding(&mut self) -> Result<(), StageViewError> {
         let name = "token_embd.weight";
-        if self.is_final && self.architecture.tied_head {
+        if self.is_final && (self.architecture.tied_head || self.architecture.takes_tokens()) {
             let missing = || ArchitectureError::MissingTensor { name: name.to_owned() };
             let idx = self.catalog.tensor_idx(name).ok_or_else(missing)?;
             let tensor = &self.catalog.tensors()[idx];
-            if self.architecture.rules.always_tied {
+            if self.architecture.rules.always_tied || self.architecture.takes_tokens() {
                 return self.add_source(idx, name, tensor);
             }
             self.add_source(idx, "output.weight", tensor)?;
@@ -308,16 +356,20 @@ impl Origin {
 
 /// The model's metadata with what differs in a stage of `layers`.
 fn stage_metadata(source: &Metadata, architecture: &Architecture, layers: LayerRange, n_vocab: u32) -> Metadata {
-    let mut metadata = source.filtered(|key, _| !key.starts_with("tokenizer."));
     let name = |key: &str| format!("{}.{key}", architecture.name);
+    // Draft layers are left out, and rows hold no images.
+    let left_out = ["nextn_predict_layers", "n_deepstack_layers", "deepstack_mapping"].map(name);
+    let is_left_out = |key: &str| left_out.iter().any(|other| other == key);
+    let mut metadata = source.filtered(|key, _| !key.starts_with("tokenizer.") && !is_left_out(key));
     metadata.set("tokenizer.ggml.model", "no_vocab");
     metadata.set(name("block_count"), layers.len());
     metadata.set(name("vocab_size"), n_vocab);
-    for key in PER_LAYER_KEYS {
-        if let Some(Array::Scalars(scalars)) = source.array(&name(key))
+    let bare = PER_LAYER_BARE_KEYS.map(str::to_owned);
+    for key in PER_LAYER_KEYS.map(name).into_iter().chain(bare) {
+        if let Some(Array::Scalars(scalars)) = source.array(&key)
             && let Some(slice) = scalars.slice(layers.start() as usize, layers.end() as usize)
         {
-            metadata.set(name(key), Array::Scalars(slice));
+            metadata.set(key, Array::Scalars(slice));
         }
     }
     if let Some(window) = &architecture.sliding_window {
@@ -332,6 +384,24 @@ fn stage_metadata(source: &Metadata, architecture: &Architecture, layers: LayerR
             metadata.set(window_key, 0);
         }
     }
+    if architecture.rules.recurrent == Recurrent::Interval {
+        let flags: Vec<u32> = layers.iter().map(|layer| architecture.state.is_in(layer).into()).collect();
+        metadata.set(name("attention.recurrent_layers"), Array::of_u32(&flags));
+    }
+    // What libllama works out from the first layer or from the number of layers is told.
+    for (key, length) in
+        [("attention.key_length", architecture.key_length), ("attention.value_length", architecture.value_length)]
+    {
+        if length > 0 && source.get(&name(key)).is_none() {
+            metadata.set(name(key), length);
+        }
+    }
+    for (key, value) in told_by_layers(source, architecture, layers) {
+        metadata.set(name(key), value);
+    }
+    if let (Input::Scaled(key), true) = (architecture.rules.input, layers.start() > 0) {
+        metadata.set(name(key), 0.0f32);
+    }
     let leading = name("leading_dense_block_count");
     if let Some(n_dense) = source.u32(&leading) {
         metadata.set(leading, Value::U32(n_dense.saturating_sub(layers.start()).min(layers.len())));
@@ -339,14 +409,42 @@ fn stage_metadata(source: &Metadata, architecture: &Architecture, layers: LayerR
     metadata
 }
 
+/// What libllama tells by the number of layers of a whole model, or by which layer it is, as keys.
+fn told_by_layers(source: &Metadata, architecture: &Architecture, layers: LayerRange) -> Vec<(&'static str, Value)> {
+    let mut told = Vec::new();
+    let (n_layers, n_vocab) = (architecture.n_layers, architecture.n_vocab);
+    let has = |key: &str| source.get(&format!("{}.{key}", architecture.name)).is_some();
+    match architecture.name {
+        "deepseek2" | "mistral4" => {}
+        "minicpm" if !has("residual_scale") => {
+            return vec![("residual_scale", Value::F32(1.4 / (n_layers as f32).sqrt()))];
+        }
+        "glm-dsa" => {
+            let own = &architecture.indexes[layers.start() as usize..layers.end() as usize];
+            let types: Vec<u32> = own.iter().map(|full| u32::from(*full)).collect();
+            return vec![("attention.indexer.types", Array::of_u32(&types).into())];
+        }
+        _ => return told,
+    }
+    let is_lite = matches!(n_layers, 26 | 27) || (n_layers == 48 && n_vocab == 128_256);
+    if is_lite {
+        told.push(("attention.q_lora_rank", Value::U32(0)));
+    }
+    let gating = format!("{}.expert_gating_func", architecture.name);
+    if source.u32(&gating).unwrap_or(0) == 0 {
+        let is_sigmoid = matches!(n_layers, 47 | 48) && n_vocab == 154_880;
+        told.push(("expert_gating_func", Value::U32(if is_sigmoid { 2 } else { 1 })));
+    }
+    told
+}
+
 fn input_scale(architecture: &Architecture, layers: LayerRange) -> f32 {
-    let root = (architecture.n_embd as f32).sqrt();
-    match (architecture.rules.embedding_scale, layers.start()) {
-        (EmbeddingScale::TokensOnly, 0) => root,
+    match (architecture.rules.input, layers.start()) {
+        (Input::ScaledTokens, 0) => (architecture.n_embd as f32).sqrt(),
         _ => 1.0,
     }
 }
 
 fn input_node(architecture: &Architecture, layers: LayerRange) -> Option<&'static str> {
-    (architecture.rules.embedding_scale == EmbeddingScale::AllRows && layers.start() > 0).then_some("inp_scaled")
+    architecture.input_node.filter(|_| layers.start() > 0 || architecture.looks_up_rows())
 }

@@ -5,14 +5,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::UNIX_EPOCH;
 
-use brigade_base::{Hash, ModelId, Token};
+use brigade_base::{Hash, KvTypes, ModelId, Token};
 use brigade_engine::{TokenizeError, Vocabulary};
 use brigade_gguf::{
     Architecture, ArchitectureError, Catalog, Manifest, ModelFile, OpenError, model_id, vocabulary_header,
 };
 use brigade_plan::ModelProfile;
 
-use crate::serving::SubmitError;
+use crate::serving::{ModelCard, SubmitError};
 
 /// A model file could not be used.
 #[derive(Debug, thiserror::Error)]
@@ -116,9 +116,9 @@ impl LocalModel {
         &self.name
     }
 
-    /// What it costs, for the planner.
-    pub fn profile(&self) -> ModelProfile {
-        profile_of(&self.architecture)
+    /// What it costs with keys and values stored so, for the planner.
+    pub fn profile(&self, kv: KvTypes) -> ModelProfile {
+        profile_of(&self.architecture, kv)
     }
 
     /// Looks up the embeddings of `tokens` as the file has them; `out` becomes `[n_tokens, n_embd]`.
@@ -156,36 +156,95 @@ pub(crate) fn load_vocabulary(header: Vec<u8>) -> Result<Vocabulary, ModelError>
         .map_err(|error| ModelError::Vocabulary(error.to_string()))
 }
 
-/// The tokens of `text` for a session of `context` tokens.
+/// The tokens of `text` for a session of the model on the card.
 ///
 /// # Errors
 /// If the text is too long to be any prompt.
 pub(crate) fn tokenize(
     vocabulary: &Vocabulary,
-    context: u32,
+    card: &ModelCard,
     text: &str,
     add_special: bool,
     parse_special: bool,
 ) -> Result<Vec<Token>, SubmitError> {
-    vocabulary.tokenize_at_most(text, add_special, parse_special, context as usize).map_err(|error| match error {
-        TokenizeError::TooManyTokens { at_least: tokens, .. } => SubmitError::PromptTooLong { tokens, context },
+    let most = card.context as usize;
+    vocabulary.tokenize_at_most(text, add_special, parse_special, most).map_err(|error| match error {
+        TokenizeError::TooManyTokens { at_least: tokens, .. } => card.too_long(tokens),
         other => SubmitError::Invalid(other.to_string()),
     })
 }
 
-/// What a model costs, by its header alone.
+/// The tokens of a query and a document as the model on the card was trained to see them: by its own template, else
+/// both behind each other with the marks that its tokenizer puts around texts, as llama.cpp does.
 ///
 /// # Errors
-/// If its architecture cannot be split.
-pub fn model_profile(catalog: &Catalog) -> Result<ModelProfile, ModelError> {
-    Ok(profile_of(&Architecture::of(catalog)?))
+/// If they are longer than a text may be.
+pub(crate) fn tokenize_pair(
+    vocabulary: &Vocabulary,
+    card: &ModelCard,
+    query: &str,
+    document: &str,
+) -> Result<Vec<Token>, SubmitError> {
+    let tokens = match &card.rank_template {
+        Some(template) => tokenize(vocabulary, card, &fill(template, query, document), false, true)?,
+        None => {
+            let marks = Marks::of(vocabulary);
+            let query = tokenize(vocabulary, card, query, false, false)?;
+            let document = tokenize(vocabulary, card, document, false, false)?;
+            marks.around(query, document)
+        }
+    };
+    if tokens.len() > card.context as usize { Err(card.too_long(tokens.len())) } else { Ok(tokens) }
+}
+
+/// A template with query and document in their places. What they say themselves is left as it is.
+fn fill(template: &str, query: &str, document: &str) -> String {
+    let with_documents = |text: &str| text.replace("{document}", document);
+    template.split("{query}").map(with_documents).collect::<Vec<_>>().join(query)
+}
+
+/// The tokens around two texts that belong together.
+struct Marks {
+    start: Option<Token>,
+    separator: Option<Token>,
+    end: Option<Token>,
+}
+
+impl Marks {
+    fn of(vocabulary: &Vocabulary) -> Self {
+        let end = vocabulary.eos().or(vocabulary.separator());
+        Self {
+            start: vocabulary.bos().filter(|_| vocabulary.adds_bos()),
+            separator: vocabulary.separator().filter(|_| vocabulary.adds_separator()),
+            // A tokenizer that ends texts with the separator ends the document with it too.
+            end: end.filter(|_| vocabulary.adds_eos()),
+        }
+    }
+
+    fn around(&self, query: Vec<Token>, document: Vec<Token>) -> Vec<Token> {
+        let mut tokens: Vec<Token> = self.start.into_iter().chain(query).collect();
+        tokens.extend(self.end.into_iter().chain(self.separator).chain(document));
+        tokens.extend(self.end.or(self.separator));
+        tokens
+    }
+}
+
+/// What a model costs with keys and values stored so, by its header alone.
+///
+/// # Errors
+/// If its architecture cannot be split, or its keys and values not stored so.
+pub fn model_profile(catalog: &Catalog, kv: KvTypes) -> Result<ModelProfile, ModelError> {
+    let architecture = Architecture::of(catalog)?;
+    architecture.check_kv(kv)?;
+    Ok(profile_of(&architecture, kv))
 }
 
 /// What a model of this architecture costs.
-pub(crate) fn profile_of(a: &Architecture) -> ModelProfile {
+pub(crate) fn profile_of(a: &Architecture, kv: KvTypes) -> ModelProfile {
     ModelProfile {
         layer_bytes: (0..a.n_layers).map(|i| a.layer_bytes(i)).collect(),
-        kv_bytes_per_token: (0..a.n_layers).map(|i| a.kv_bytes_per_token(i)).collect(),
+        kv_bytes_per_token: (0..a.n_layers).map(|i| a.kv_bytes_per_token(i, kv)).collect(),
+        state_bytes: (0..a.n_layers).map(|i| a.state_bytes(i)).collect(),
         head_bytes: a.head_bytes(),
         embedding_bytes: a.unread_embedding_bytes(),
         cut_points: a.cut_points(),
@@ -265,6 +324,21 @@ const MAX_HASH_THREADS: usize = 8;
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_template_is_filled_once() {
+        let filled = fill("<q>{query}<d>{document}", "a {document}", "b {query}");
+        assert_eq!(filled, "<q>a {document}<d>b {query}");
+    }
+
+    #[test]
+    fn a_pair_has_the_marks_of_its_tokenizer() {
+        let around = |start, separator, end| Marks { start, separator, end }.around(vec![1], vec![2]);
+        assert_eq!(around(Some(7), Some(8), None), [7, 1, 8, 2, 8], "bert");
+        assert_eq!(around(Some(7), Some(8), Some(9)), [7, 1, 9, 8, 2, 9], "roberta");
+        assert_eq!(around(None, None, Some(9)), [1, 9, 2, 9], "a decoder");
+        assert_eq!(around(None, None, None), [1, 2]);
+    }
 
     #[test]
     fn the_number_of_a_split_is_no_part_of_the_name() {

@@ -28,7 +28,7 @@ pub(crate) const KV_PADDING: u32 = 256;
 pub struct StageMemory {
     /// Its layers, and on the coordinator the head and the embedding.
     pub weights: ByteSize,
-    /// KV cache of all sessions at full context.
+    /// KV cache of all sessions at full context, and recurrent states.
     pub kv: ByteSize,
     /// Activations of one batch, and the process itself.
     pub compute: ByteSize,
@@ -44,8 +44,10 @@ impl StageMemory {
 /// What `layers` take; `is_tail` adds what only the coordinator holds.
 pub(crate) fn stage_memory(model: &ModelProfile, demand: &Demand, layers: LayerRange, is_tail: bool) -> StageMemory {
     let of = |bytes: &[u64]| {
-        bytes[layers.start() as usize..layers.end() as usize].iter().fold(0u64, |sum, &b| sum.saturating_add(b))
+        let own = bytes.get(layers.start() as usize..layers.end() as usize).unwrap_or_default();
+        own.iter().fold(0u64, |sum, &b| sum.saturating_add(b))
     };
+    let state = of(&model.state_bytes).saturating_mul(demand.parallel.into());
     let tokens = u64::from(demand.context.next_multiple_of(KV_PADDING)) * u64::from(demand.parallel);
     // Activations of a layer live one after the other: the hidden state and its residual, the widest product, and
     // the scores of attention; all in F32. Logits exist only where tokens are chosen, for one row of each session.
@@ -56,7 +58,7 @@ pub(crate) fn stage_memory(model: &ModelProfile, demand: &Demand, layers: LayerR
     let floor = if is_tail { COMPUTE_FLOOR + COORDINATOR_FLOOR } else { COMPUTE_FLOOR };
     StageMemory {
         weights: ByteSize(of(&model.layer_bytes).saturating_add(if is_tail { tail_bytes(model) } else { 0 })),
-        kv: ByteSize(of(&model.kv_bytes_per_token).saturating_mul(tokens)),
+        kv: ByteSize(of(&model.kv_bytes_per_token).saturating_mul(tokens).saturating_add(state)),
         compute: ByteSize(floor + row.saturating_mul(u64::from(demand.max_rows)) + scores + logits),
     }
 }

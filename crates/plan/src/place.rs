@@ -337,6 +337,7 @@ mod tests {
         ModelProfile {
             layer_bytes: vec![100 * MIB; n_layers as usize],
             kv_bytes_per_token: vec![1024; n_layers as usize],
+            state_bytes: Vec::new(),
             head_bytes: 200 * MIB,
             cut_points: (1..n_layers).collect(),
             n_embd: 64,

@@ -16,6 +16,9 @@ pub struct ModelProfile {
     pub layer_bytes: Vec<u64>,
     /// Bytes of KV cache per token of each layer; as long as `layer_bytes`.
     pub kv_bytes_per_token: Vec<u64>,
+    /// Bytes of the state that each session has in each layer, however long it is; as long as `layer_bytes`, or empty
+    /// for a model without such layers.
+    pub state_bytes: Vec<u64>,
     /// Bytes of the final norm and the head, which are with the last layer.
     pub head_bytes: u64,
     /// Bytes that the coordinator holds of the token embedding, beside the head.

@@ -198,6 +198,7 @@ fn tiny_llama() -> ModelProfile {
     ModelProfile {
         layer_bytes: vec![2 * weights; 22],
         kv_bytes_per_token: vec![1024; 22],
+        state_bytes: Vec::new(),
         head_bytes: 2 * 2048 * 32_000,
         embedding_bytes: 2 * 2048 * 32_000,
         cut_points: (1..22).collect(),
@@ -303,6 +304,7 @@ fn petals_cases() -> Vec<Case> {
         ModelProfile {
             layer_bytes: vec![weights; n_layers],
             kv_bytes_per_token: vec![4 * embd; n_layers],
+            state_bytes: Vec::new(),
             head_bytes: 2 * vocab * embd,
             cut_points: (1..n_layers as u32).collect(),
             n_embd: embd as u32,

@@ -2,7 +2,7 @@
 
 use brigade_base::{ByteSize, NodeId, TenantId, Token};
 use brigade_plan::{Curve, Demand, ModelProfile, NodeProfile, Speed, SpeedSource};
-use brigade_protocol::schedule::{Limits, PrefixCache};
+use brigade_protocol::schedule::{Limits, PrefixCache, Task};
 
 use crate::model::{MAX_LAYERS, Model, N_EMBD};
 use crate::network::{Distance, MS, Nanos, NodeIdx, SECOND};
@@ -132,6 +132,7 @@ impl Scenario {
             n_stages: 1,
             cache: random.pick(&[PrefixCache::Off, PrefixCache::Exact, PrefixCache::Full]),
             image_tokens: random.pick(&[0, 300, 2000]),
+            task: Task::Generate,
         };
         let model = Model { n_layers, minds_way: limits.cache != PrefixCache::Full };
         let share = random.pick(&[0, 0, 60, 100]);
@@ -178,6 +179,7 @@ fn profile(n_layers: u32) -> ModelProfile {
     ModelProfile {
         layer_bytes: vec![LAYER_BYTES; n_layers as usize],
         kv_bytes_per_token: vec![100; n_layers as usize],
+        state_bytes: Vec::new(),
         head_bytes: LAYER_BYTES / 2,
         cut_points: (1..n_layers).collect(),
         n_embd: N_EMBD,

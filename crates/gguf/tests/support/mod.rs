@@ -50,6 +50,12 @@ fn fill(name: &str, offset: u64, buf: &mut [u8]) -> io::Result<()> {
     Ok(())
 }
 
+/// Architectures whose head libllama takes from the token embedding whatever else there is.
+pub const ALWAYS_TIED: [&str; 7] = ["gemma", "gemma2", "cohere2", "command-r", "openelm", "bitnet", "plm"];
+
+/// Architectures that look up tokens themselves.
+pub const TAKES_TOKENS: [&str; 2] = ["gemma3n", "gemma4"];
+
 /// What a synthetic model is like.
 pub struct Recipe {
     pub architecture: &'static str,
@@ -61,7 +67,7 @@ pub struct Recipe {
 
 impl Recipe {
     pub fn new(architecture: &'static str, n_layers: u32) -> Self {
-        Self { architecture, n_layers, n_embd: 64, tied: architecture == "gemma2", extra: Vec::new() }
+        Self { architecture, n_layers, n_embd: 64, tied: ALWAYS_TIED.contains(&architecture), extra: Vec::new() }
     }
 
     #[must_use]
@@ -90,8 +96,12 @@ impl Recipe {
             set("expert_used_count", 2.into());
             set("expert_feed_forward_length", 32.into());
         }
-        if self.architecture.starts_with("gemma") {
+        if !["llama", "qwen2", "qwen3", "qwen3moe", "phi3"].contains(&self.architecture) {
             set("attention.sliding_window", 32.into());
+        }
+        if ["granite_swa", "maple", "mimo2", "step35", "spark2_5", "gemma4"].contains(&self.architecture) {
+            let slides: Vec<bool> = (0..self.n_layers).map(|layer| layer % 3 != 2).collect();
+            set("attention.sliding_window_pattern", Array::of_bool(&slides).into());
         }
         for (key, value) in &self.extra {
             set(key, value.clone());

@@ -302,6 +302,7 @@ pub(super) mod tests {
         let model = ModelProfile {
             layer_bytes: vec![100 * MIB; n_layers as usize],
             kv_bytes_per_token: vec![1024; n_layers as usize],
+            state_bytes: Vec::new(),
             head_bytes: MIB,
             cut_points: (1..n_layers).collect(),
             n_embd: 4096,
@@ -363,6 +364,8 @@ pub(super) mod tests {
             chat_template: None,
             bos_text: String::new(),
             eos_text: String::new(),
+            purpose: crate::serving::Purpose::Generate,
+            rank_template: None,
         };
         ClusterStatus { state: "ready".to_owned(), nodes: vec![member(1), member(9)], ..blank_status(&card) }
     }

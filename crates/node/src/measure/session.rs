@@ -104,7 +104,7 @@ impl<'a> Session<'a> {
     pub(super) fn new(request: &'a MeasureRequest, options: &'a MeasureOptions) -> Result<Self, MeasureError> {
         let begin = Instant::now();
         let architecture = Architecture::of(&request.catalog)?;
-        let profile = profile_of(&architecture);
+        let profile = profile_of(&architecture, request.kv);
         let mut bounds = vec![0];
         bounds.extend_from_slice(&profile.cut_points);
         bounds.push(profile.n_layers());
@@ -171,7 +171,7 @@ impl<'a> Session<'a> {
     /// What a stage takes in memory, about.
     pub(super) fn memory(&self, view: &StageView, shape: Shape) -> u64 {
         let cells = u64::from(shape.n_ctx).next_multiple_of(256) * u64::from(shape.n_sessions);
-        let kv: u64 = shape.layers.iter().map(|layer| self.architecture.kv_bytes_per_token(layer)).sum();
+        let kv: u64 = shape.layers.iter().map(|layer| self.architecture.kv_bytes_per_token(layer, shape.kv)).sum();
         let per_row = (4 * u64::from(self.profile.n_heads)).saturating_mul(shape.n_ctx.into());
         let scores = per_row.saturating_mul(shape.max_rows.into());
         // The engine holds no more of them than this.
@@ -220,7 +220,7 @@ impl<'a> Session<'a> {
         let view = StageView::new(&self.request.catalog, layers)?;
         let n_ctx = self.request.context.max(1);
         let max_rows = self.request.max_rows.clamp(2, 1 << 14);
-        Ok((view, Shape { layers, n_ctx, n_sessions: 2, max_rows }))
+        Ok((view, Shape { layers, n_ctx, n_sessions: 2, max_rows, kv: self.request.kv }))
     }
 
     pub(super) fn load_thin(&mut self) -> Result<Bench, MeasureError> {
@@ -244,7 +244,8 @@ impl<'a> Session<'a> {
         let by_load = thin.load_bytes_per_s * self.options.budget.as_secs_f64() * THICK_LOAD_SHARE / mean_bytes;
         let most_work = by_time.min(by_load);
         let n_sessions = self.request.sessions.clamp(1, DECODE_ROWS[5]);
-        let shape = |layers| Shape { layers, n_ctx: 256.min(self.request.context.max(1)), n_sessions, max_rows: 32 };
+        let (n_ctx, kv) = (256.min(self.request.context.max(1)), self.request.kv);
+        let shape = |layers| Shape { layers, n_ctx, n_sessions, max_rows: 32, kv };
         let (mut first, mut end) = (at, at + 1);
         let mut best = None;
         // One piece more at the end or the start, as long as that is allowed.
@@ -385,7 +386,8 @@ impl<'a> Session<'a> {
         let layers = self.layers(n_pieces - 1, n_pieces)?;
         let view = StageView::new(&self.request.catalog, layers)?;
         let n_sessions = self.request.sessions.clamp(1, HEAD_ROWS[2]);
-        let shape = Shape { layers, n_ctx: 256.min(self.request.context.max(1)), n_sessions, max_rows: n_sessions };
+        let (n_ctx, kv) = (256.min(self.request.context.max(1)), self.request.kv);
+        let shape = Shape { layers, n_ctx, n_sessions, max_rows: n_sessions, kv };
         // The two stages before are gone.
         self.room = system::available_memory().0 / MEMORY_DIVISOR;
         let load_s = view.weight_bytes() as f64 / load_bytes_per_s;

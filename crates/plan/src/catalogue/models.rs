@@ -8,6 +8,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::LazyLock;
 
+use brigade_base::KvTypes;
 use serde::Deserialize;
 
 use super::{nearest, same_name};
@@ -209,16 +210,17 @@ impl Shape {
         }
     }
 
-    /// Bytes of KV cache of a token in one layer, in F16. Latent attention caches its short vector alone.
-    fn kv_bytes_per_token(&self) -> u64 {
-        2 * match self.mla {
-            Some(mla) => u64::from(mla.kv_rank + mla.rope),
-            None => 2 * u64::from(self.kv_heads) * u64::from(self.head_dim),
+    /// Bytes of KV cache of a token in one layer. Latent attention caches its short vector alone.
+    fn kv_bytes_per_token(&self, kv: KvTypes) -> u64 {
+        let heads = u64::from(self.kv_heads) * u64::from(self.head_dim);
+        match self.mla {
+            Some(mla) => kv.k.bytes(u64::from(mla.kv_rank + mla.rope)),
+            None => kv.k.bytes(heads) + kv.v.bytes(heads),
         }
     }
 
-    /// What the model costs in a file of that quantisation.
-    pub fn profile(&self, quant: Quant) -> ModelProfile {
+    /// What the model costs in a file of that quantisation, with keys and values stored so.
+    pub fn profile(&self, quant: Quant, kv: KvTypes) -> ModelProfile {
         let bits = quant.bits();
         let bytes = |weights: u64, bits: f64| (weights as f64 * bits / 8.0).round() as u64;
         let (mut layer_bytes, mut expert_bytes, mut n_weights) = (Vec::new(), 0, 0);
@@ -236,7 +238,8 @@ impl Shape {
         let embedding = if self.tied { 0 } else { matrix };
         let experts = self.experts;
         ModelProfile {
-            kv_bytes_per_token: vec![self.kv_bytes_per_token(); layer_bytes.len()],
+            kv_bytes_per_token: vec![self.kv_bytes_per_token(kv); layer_bytes.len()],
+            state_bytes: Vec::new(),
             layer_bytes,
             head_bytes: bytes(matrix, bits.head),
             embedding_bytes: bytes(embedding, bits.embedding),
@@ -288,7 +291,7 @@ pub fn shape(name: &str) -> Result<&'static Shape, UnknownModel> {
 /// # Errors
 /// If there is no shape of that name.
 pub fn profile(name: &str, quant: Quant) -> Result<ModelProfile, UnknownModel> {
-    shape(name).map(|shape| shape.profile(quant))
+    shape(name).map(|shape| shape.profile(quant, KvTypes::default()))
 }
 
 #[cfg(test)]
@@ -340,12 +343,12 @@ mod tests {
     fn all_shapes_are_sound() {
         assert!(shapes().len() >= 28);
         for shape in shapes() {
-            let profile = shape.profile(Quant::Q4_K_M);
+            let profile = shape.profile(Quant::Q4_K_M, KvTypes::default());
             assert_eq!(profile.layer_bytes.len(), profile.kv_bytes_per_token.len(), "{}", shape.name);
             assert!(profile.expert_bytes < profile.layer_bytes.iter().sum(), "{}", shape.name);
             assert_eq!(profile.n_experts > 0, profile.expert_bytes > 0, "{}", shape.name);
             assert_eq!(names().filter(|name| same_name(name, &shape.name)).count(), 1, "{}", shape.name);
-            let sizes = Quant::ALL.map(|quant| gib(&shape.profile(quant)));
+            let sizes = Quant::ALL.map(|quant| gib(&shape.profile(quant, KvTypes::default())));
             let dense = profile.n_experts == 0;
             for pair in Quant::ALL.windows(2).zip(sizes.windows(2)).filter(|_| dense) {
                 let (quants, sizes) = pair;

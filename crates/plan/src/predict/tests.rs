@@ -20,6 +20,7 @@ impl Ring {
         let model = ModelProfile {
             layer_bytes: vec![1 << 20; n],
             kv_bytes_per_token: vec![1024; n],
+            state_bytes: Vec::new(),
             cut_points: (1..n as u32).collect(),
             n_embd: 1000,
             ..ModelProfile::default()

@@ -30,6 +30,7 @@ pub(super) fn settings(mib: u64, nodes_wanted: usize) -> Settings {
     let model = ModelProfile {
         layer_bytes: vec![100 << 20; 9],
         kv_bytes_per_token: vec![16; 9],
+        state_bytes: Vec::new(),
         head_bytes: 1 << 20,
         cut_points: (1..9).collect(),
         n_embd: 8,
