@@ -5,7 +5,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help deps build demo test lint bench chaos sim dist clean
+.PHONY: help deps build demo test lint bench chaos sim fuzz dist clean
 
 # Build products lie outside the working tree, so that several trees share them. Override it as you like.
 export CARGO_TARGET_DIR ?= $(HOME)/.cache/brigade/target
@@ -57,6 +57,9 @@ chaos: build ## Break nodes and links a hundred times under load; ARGS="..." goe
 
 sim: ## Simulate clusters without end, one for each seed, until one fails; ARGS="..." goes to the simulator
 	cargo run --release -p brigade-sim -- --forever $(ARGS)
+
+fuzz: ## Feed parsers and templates with hostile input, ten minutes each; ARGS="..." are options
+	@sh scripts/fuzz.sh $(ARGS)
 
 dist: deps ## Build a program for other machines of this kind and pack it into dist/
 	RUSTFLAGS= cargo build --locked --profile dist -p brigade

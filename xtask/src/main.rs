@@ -6,9 +6,11 @@
 //! - [`bench`] measures. It and the demo run real `brigade` processes through [`cluster`] and [`processes`], and
 //!   compare them with [`whole`], the same model in one process.
 //! - [`guide`] writes what typical homes get from a cluster, by the planner; it is also a test.
+//! - [`certify`] makes tiny models of each architecture and tells which can be cut, and how exactly.
 //! - [`chaos`] kills, freezes and cuts off nodes under load, and compares every answer with the undisturbed one.
 
 mod bench;
+mod certify;
 mod chaos;
 mod cluster;
 mod demo;
@@ -49,6 +51,8 @@ enum Task {
     Bench(bench::Bench),
     /// Write docs/should-i-cluster.md from the planner, or check it
     Guide(guide::GuideArgs),
+    /// Make tiny models of each architecture, and run them whole and cut
+    Certify(certify::CertifyArgs),
     /// Break nodes and links at random under load, and compare every answer with the undisturbed one
     Chaos(chaos::ChaosArgs),
 }
@@ -66,6 +70,7 @@ fn main() -> ExitCode {
         Task::Demo => demo::run(),
         Task::Bench(bench) => bench::run(&bench),
         Task::Guide(args) => guide::run(&root(), &args),
+        Task::Certify(args) => certify::run(&args),
         Task::Chaos(args) => chaos::run(&args),
     };
     match result {

@@ -7,7 +7,7 @@ use std::fs::File;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use brigade_base::Token;
+use brigade_base::{KvTypes, Token};
 use brigade_engine::{Input, Row, Sampler, Sampling, Stage, StageOptions, Vocabulary};
 
 use crate::failure::{Failure, Outcome};
@@ -46,7 +46,10 @@ impl Whole {
             n_embd: 0,
             n_vocab: 0,
             input_node: None,
+            looks_up_rows: false,
             stop_node: None,
+            pooling: None,
+            kv: KvTypes::default(),
         };
         let stage = Stage::load_file(path, options).map_err(|error| failed(&error))?;
         let file = File::open(path).map_err(|error| failed(&error))?;

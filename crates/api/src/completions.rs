@@ -1,4 +1,4 @@
-//! Completions, from a request to its answer, under one id.
+//! Completions, from a request to its answer, under one id. Other requests for a model's work get theirs here too.
 //!
 //! The id is drawn before anything is read. It is the answer's `id`, the header `x-request-id` of answers and refusals
 //! alike, the name of the request in the node's traces, and in the span of every log line that is written for it here.
@@ -11,7 +11,7 @@ use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::response::{IntoResponse, Response};
 use brigade_base::Token;
-use brigade_node::serving::{self, ModelCard};
+use brigade_node::serving::{self, ModelCard, Purpose};
 use jiff::Zoned;
 use serde_json::Value;
 use tracing::{Instrument, Span, field};
@@ -22,6 +22,7 @@ use crate::error::ApiError;
 use crate::request::{Chat, Completion, Options, Prompt, Scope};
 use crate::routes::{Answered, App, Shared, blocking};
 use crate::stream;
+use crate::texts::check_purpose;
 
 /// Names a request: ours in an answer, and a client's own in a request, which is only logged beside.
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -31,7 +32,7 @@ const MAX_CLIENT_ID_BYTES: usize = 128;
 
 /// `POST /v1/chat/completions`.
 pub(crate) async fn chat(State(app): Shared, Extension(caller): Extension<Caller>, request: Request) -> Response {
-    under_id(app, Kind::Chat, caller, request, |app, body, random_seed| {
+    complete_under_id(app, Kind::Chat, caller, request, |app, body, random_seed| {
         let chat = Chat::parse(body, Scope { model: app.serving.model(), random_seed })?;
         let template = app.template.as_ref().map_err(|error| ApiError::from(error.clone()))?;
         let prompt = template.render(&chat.messages, &Zoned::now())?;
@@ -43,7 +44,7 @@ pub(crate) async fn chat(State(app): Shared, Extension(caller): Extension<Caller
 
 /// `POST /v1/completions`.
 pub(crate) async fn plain(State(app): Shared, Extension(caller): Extension<Caller>, request: Request) -> Response {
-    under_id(app, Kind::Plain, caller, request, |app, body, random_seed| {
+    complete_under_id(app, Kind::Plain, caller, request, |app, body, random_seed| {
         let completion = Completion::parse(body, Scope { model: app.serving.model(), random_seed })?;
         let prompt = match completion.prompt {
             Prompt::Text(text) => app.serving.tokenize(&text, true, true)?,
@@ -54,22 +55,29 @@ pub(crate) async fn plain(State(app): Shared, Extension(caller): Extension<Calle
     .await
 }
 
-/// Draws an id and answers under it.
-async fn under_id(
+async fn complete_under_id(
     app: Arc<App>,
     kind: Kind,
     caller: Caller,
     request: Request,
     prepare: impl FnOnce(&App, Value, u64) -> Answered<(Vec<Token>, Options)> + Send + 'static,
 ) -> Response {
-    let (id, header) = match new_id(kind) {
+    let prefix = match kind {
+        Kind::Chat => "chatcmpl",
+        Kind::Plain => "cmpl",
+    };
+    under_id(prefix, |id| complete(app, kind, id, caller, request, prepare)).await
+}
+
+/// Draws an id that begins with `prefix`, and answers under it with what `work` does.
+pub(crate) async fn under_id<W: Future<Output = Answered>>(prefix: &str, work: impl FnOnce(String) -> W) -> Response {
+    let (id, header) = match new_id(prefix) {
         Ok(drawn) => drawn,
         Err(error) => return error.into_response(),
     };
     let span = tracing::info_span!("completion", request = id, client_request = field::Empty);
     let answered = async {
-        let answered = complete(app, kind, id, caller, request, prepare).await;
-        answered.unwrap_or_else(|error| {
+        work(id).await.unwrap_or_else(|error| {
             tracing::debug!(%error, "the request was not answered");
             error.into_response()
         })
@@ -88,14 +96,13 @@ async fn complete(
     request: Request,
     prepare: impl FnOnce(&App, Value, u64) -> Answered<(Vec<Token>, Options)> + Send + 'static,
 ) -> Answered {
-    if let Some(client_id) = client_id(request.headers())? {
-        Span::current().record("client_request", client_id);
-    }
+    note_client_id(request.headers())?;
     let entry = app.gate.enter()?;
     let body = app.bodies.read(request).await?;
     let (answer, events, streams) = blocking(move || {
         // What is made of the body takes as much memory, so its room is kept until the session has the prompt.
         let (body, _room) = body.json()?;
+        check_purpose(app.serving.model(), Purpose::Generate)?;
         let (prompt, options) = prepare(&app, body, random()?)?;
         tracing::debug!(prompt_tokens = prompt.len(), stream = options.stream, "the request is handed on");
         let answer = answer(kind, id.clone(), app.serving.model(), &options);
@@ -131,14 +138,21 @@ fn answer(kind: Kind, id: String, card: &ModelCard, options: &Options) -> Answer
 }
 
 /// An id that nobody can guess, also as a header.
-fn new_id(kind: Kind) -> Answered<(String, HeaderValue)> {
-    let prefix = match kind {
-        Kind::Chat => "chatcmpl",
-        Kind::Plain => "cmpl",
-    };
+fn new_id(prefix: &str) -> Answered<(String, HeaderValue)> {
     let id = format!("{prefix}-{:016x}{:016x}", random()?, random()?);
     let header = HeaderValue::try_from(&id).map_err(|error| ApiError::internal(error.to_string()))?;
     Ok((id, header))
+}
+
+/// Writes the client's own id of its request into the log, if it sent one.
+///
+/// # Errors
+/// 400 if it is none.
+pub(crate) fn note_client_id(headers: &HeaderMap) -> Answered<()> {
+    if let Some(client_id) = client_id(headers)? {
+        Span::current().record("client_request", client_id);
+    }
+    Ok(())
 }
 
 /// The client's own id of its request, if it sent one.

@@ -120,7 +120,9 @@ impl From<SubmitError> for ApiError {
         match error {
             SubmitError::NotReady(_) | SubmitError::Stopping => Self::unavailable(message),
             SubmitError::Busy { .. } => Self::busy(message),
-            SubmitError::PromptTooLong { .. } => Self::bad_request(message).with_code("context_length_exceeded"),
+            SubmitError::PromptTooLong { .. } | SubmitError::TextTooLong { .. } => {
+                Self::bad_request(message).with_code("context_length_exceeded")
+            }
             SubmitError::PromptEmpty | SubmitError::UnknownToken { .. } | SubmitError::Invalid(_) => {
                 Self::bad_request(message)
             }

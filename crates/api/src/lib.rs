@@ -10,7 +10,8 @@
 //! it keeps nothing between two of them. A request that cannot be honoured to the letter is refused by the
 //! name of the field; nothing that a client asks for is silently ignored.
 //!
-//! Routes: `POST /v1/chat/completions`, `POST /v1/completions`, `GET /v1/models[/ID]`, `GET /health`, `GET /ready`,
+//! Routes: `POST /v1/chat/completions`, `POST /v1/completions`, `POST /v1/embeddings`, `POST /v1/rerank`,
+//! `GET /v1/models[/ID]`, `GET /health`, `GET /ready`,
 //! `GET /metrics`, and Brigade's own `GET /brigade/v1/status`, `POST /brigade/v1/{tokenize,detokenize}`,
 //! `GET /debug/requests/ID`, and for the admin token `GET, POST /brigade/v1/tickets` and
 //! `DELETE /brigade/v1/tickets/ID`.
@@ -23,16 +24,18 @@ mod access;
 mod answer;
 mod body;
 mod completions;
+mod embeddings;
 mod error;
 mod fields;
 mod gate;
 mod insight;
 mod patience;
 mod request;
+mod rerank;
 mod routes;
 mod server;
 mod stream;
-pub mod template;
+mod texts;
 mod traffic;
 
 use std::sync::Arc;
@@ -40,6 +43,7 @@ use std::sync::Arc;
 use axum::Router;
 use brigade_node::serving::Serving;
 
+pub use brigade_template as template;
 pub use server::{Server, serve};
 
 /// Default of [`ApiOptions::body_limit`]: some million tokens of text, more than a context of 2^18.

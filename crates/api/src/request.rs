@@ -53,7 +53,7 @@ pub(crate) struct Completion {
     pub(crate) options: Options,
 }
 
-/// What a plain completion goes on from.
+/// What a plain completion goes on from, or a text that is embedded.
 #[derive(Debug, PartialEq)]
 pub(crate) enum Prompt {
     /// To be tokenized.
@@ -164,12 +164,7 @@ fn token(id: i64, n_vocab: u32) -> Option<Token> {
 impl Options {
     /// Reads what both kinds of completion share; `logprobs` is the caller's.
     fn parse(fields: &mut Fields, scope: Scope<'_>) -> Result<Self, ApiError> {
-        if let Some(name) = fields.string("model")?
-            && name != scope.model.name
-            && name != "default"
-        {
-            return Err(ApiError::unknown_model(&clip(&name), &scope.model.name));
-        }
+        check_model(fields, scope.model)?;
         fields.unsupported("n", |value| value.as_i64() == Some(1))?;
         fields.unsupported("store", |value| *value == Value::Bool(false))?;
         fields.ignore(&[
@@ -187,12 +182,26 @@ impl Options {
             stop: stop(fields)?,
             logprobs: None,
             ignore_end: fields.bool("ignore_eos")?.unwrap_or(false),
-            priority: fields.integer("priority", -MAX_PRIORITY..=MAX_PRIORITY)?.map_or(0, |n| n as i32),
+            priority: priority(fields)?,
             timeout: timeout(fields)?,
             stream,
             include_usage: include_usage(fields, stream)?,
         })
     }
+}
+
+/// Refuses the name of another model than the one that is served.
+pub(crate) fn check_model(fields: &mut Fields, model: &ModelCard) -> Result<(), ApiError> {
+    match fields.string("model")? {
+        Some(name) if name != model.name && name != "default" => {
+            Err(ApiError::unknown_model(&clip(&name), &model.name))
+        }
+        _ => Ok(()),
+    }
+}
+
+pub(crate) fn priority(fields: &mut Fields) -> Result<i32, ApiError> {
+    Ok(fields.integer("priority", -MAX_PRIORITY..=MAX_PRIORITY)?.map_or(0, |n| n as i32))
 }
 
 fn include_usage(fields: &mut Fields, stream: bool) -> Result<bool, ApiError> {
@@ -238,7 +247,7 @@ fn sampling(fields: &mut Fields, scope: Scope<'_>) -> Result<Sampling, ApiError>
 }
 
 /// Above 0, since in no time there is no answer; what rounds to no nanosecond is none either.
-fn timeout(fields: &mut Fields) -> Result<Option<Duration>, ApiError> {
+pub(crate) fn timeout(fields: &mut Fields) -> Result<Option<Duration>, ApiError> {
     let Some(seconds) = fields.number("timeout", f64::MIN..=f64::MAX)? else { return Ok(None) };
     let duration = (seconds <= MAX_TIMEOUT_S).then(|| Duration::try_from_secs_f64(seconds).ok()).flatten();
     match duration.filter(|duration| !duration.is_zero()) {

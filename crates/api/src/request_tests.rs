@@ -16,6 +16,8 @@ fn card() -> ModelCard {
         chat_template: None,
         bos_text: String::new(),
         eos_text: String::new(),
+        purpose: brigade_node::serving::Purpose::Generate,
+        rank_template: None,
     }
 }
 

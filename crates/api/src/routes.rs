@@ -14,7 +14,7 @@ use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use axum::{Json, Router};
-use brigade_node::serving::{ModelCard, Readiness, Serving, SubmitError};
+use brigade_node::serving::{ModelCard, Purpose, Readiness, Serving, SubmitError};
 use serde_json::{Value, json};
 use tokio::sync::{Semaphore, oneshot};
 use tracing::Span;
@@ -27,7 +27,7 @@ use crate::gate::Gate;
 use crate::request::tokens;
 use crate::template::{ChatTemplate, TemplateError};
 use crate::traffic::{Traffic, count};
-use crate::{ApiOptions, completions, insight};
+use crate::{ApiOptions, completions, embeddings, insight, rerank};
 
 /// Longest life of a ticket: a month. Who needs longer makes another one.
 const MAX_TICKET_TTL_S: i64 = 31 * 24 * 3600;
@@ -54,7 +54,7 @@ pub(crate) type Answered<T = Response> = Result<T, ApiError>;
 pub(crate) fn router(serving: Arc<dyn Serving>, options: &ApiOptions, gate: Arc<Gate>) -> Router {
     let card = serving.model();
     let template = ChatTemplate::new(card.chat_template.as_deref(), &card.bos_text, &card.eos_text);
-    if let Err(error) = &template {
+    if let (Err(error), Purpose::Generate) = (&template, card.purpose) {
         tracing::warn!(%error, model = card.name, "chat completions will be refused");
     }
     let access = Arc::new(Access::new(options));
@@ -66,6 +66,8 @@ pub(crate) fn router(serving: Arc<dyn Serving>, options: &ApiOptions, gate: Arc<
     Router::new()
         .route("/v1/chat/completions", post(completions::chat))
         .route("/v1/completions", post(completions::plain))
+        .route("/v1/embeddings", post(embeddings::embeddings))
+        .route("/v1/rerank", post(rerank::rerank))
         .route("/v1/models", get(models))
         .route("/v1/models/{*id}", get(model))
         .route("/health", get(health))

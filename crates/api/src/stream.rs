@@ -51,7 +51,8 @@ pub(crate) async fn whole(mut answer: Answer, mut events: UnboundedReceiver<Even
                 logprobs.extend(logprob);
             }
             Some(Event::Text { text: more }) => text.push_str(&more),
-            Some(Event::Paused { .. } | Event::Resumed) => {}
+            // A model that embeds texts is asked elsewhere.
+            Some(Event::Pooled { .. } | Event::Paused { .. } | Event::Resumed) => {}
             Some(Event::Done { reason, usage }) => {
                 let body = answer.whole(&text, &logprobs, reason, usage);
                 let body = body.map_err(|error| ApiError::internal(error.to_string()))?;
@@ -123,6 +124,7 @@ impl EventBody {
         match event {
             Some(Event::Token { text, logprob, .. }) => self.write_text(&text, logprob.as_slice()),
             Some(Event::Text { text }) => self.write_text(&text, &[]),
+            Some(Event::Pooled { .. }) => {}
             Some(Event::Paused { why }) => {
                 write_comment("paused: ", &why, &mut self.pending);
                 (self.paused, self.ticks) = (true, every(PAUSED_KEEP_ALIVE));

@@ -3,8 +3,11 @@
 use std::fmt;
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
+
 /// Storage of one side of a KV cache.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum KvType {
     /// 16-bit floats: nothing is lost against what llama.cpp does by default.
     #[default]
@@ -72,12 +75,19 @@ impl FromStr for KvType {
 }
 
 /// Storage of keys and of values.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 pub struct KvTypes {
     /// Of keys.
     pub k: KvType,
     /// Of values; another type than F16 needs flash attention.
     pub v: KvType,
+}
+
+impl KvTypes {
+    /// Both alike.
+    pub const fn both(ty: KvType) -> Self {
+        Self { k: ty, v: ty }
+    }
 }
 
 impl fmt::Display for KvTypes {

@@ -4,15 +4,19 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use brigade_base::ByteSize;
-use brigade_node::PrefixCache;
+use brigade_base::{ByteSize, KvType, KvTypes};
+use brigade_node::certify::{Cuts, MAX_TOKENS, MIN_TOKENS};
+use brigade_node::{AdapterFile, DirectFetch, PoolingChoice, PrefixCache};
 use brigade_plan::Optimize;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{ArgAction, Args, Parser, Subcommand};
 
+use crate::models::ModelsArgs;
+use crate::pull::PullArgs;
+use crate::sources::SourceArgs;
 use crate::values::{
-    NamedNode, listen_address, named_node, node_name, optimize, prefix_cache, price, request_timeout, temperature,
-    throttle, ticket_ttl, wait,
+    NamedNode, adapter, direct_fetch, listen_address, named_node, node_name, optimize, prefix_cache, price, request_timeout,
+    temperature, throttle, ticket_ttl, wait,
 };
 
 /// Pools the machines you own and serves one language model that none of them can hold.
@@ -43,8 +47,14 @@ pub enum Verb {
     Chat(ChatArgs),
     /// Show nodes, their stages and layers, memory and speed
     Status(StatusArgs),
+    /// Fetch a model from the hub or the web, or go on with that
+    Pull(PullArgs),
+    /// List models that were fetched, or remove some
+    Models(ModelsArgs),
     /// Show what is in a model file: architecture, quantisation, layers, cut points
     Inspect(InspectArgs),
+    /// Run a model whole and cut into stages, and say whether the results are the same
+    Certify(CertifyArgs),
     /// Say how a model would be placed on machines, before running it
     Plan(PlanArgs),
     /// Measure what this machine can do, or how fast it computes a model
@@ -105,12 +115,26 @@ pub struct HttpArgs {
     pub host_name: Vec<String>,
 }
 
+/// How the KV cache is stored.
+#[derive(Debug, Clone, Args)]
+pub struct KvArgs {
+    /// How keys of the KV cache are stored: f16, q8_0 (about half the memory) or q4_0 (about a quarter)
+    #[arg(long, value_name = "TYPE", default_value_t = KvType::F16, env = "BRIGADE_CACHE_TYPE_K")]
+    pub cache_type_k: KvType,
+    /// The same for values; other types than f16 turn flash attention on
+    #[arg(long, value_name = "TYPE", default_value_t = KvType::F16, env = "BRIGADE_CACHE_TYPE_V")]
+    pub cache_type_v: KvType,
+}
+
 /// `brigade serve`
 #[derive(Debug, Args)]
 pub struct ServeArgs {
-    /// The model, a GGUF file (of a split one, any part) [default: abacus, a tiny model inside this program]
+    /// The model: a GGUF file (of a split one, any part), hf:OWNER/REPOSITORY[:FILE.gguf or :QUANTISATION][@REVISION]
+    /// or https://… [default: abacus, a tiny model inside this program]
     #[arg(value_name = "MODEL", env = "BRIGADE_MODEL")]
     pub model: Option<PathBuf>,
+    #[command(flatten)]
+    pub sources: SourceArgs,
     #[command(flatten)]
     pub node: NodeArgs,
     /// Port of the HTTP endpoint; 0 picks one and prints it
@@ -124,6 +148,15 @@ pub struct ServeArgs {
     /// Sessions at once
     #[arg(long, value_name = "N", default_value_t = 4, env = "BRIGADE_PARALLEL", value_parser = clap::value_parser!(u32).range(1..=256))]
     pub parallel: u32,
+    #[command(flatten)]
+    pub kv: KvArgs,
+    /// What becomes of a text: a vector by mean, cls (its first token) or last, a score by rank, or none (it is
+    /// continued); model does what the model's metadata says
+    #[arg(long, value_name = "POOLING", default_value_t = PoolingChoice::Model, env = "BRIGADE_POOLING")]
+    pub pooling: PoolingChoice,
+    /// A LoRA adapter for the model, a GGUF file, and how strong it is to be; may be given several times
+    #[arg(long, value_name = "FILE[:SCALE]", env = "BRIGADE_LORA", value_delimiter = ',', value_parser = adapter)]
+    pub lora: Vec<AdapterFile>,
     /// Place the model once N nodes are here, this one counted
     #[arg(long, value_name = "N", default_value_t = 1, env = "BRIGADE_NODES", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub nodes: u32,
@@ -146,6 +179,10 @@ pub struct ServeArgs {
     /// Disk on this node for idle sessions whose memory others need; used as far as all nodes give some
     #[arg(long, value_name = "SIZE", default_value = "0B", env = "BRIGADE_KV_SPILL")]
     pub kv_spill: ByteSize,
+    /// Whether workers may fetch weights from where the model came from: auto (where that is faster than from other
+    /// nodes), off, or on (at once)
+    #[arg(long, value_name = "WHEN", default_value = "auto", env = "BRIGADE_DIRECT_FETCH", value_parser = direct_fetch)]
+    pub direct_fetch: DirectFetch,
     /// How many nodes hold each worker's layers: 1, or 2, where another worker stands by with the weights loaded
     #[arg(long, value_name = "N", default_value_t = 1, env = "BRIGADE_REDUNDANCY", value_parser = clap::value_parser!(u32).range(1..=2))]
     pub redundancy: u32,
@@ -177,12 +214,20 @@ pub struct JoinArgs {
     pub ticket_file: Option<PathBuf>,
     #[command(flatten)]
     pub node: NodeArgs,
-    /// This node's own copy of the model, so that no weights need to be fetched
+    /// This node's own copy of the model, so that no weights need to be fetched; hf:… and https://… are pulled first
     #[arg(long, value_name = "FILE", env = "BRIGADE_MODEL")]
     pub model: Option<PathBuf>,
+    #[command(flatten)]
+    pub sources: SourceArgs,
+    /// The adapters of the deployment, as `brigade serve` has them, so that this node can take over with its --model
+    #[arg(long, value_name = "FILE[:SCALE]", env = "BRIGADE_LORA", value_delimiter = ',', value_parser = adapter)]
+    pub lora: Vec<AdapterFile>,
     /// Most bytes of fetched weights that are kept on disk
     #[arg(long, value_name = "SIZE", default_value = "100GiB", env = "BRIGADE_CACHE_SIZE")]
     pub cache_size: ByteSize,
+    /// Whether this node may fetch weights from where the model came from, where the coordinator wants that: auto, off
+    #[arg(long, value_name = "WHEN", default_value = "auto", env = "BRIGADE_DIRECT_FETCH", value_parser = direct_fetch)]
+    pub direct_fetch: DirectFetch,
     /// Disk for idle sessions whose memory others need; used as far as all nodes give some
     #[arg(long, value_name = "SIZE", default_value = "0B", env = "BRIGADE_KV_SPILL")]
     pub kv_spill: ByteSize,
@@ -253,8 +298,12 @@ pub struct StatusArgs {
 /// `brigade inspect`
 #[derive(Debug, Args)]
 pub struct InspectArgs {
-    /// The model, a GGUF file
+    /// The model: a GGUF file, or hf:… or https://…, of which only the header is read
     pub model: PathBuf,
+    #[command(flatten)]
+    pub sources: SourceArgs,
+    #[command(flatten)]
+    pub state: StateArgs,
     /// Print JSON
     #[arg(long, env = "BRIGADE_JSON")]
     pub json: bool,
@@ -263,12 +312,42 @@ pub struct InspectArgs {
     pub tensors: bool,
 }
 
+/// `brigade certify`
+#[derive(Debug, Args)]
+pub struct CertifyArgs {
+    /// The model: a GGUF file, hf:… or https://…; a tokenizer is not needed
+    pub model: PathBuf,
+    #[command(flatten)]
+    pub sources: SourceArgs,
+    #[command(flatten)]
+    pub state: StateArgs,
+    /// Cuts to try: so many, evenly chosen, or all, so that each legal place is in a cut into 2, 3 and 4 stages
+    #[arg(long, value_name = "N", default_value = "3", env = "BRIGADE_CUTS", value_parser = crate::certify::cuts)]
+    pub cuts: Cuts,
+    /// Tokens of each of the two sessions
+    #[arg(long, value_name = "N", default_value_t = 48, env = "BRIGADE_CERTIFY_TOKENS", value_parser = clap::value_parser!(u32).range(MIN_TOKENS as i64..=MAX_TOKENS as i64))]
+    pub tokens: u32,
+    /// Draw the tokens from this number
+    #[arg(long, value_name = "N", default_value_t = 1, env = "BRIGADE_SEED")]
+    pub seed: u64,
+    /// Threads that compute [default: one per physical core]
+    #[arg(long, value_name = "N", env = "BRIGADE_THREADS", value_parser = clap::value_parser!(u32).range(1..=512))]
+    pub threads: Option<u32>,
+    #[command(flatten)]
+    pub kv: KvArgs,
+    /// Print JSON
+    #[arg(long, env = "BRIGADE_JSON")]
+    pub json: bool,
+}
+
 /// `brigade plan`
 #[derive(Debug, Args)]
 pub struct PlanArgs {
-    /// The model: a GGUF file, its address (https://… or hf:OWNER/REPOSITORY/FILE.gguf, of which only the header is
-    /// read), or a name such as llama-3.3-70b
+    /// The model: a GGUF file, its address (https://… or hf:OWNER/REPOSITORY[:FILE.gguf or :QUANTISATION], of which only
+    /// the header is read), or a name such as llama-3.3-70b
     pub model: PathBuf,
+    #[command(flatten)]
+    pub sources: SourceArgs,
     /// Quantisation of a model that is given by name, for example Q8_0
     #[arg(long, value_name = "NAME", default_value = "Q4_K_M", env = "BRIGADE_QUANT")]
     pub quant: String,
@@ -294,6 +373,8 @@ pub struct PlanArgs {
     /// Sessions at once
     #[arg(long, value_name = "N", default_value_t = 4, env = "BRIGADE_PARALLEL", value_parser = clap::value_parser!(u32).range(1..=256))]
     pub parallel: u32,
+    #[command(flatten)]
+    pub kv: KvArgs,
     /// Use every node, even where fewer would do
     #[arg(long, env = "BRIGADE_SPREAD")]
     pub spread: bool,
@@ -316,8 +397,10 @@ pub struct PlanArgs {
 /// `brigade profile`
 #[derive(Debug, Args)]
 pub struct ProfileArgs {
-    /// The model, a GGUF file [default: none, the machine itself is measured]
+    /// The model, a GGUF file, hf:… or https://… [default: none, the machine itself is measured]
     pub model: Option<PathBuf>,
+    #[command(flatten)]
+    pub sources: SourceArgs,
     #[command(flatten)]
     pub state: StateArgs,
     /// Threads that compute [default: one per physical core]
@@ -332,6 +415,8 @@ pub struct ProfileArgs {
     /// Sessions at once
     #[arg(long, value_name = "N", default_value_t = 4, env = "BRIGADE_PARALLEL", value_parser = clap::value_parser!(u32).range(1..=256))]
     pub parallel: u32,
+    #[command(flatten)]
+    pub kv: KvArgs,
     /// Measure anew, even where that was done before
     #[arg(long, env = "BRIGADE_AGAIN")]
     pub again: bool,
@@ -433,6 +518,13 @@ impl StateArgs {
             .or_else(|| from_env("XDG_STATE_HOME").map(|dir| dir.join("brigade")))
             .or_else(|| from_env("HOME").map(|home| home.join(".local/state/brigade")))
             .unwrap_or_else(|| PathBuf::from(".brigade"))
+    }
+}
+
+impl KvArgs {
+    /// Both types.
+    pub fn types(&self) -> KvTypes {
+        KvTypes { k: self.cache_type_k, v: self.cache_type_v }
     }
 }
 

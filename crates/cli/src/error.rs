@@ -17,6 +17,14 @@ pub enum Failure {
     /// An endpoint did not do what it was asked.
     #[error(transparent)]
     Endpoint(#[from] EndpointError),
+    /// All went well, but what was found is not what is hoped for.
+    #[error("{text}")]
+    Verdict {
+        /// What was found.
+        text: String,
+        /// The code that says so.
+        code: u8,
+    },
     /// Output could not be written.
     #[error("writing output failed: {0}")]
     Output(#[from] io::Error),
@@ -33,10 +41,12 @@ impl Failure {
         Self::Run(text.to_string())
     }
 
-    /// The code that the process ends with: 2 for a wrong command line, as every verb of every tool does, else 1.
+    /// The code that the process ends with: 2 for a wrong command line, as every verb of every tool does, that of a
+    /// verdict, else 1.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Usage(_) => 2,
+            Self::Verdict { code, .. } => *code,
             Self::Run(_) | Self::Endpoint(_) | Self::Output(_) => 1,
         }
     }

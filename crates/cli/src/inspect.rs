@@ -1,18 +1,18 @@
 //! `brigade inspect`: what is in a model file.
 
 use brigade_base::{ByteSize, KvTypes};
-use brigade_gguf::{Architecture, Catalog, ModelFile};
+use brigade_gguf::{Architecture, Catalog};
 use serde::Serialize;
 
 use crate::args::InspectArgs;
 use crate::error::Failure;
-use crate::output;
+use crate::{output, sources};
 
 #[derive(Serialize)]
 struct Report {
     name: Option<String>,
     architecture: String,
-    /// Why Brigade cannot split it, if it cannot.
+    /// Why Brigade cannot run it, if it cannot.
     unsupported: Option<String>,
     parameters: u64,
     quantisation: String,
@@ -29,7 +29,11 @@ struct Report {
     head_bytes: u64,
     bytes_per_layer: Vec<u64>,
     kv_bytes_per_token: u64,
+    /// Bytes that each session keeps beside its KV cache, however long it is.
+    state_bytes: u64,
     cut_points: Vec<u32>,
+    /// Why it must stay whole, if it must.
+    whole_only: Option<&'static str>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     tensors: Vec<TensorLine>,
 }
@@ -45,8 +49,8 @@ struct TensorLine {
 
 /// Prints the report.
 pub fn run(args: &InspectArgs) -> Result<(), Failure> {
-    let file = ModelFile::open(&args.model).map_err(Failure::run)?;
-    let report = report(file.catalog(), args.tensors);
+    let (_, catalog) = sources::look(&args.model, &args.sources, &args.state)?;
+    let report = report(&catalog, args.tensors);
     if args.json { output::json(&report) } else { print(&report) }
 }
 
@@ -80,7 +84,9 @@ fn report(catalog: &Catalog, with_tensors: bool) -> Report {
         head_bytes: a.map_or(0, Architecture::head_bytes),
         bytes_per_layer: catalog.bytes_per_layer(),
         kv_bytes_per_token: a.map_or(0, |a| (0..a.n_layers).map(|i| a.kv_bytes_per_token(i, KvTypes::default())).sum()),
+        state_bytes: a.map_or(0, |a| (0..a.n_layers).map(|i| a.state_bytes(i)).sum()),
         cut_points: a.map(Architecture::cut_points).unwrap_or_default(),
+        whole_only: a.and_then(Architecture::why_whole),
         tensors: tensors.collect(),
         architecture: name,
     }
@@ -102,7 +108,7 @@ fn print(report: &Report) -> Result<(), Failure> {
     }
     field("architecture", &report.architecture)?;
     if let Some(why) = &report.unsupported {
-        field("cannot split", why)?;
+        field("cannot run", why)?;
     }
     field("parameters", &format_args!("{:.2} million", report.parameters as f64 / 1e6))?;
     field("quantisation", &report.quantisation)?;
@@ -128,7 +134,14 @@ fn print(report: &Report) -> Result<(), Failure> {
         field("per layer", &range)?;
     }
     field("KV cache", &format_args!("{} per token", ByteSize(report.kv_bytes_per_token)))?;
-    field("cut points", &if report.cut_points.is_empty() { "none".to_owned() } else { spans(&report.cut_points) })?;
+    if report.state_bytes > 0 {
+        field("state", &format_args!("{} per session", ByteSize(report.state_bytes)))?;
+    }
+    match report.whole_only {
+        Some(why) => field("cut points", &format_args!("none: {why}; it runs whole, on one node"))?,
+        None if report.cut_points.is_empty() => field("cut points", &"none")?,
+        None => field("cut points", &spans(&report.cut_points))?,
+    }
     report.tensors.iter().try_for_each(|t| {
         let dims = t.dims.iter().map(u64::to_string).collect::<Vec<_>>().join(" x ");
         output::line(format_args!(

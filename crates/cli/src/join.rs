@@ -7,7 +7,7 @@ use brigade_node::{Node, Part, WorkerOptions};
 use crate::args::JoinArgs;
 use crate::error::Failure;
 use crate::running::Running;
-use crate::{files, http, model, output};
+use crate::{files, http, model, output, sources};
 
 /// Largest file that is taken for a ticket.
 const MAX_TICKET_FILE_BYTES: u64 = 16 << 10;
@@ -28,11 +28,14 @@ pub fn run(args: &JoinArgs) -> Result<(), Failure> {
         threads: args.node.threads(),
         throttle: args.node.throttle,
         cache_limit: args.cache_size,
+        direct_fetch: args.direct_fetch,
         kv_spill: args.kv_spill,
         drain_timeout: args.drain_timeout,
         wait_for_capacity: args.wait_for_capacity,
     };
-    let model = args.model.as_ref().map(|path| model::open(path, &state_dir)).transpose();
+    let pulled = args.model.as_ref().map(|model| sources::open(model, &args.sources, &args.node.state)).transpose()?;
+    let open = |pulled| model::open_pulled(pulled, &state_dir)?.with_adapters(&args.lora, &state_dir);
+    let model = pulled.as_ref().map(open).transpose();
     let model = model.map_err(|error| Failure::run(format!("--model cannot be used: {error}")))?;
     let node = Node::join(options, model).map_err(Failure::run)?;
     let running = Running::new(node, &state_dir, front, args.drain_timeout)?;

@@ -6,6 +6,7 @@
 
 mod args;
 mod bench;
+mod certify;
 mod chat;
 mod config;
 mod doctor;
@@ -19,23 +20,33 @@ mod inspect;
 mod join;
 mod leave;
 mod model;
+mod models;
 mod node_note;
 mod output;
 mod plan;
 mod profile;
 mod progress;
+mod pull;
 mod running;
 mod serve;
+mod sources;
 mod status;
 mod ticket;
 mod values;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use args::Verb;
+use brigade_node::trial;
 use error::Failure;
 
 fn main() -> ExitCode {
+    // No verb for people: how this program tries a model before it loads it.
+    if std::env::args_os().nth(1).is_some_and(|argument| argument == trial::ARGUMENT) {
+        return trial::answer();
+    }
+    trial::enable(own_program());
     let args = match config::parse(std::env::args_os()) {
         Ok(args) => args,
         Err(config::ParseError::Usage(error)) => error.exit(),
@@ -48,7 +59,10 @@ fn main() -> ExitCode {
         Verb::Leave(args) => leave::run(&args),
         Verb::Chat(args) => chat::run(&args),
         Verb::Status(args) => status::run(&args),
+        Verb::Pull(args) => pull::run(&args),
+        Verb::Models(args) => models::run(&args),
         Verb::Inspect(args) => inspect::run(&args),
+        Verb::Certify(args) => certify::run(&args),
         Verb::Plan(args) => plan::run(&args),
         Verb::Profile(args) => profile::run(&args),
         Verb::Ticket(args) => ticket::run(&args),
@@ -62,6 +76,12 @@ fn main() -> ExitCode {
         Err(failure) if failure.is_broken_pipe() => ExitCode::SUCCESS,
         Err(failure) => fail(&failure),
     }
+}
+
+/// This program, to be started again; on Linux also when its file has been replaced meanwhile.
+fn own_program() -> PathBuf {
+    let link = PathBuf::from("/proc/self/exe");
+    if link.exists() { link } else { std::env::current_exe().unwrap_or_else(|_| PathBuf::from("brigade")) }
 }
 
 fn fail(failure: &Failure) -> ExitCode {

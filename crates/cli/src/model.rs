@@ -4,8 +4,21 @@ use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 use brigade_node::{LocalModel, ModelError};
+use brigade_store::Opened;
 
 use crate::progress::Bars;
+
+/// Opens a model that may have been pulled, so that workers can have it from where it came from.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_pulled(pulled: &Opened, state_dir: &Path) -> Result<LocalModel, ModelError> {
+    let model = open(&pulled.path, state_dir)?;
+    Ok(match pulled.location.clone() {
+        Some(location) => model.downloaded_from(location),
+        None => model,
+    })
+}
 
 /// Opens the model; its hashes are kept in `state_dir`.
 ///

@@ -15,7 +15,7 @@ use serde::Serialize;
 
 use crate::args::ProfileArgs;
 use crate::error::Failure;
-use crate::{files, output};
+use crate::{files, output, sources};
 
 #[derive(Serialize)]
 struct Report {
@@ -44,7 +44,10 @@ pub fn run(args: &ProfileArgs) -> Result<(), Failure> {
     files::make_state_dir(&state_dir)?;
     let threads = args.threads.unwrap_or_else(system::default_threads);
     let (machine, model) = match &args.model {
-        Some(path) => (None, Some(model(args, path, &state_dir, threads)?)),
+        Some(path) => {
+            let pulled = sources::open(path, &args.sources, &args.state)?;
+            (None, Some(model(args, &pulled.path, &state_dir, threads)?))
+        }
         None => {
             let machine = machine::profile(&state_dir, threads, args.throttle, args.again).map_err(Failure::run)?;
             (Some(machine), None)
@@ -68,8 +71,9 @@ fn model(args: &ProfileArgs, path: &Path, state_dir: &Path, threads: u32) -> Res
         context: args.context.unwrap_or(DEFAULT_CONTEXT_MAX).min(trained),
         sessions: args.parallel,
         max_rows: brigade_node::CHUNK + args.parallel,
+        kv: args.kv.types(),
     };
-    let profile = model_profile(file.catalog()).map_err(Failure::run)?;
+    let profile = model_profile(file.catalog(), args.kv.types()).map_err(Failure::run)?;
     let options = MeasureOptions::new(threads, args.throttle, Some(file));
     let speed = speed(&request, &options, &Profiles::open(state_dir), args.again).map_err(Failure::run)?;
     Ok(ModelReport {

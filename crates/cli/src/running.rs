@@ -268,6 +268,7 @@ fn describe_worker(status: &WorkerStatus) -> String {
 mod tests {
     use super::*;
     use brigade_base::{LayerRange, NodeId};
+    use brigade_node::serving::WeightBytes;
 
     fn worker(layers: Option<(u32, u32)>, standby: &[(u32, u32)], state: &str) -> WorkerStatus {
         let range = |(start, end)| LayerRange::new(start, end).unwrap();
@@ -281,6 +282,7 @@ mod tests {
             standby: standby.iter().copied().map(range).collect(),
             state: state.to_owned(),
             weights: (0, 0),
+            weights_from: WeightBytes::default(),
             trouble: None,
         }
     }

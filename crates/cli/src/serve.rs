@@ -3,13 +3,13 @@
 use std::net::SocketAddr;
 use std::path::Path;
 
-use brigade_node::serving::Serving;
+use brigade_node::serving::{Purpose, Serving};
 use brigade_node::{CoordinatorOptions, Node, Part};
 
 use crate::args::ServeArgs;
 use crate::error::Failure;
 use crate::running::Running;
-use crate::{embedded, files, http, model, output};
+use crate::{embedded, files, http, model, output, sources};
 
 /// Port of links unless told otherwise, so that workers find a restarted coordinator again.
 const LINK_PORT: u16 = 7411;
@@ -30,11 +30,13 @@ pub fn run(args: &ServeArgs) -> Result<(), Failure> {
     }
     let mut front = http::open(&args.http, args.port)?;
     front.options.share_prefix_cache = args.share_prefix_cache;
-    let path = match &args.model {
-        Some(path) => path.clone(),
-        None => embedded::abacus(&state_dir)?,
+    // Held until the end, so that nobody prunes it meanwhile.
+    let pulled = args.model.as_ref().map(|model| sources::open(model, &args.sources, &args.node.state)).transpose()?;
+    let model = match &pulled {
+        Some(pulled) => model::open_pulled(pulled, &state_dir),
+        None => model::open(&embedded::abacus(&state_dir)?, &state_dir),
     };
-    let model = model::open(&path, &state_dir).map_err(Failure::run)?;
+    let model = model.and_then(|model| model.with_adapters(&args.lora, &state_dir)).map_err(Failure::run)?;
     let node = Node::serve(model, options(args, &state_dir)).map_err(Failure::run)?;
     let running = Running::new(node, &state_dir, Some(front), args.drain_timeout)?;
     running.wait(|node, part| match part {
@@ -57,6 +59,7 @@ fn options(args: &ServeArgs, state_dir: &Path) -> CoordinatorOptions {
         threads: args.node.threads(),
         context: args.context,
         parallel: args.parallel,
+        kv: args.kv.types(),
         nodes_wanted: args.nodes as usize,
         spread: args.spread,
         split: args.layers.clone(),
@@ -67,6 +70,8 @@ fn options(args: &ServeArgs, state_dir: &Path) -> CoordinatorOptions {
         redundancy: args.redundancy,
         shadow: args.shadow,
         wait_for_capacity: args.wait_for_capacity,
+        pooling: args.pooling,
+        direct_fetch: args.direct_fetch,
         drain_timeout: args.drain_timeout,
     }
 }
@@ -84,6 +89,11 @@ fn greet(args: &ServeArgs, node: &Node) -> Result<(), Failure> {
         "model   {} ({} tokens of context, {} sessions)",
         card.name, card.context, args.parallel
     ))?;
+    match card.purpose {
+        Purpose::Generate => {}
+        Purpose::Embed => output::line("texts   it embeds them: POST /v1/embeddings")?,
+        Purpose::Rank => output::line("texts   it ranks them: POST /v1/rerank")?,
+    }
     output::line(format_args!("links   {}", join(node.link_addresses())))?;
     output::line(format_args!("join    brigade join {ticket}"))
 }

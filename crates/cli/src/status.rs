@@ -57,7 +57,7 @@ fn describe(status: &Value) -> String {
     let mut lines = vec![
         format!("{}: {}", text(status, "model"), text(status, "state")),
         format!(
-            "{} of {} sessions run, {} wait; {:.1} tokens/s, {} tokens since the start; {:.0} us per hop; {:.0} % of KV cache",
+            "{} of {} sessions run, {} wait; {:.1} tokens/s, {} tokens since the start; {:.0} us per hop; {:.0} % of KV cache{}",
             number(status, "running"),
             number(status, "parallel"),
             number(status, "waiting"),
@@ -65,8 +65,10 @@ fn describe(status: &Value) -> String {
             number(status, "tokens_generated"),
             number(status, "hop_us_p50"),
             100.0 * number(status, "kv_tokens") / number(status, "kv_capacity").max(1.0),
+            kv_types(status),
         ),
     ];
+    lines.extend(adapters(status));
     lines.extend(recoveries(status));
     lines.push(String::new());
     lines.push(format!(
@@ -86,8 +88,52 @@ fn describe(status: &Value) -> String {
     ));
     let nodes = status.get("nodes").and_then(Value::as_array);
     lines.extend(nodes.into_iter().flatten().map(describe_node));
+    let origins: Vec<String> = nodes.into_iter().flatten().filter_map(weights_of_node).collect();
+    if !origins.is_empty() {
+        lines.push(String::new());
+        lines.extend(origins);
+    }
     lines.push(String::new());
     lines.join("\n")
+}
+
+fn weights_of_node(node: &Value) -> Option<String> {
+    weights(node.get("weights")?).map(|weights| format!("weights of {}: {weights}", text(node, "name")))
+}
+
+/// From where a node had its weights, and how many bytes it sent; `None` if it did neither.
+fn weights(weights: &Value) -> Option<String> {
+    let came = [
+        ("own_copy", "from its own copy"),
+        ("cache", "from its cache"),
+        ("coordinator", "from the coordinator"),
+        ("workers", "from other workers"),
+        ("hub", "from the hub"),
+        ("served", "sent to other nodes"),
+    ];
+    let said = |(key, from): (&str, &str)| {
+        let bytes = size(weights, key);
+        (bytes.0 > 0).then(|| format!("{bytes} {from}"))
+    };
+    let said: Vec<String> = came.into_iter().filter_map(said).collect();
+    (!said.is_empty()).then(|| said.join(", "))
+}
+
+/// The adapters of the model; `None` where it has none.
+fn adapters(status: &Value) -> Option<String> {
+    let names = status.get("adapters").and_then(Value::as_array)?;
+    let names: Vec<_> = names.iter().filter_map(Value::as_str).collect();
+    (!names.is_empty()).then(|| format!("with {}", names.join(", ")))
+}
+
+/// How keys and values are stored, where that is not as usual.
+fn kv_types(status: &Value) -> String {
+    let side = |key| status.get("kv").map_or("", |kv| text(kv, key));
+    match (side("k"), side("v")) {
+        ("" | "f16", "" | "f16") => String::new(),
+        (k, v) if k == v => format!(" in {k}"),
+        (k, v) => format!(" in {k}/{v}"),
+    }
 }
 
 fn describe_node(node: &Value) -> String {
@@ -145,6 +191,7 @@ fn describe_worker(worker: &Value) -> String {
     if !standby.is_empty() {
         lines.push(format!("standby {standby}"));
     }
+    lines.extend(worker.get("weights_from").and_then(weights).map(|weights| format!("weights {weights}")));
     if let Some(trouble) = worker.get("trouble").and_then(Value::as_str) {
         lines.push(format!("trouble {trouble}"));
     }
@@ -179,6 +226,19 @@ mod tests {
         assert!(shown.contains("\nrecovered 2 times, last because w2 is lost; answers paused for 0.6 s\n"), "{shown}");
         status["last_recovery"]["pause_ms"] = json!(0);
         assert!(describe(&status).contains("w2 is lost; answers are paused\n"));
+    }
+
+    #[test]
+    fn it_is_said_where_weights_came_from() {
+        let node = |weights: Value| json!({"model": "m", "nodes": [{"name": "w0", "weights": weights}]});
+        let none = json!({"cache": 0, "served": 0});
+        assert!(!describe(&node(none)).contains("weights"));
+        let some = json!({"cache": 2048, "workers": 1 << 20, "served": 1024, "hub": 0});
+        let shown = describe(&node(some.clone()));
+        let line = "weights of w0: 2.0 KiB from its cache, 1.0 MiB from other workers, 1.0 KiB sent to other nodes\n";
+        assert!(shown.contains(line), "{shown}");
+        let worker = describe_worker(&json!({"coordinator": "c", "weights_from": some}));
+        assert!(worker.contains("weights 2.0 KiB from its cache"), "{worker}");
     }
 
     #[test]

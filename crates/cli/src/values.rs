@@ -4,7 +4,8 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use brigade_base::ByteSize;
-use brigade_node::PrefixCache;
+use brigade_gguf::MAX_SCALE;
+use brigade_node::{AdapterFile, DirectFetch, PrefixCache};
 use brigade_plan::Optimize;
 
 /// A month: beyond it a ticket is no ticket but an open door. The endpoint makes none that lives longer.
@@ -57,6 +58,17 @@ pub fn throttle(text: &str) -> Result<f32, String> {
     share.ok_or_else(|| "write a share from 0.01 to 1, for example 0.5".to_owned())
 }
 
+/// An adapter, as `FILE` or `FILE:SCALE`.
+pub fn adapter(text: &str) -> Result<AdapterFile, String> {
+    let scaled = text.rsplit_once(':').and_then(|(path, scale)| Some((path, scale.parse().ok()?)));
+    let (path, scale) = scaled.unwrap_or((text, 1.0));
+    let is_sound = |scale: f32| scale != 0.0 && scale.abs() <= MAX_SCALE;
+    if path.is_empty() || !is_sound(scale) {
+        return Err(format!("write FILE or FILE:SCALE with a scale from -{MAX_SCALE} to {MAX_SCALE} that is not 0"));
+    }
+    Ok(AdapterFile { path: path.into(), scale })
+}
+
 /// What a placement is to be best at.
 pub fn optimize(text: &str) -> Result<Optimize, String> {
     match text {
@@ -75,6 +87,16 @@ pub fn prefix_cache(text: &str) -> Result<PrefixCache, String> {
         "exact" => Ok(PrefixCache::Exact),
         "off" => Ok(PrefixCache::Off),
         _ => Err("write full, exact or off".to_owned()),
+    }
+}
+
+/// Whether weights may come from where the model was downloaded from.
+pub fn direct_fetch(text: &str) -> Result<DirectFetch, String> {
+    match text {
+        "auto" => Ok(DirectFetch::Auto),
+        "off" => Ok(DirectFetch::Off),
+        "on" => Ok(DirectFetch::On),
+        _ => Err("write auto, off or on".to_owned()),
     }
 }
 
@@ -144,6 +166,13 @@ mod tests {
         assert_eq!((throttle("0.5"), throttle("1")), (Ok(0.5), Ok(1.0)));
         for wrong in ["0", "-0.5", "1.1", "nan", "half"] {
             assert!(throttle(wrong).is_err(), "{wrong}");
+        }
+        let lora = |path: &str, scale| Ok(AdapterFile { path: path.into(), scale });
+        assert_eq!(adapter("a.gguf"), lora("a.gguf", 1.0));
+        assert_eq!(adapter("dir/a.gguf:-0.5"), lora("dir/a.gguf", -0.5));
+        assert_eq!(adapter("C:a.gguf"), lora("C:a.gguf", 1.0));
+        for wrong in ["", ":1", "a:0", "a:nan", "a:1001"] {
+            assert!(adapter(wrong).is_err(), "{wrong}");
         }
         assert!(price("0.3") == Ok(0.3) && price("-1").is_err() && price("nan").is_err());
         let node = |device: Option<&str>| NamedNode {

@@ -113,7 +113,8 @@ def errors():
     refused(openai.AuthenticationError, stranger.models.list, code="invalid_api_key")
     refused(openai.NotFoundError, lambda: create(messages=messages, model="gpt-4o"), code="model_not_found", param="model")
     refused(openai.NotFoundError, lambda: client.models.retrieve("gpt-4o"))
-    refused(openai.NotFoundError, lambda: client.embeddings.create(model="abacus", input="x"))
+    embed = client.embeddings.create
+    refused(openai.BadRequestError, lambda: embed(model="abacus", input="x"), code="unsupported_model", param="model")
     refused(openai.BadRequestError, lambda: create(messages=messages, n=2, **greedy), param="n")
     refused(openai.BadRequestError, lambda: create(messages=[], **greedy), param="messages")
     refused(openai.BadRequestError, lambda: create(messages=messages, extra_body={"no_such": 1}, **greedy))

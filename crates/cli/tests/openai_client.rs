@@ -1,7 +1,8 @@
 //! The official Python client of OpenAI against a cluster.
 //!
-//! `openai_client.py` does the asking. It runs in the Python that `BRIGADE_TEST_PYTHON` names, which must have the
-//! package `openai`, else in a virtual environment that the first run makes below the target directory.
+//! `openai_client.py` and `openai_embeddings.py` do the asking. They run in the Python that `BRIGADE_TEST_PYTHON` names,
+//! which must have the package `openai`, else in a virtual environment that the first run makes below the target
+//! directory.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod support;
@@ -10,9 +11,11 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use brigade_base::Pooling;
 use serde_json::json;
+use support::encoder::TextOracle;
 use support::oracle::{oracle, rendered};
-use support::{MAX_ANSWER, Setup};
+use support::{MAX_ANSWER, Setup, abacus};
 
 /// Release of the client that the environment gets: one that these tests were seen to pass with.
 const PACKAGE: &str = "openai==3.52.0";
@@ -68,5 +71,19 @@ fn the_official_client_is_content() {
         "completion_tokens": answer.n_generated,
     });
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/openai_client.py");
+    run(&python, &[script.to_str().unwrap(), &expected.to_string()]);
+}
+
+#[test]
+fn the_official_client_embeds() {
+    let python = python();
+    let cluster = Setup::of(2).serve(&["--pooling", "mean"]).start();
+    let mut oracle = TextOracle::of(&abacus(), Pooling::Mean);
+    let texts = ["What is 17 + 25?", "A story.", "7"];
+    let tokens: Vec<_> = texts.iter().map(|text| oracle.tokens(text)).collect();
+    let vectors: Vec<_> = tokens.iter().map(|text| oracle.unit(text)).collect();
+    let base_url = format!("{}/v1", cluster.url());
+    let expected = json!({"base_url": base_url, "texts": texts, "tokens": tokens, "vectors": vectors});
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/openai_embeddings.py");
     run(&python, &[script.to_str().unwrap(), &expected.to_string()]);
 }

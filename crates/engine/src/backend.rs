@@ -37,6 +37,8 @@ pub(crate) struct Captured {
     errors: Vec<String>,
     /// Bytes of the KV cache and of recurrent states, to 10 KiB.
     pub(crate) kv_bytes: u64,
+    /// Bytes that the cells of the KV cache need, allocated or not, to 10 KiB.
+    pub(crate) cell_bytes: u64,
     /// Bytes of compute and output buffers, to 10 KiB.
     pub(crate) compute_bytes: u64,
 }
@@ -131,9 +133,15 @@ fn emit(level: sys::ggml_log_level, line: &str) {
 impl Captured {
     /// Adds the size of a line such as `llama_kv_cache: CPU KV buffer size = 1.00 MiB`.
     fn read_size(&mut self, line: &str) {
+        let mib = |text: &str| text.trim().strip_suffix("MiB").and_then(|n| n.trim().parse::<f64>().ok());
+        let in_bytes = |mib: f64| (mib * f64::from(1 << 20)) as u64;
+        if let Some((_, sizes)) = line.split_once("size =").filter(|(_, sizes)| sizes.contains("), K (")) {
+            let cells = sizes.split_once('(').and_then(|(size, _)| mib(size));
+            self.cell_bytes += cells.map_or(0, in_bytes);
+            return;
+        }
         let Some((what, size)) = line.split_once("buffer size =") else { return };
-        let Some(mib) = size.trim().strip_suffix("MiB").and_then(|n| n.trim().parse::<f64>().ok()) else { return };
-        let bytes = (mib * f64::from(1 << 20)) as u64;
+        let Some(bytes) = mib(size).map(in_bytes) else { return };
         match what.split_whitespace().next_back() {
             Some("KV" | "RS" | "state") => self.kv_bytes += bytes,
             Some("compute" | "output") => self.compute_bytes += bytes,
@@ -163,8 +171,11 @@ mod tests {
             append(sys::GGML_LOG_LEVEL_INFO, "sched_reserve:        CPU compute buffer size =    2.00 MiB\n");
             append(sys::GGML_LOG_LEVEL_INFO, "llama_context:        CPU  output buffer size =     1.00 MiB\n");
             append(sys::GGML_LOG_LEVEL_INFO, "load_tensors:         CPU model buffer size =    64.00 MiB\n");
+            let cells = "llama_kv_cache: size =    1.25 MiB (   512 cells,   8 layers,  4/4 seqs), K (f16):    0.75 MiB\n";
+            append(sys::GGML_LOG_LEVEL_INFO, cells);
         });
         assert_eq!((captured.kv_bytes, captured.compute_bytes), (3 << 19, 3 << 20));
+        assert_eq!(captured.cell_bytes, 5 << 18);
         assert_eq!(captured.message(), "llama.cpp gave no reason");
     }
 }

@@ -57,6 +57,8 @@ pub(crate) struct Room<'a> {
     pub(crate) max_rows: usize,
     /// Whether a row can be forgotten; if not, nothing is filled.
     pub(crate) reversible: bool,
+    /// Whether single rows of several slots may share a call.
+    pub(crate) together: bool,
 }
 
 /// Buffers of a run, kept for the next.
@@ -78,6 +80,8 @@ pub(crate) struct Scratch {
 /// The arrays that `llama_batch` points to.
 pub(crate) struct Batch {
     n_planes: usize,
+    /// Hidden states are for the input node alone; llama.cpp gets tokens.
+    looks_up_rows: bool,
     tokens: Vec<sys::llama_token>,
     pub(crate) hidden: Vec<f32>,
     positions: Vec<sys::llama_pos>,
@@ -100,6 +104,7 @@ impl Scratch {
             n_outputs: 0,
             batch: Batch {
                 n_planes,
+                looks_up_rows: options.looks_up_rows,
                 tokens: Vec::with_capacity(n_rows),
                 hidden: Vec::with_capacity(n_rows * n_embd),
                 positions: Vec::with_capacity(n_rows * n_planes),
@@ -119,7 +124,11 @@ impl Scratch {
         let mut rest = &self.slots[..];
         while let Some(first) = rest.first() {
             let filled = if room.reversible { room.stretch(rest, MAX_HOLE) } else { 0 };
-            let n = if filled >= MIN_ROWS_AROUND_HOLES { filled } else { room.stretch(rest, 0) };
+            let n = match filled {
+                _ if !room.together => 1,
+                filled if filled >= MIN_ROWS_AROUND_HOLES => filled,
+                _ => room.stretch(rest, 0),
+            };
             let start = self.order.len();
             let mut slot = first.slot;
             for rows in &rest[..n] {
@@ -198,6 +207,9 @@ impl Batch {
             self.positions.push(position as i32);
             self.output.push((all_outputs || output).into());
         }
+        if self.looks_up_rows && !self.hidden.is_empty() {
+            self.tokens.resize(call.len(), 0);
+        }
         for plane in 1..self.n_planes {
             // Text has the same position in time, height and width, and 0 in the unused plane.
             match plane {
@@ -218,7 +230,7 @@ impl Batch {
         sys::llama_batch {
             n_tokens: self.seq_id_of_row.len() as i32,
             token: or_null(&mut self.tokens),
-            embd: if self.hidden.is_empty() { ptr::null_mut() } else { self.hidden.as_mut_ptr() },
+            embd: if self.hidden.is_empty() || self.looks_up_rows { ptr::null_mut() } else { self.hidden.as_mut_ptr() },
             pos: self.positions.as_mut_ptr(),
             n_seq_id: self.n_seq_id.as_mut_ptr(),
             seq_id: self.seq_id_of_row.as_mut_ptr(),
@@ -236,10 +248,10 @@ mod tests {
     /// Groups a batch of `(slot, rows)` and compares the calls, where `-1` is a filler and other numbers are slots.
     fn check(change: impl FnOnce(&mut Vec<u32>, &mut Room<'_>), batch: &[(u32, usize)], expected: &[&[i32]]) {
         let mut lens = vec![10; 32];
-        let mut room = Room { lens: &[], n_ctx: N_CTX, max_rows: 16, reversible: true };
+        let mut room = Room { lens: &[], n_ctx: N_CTX, max_rows: 16, reversible: true, together: true };
         change(&mut lens, &mut room);
-        let Room { max_rows, reversible, .. } = room;
-        let room = Room { lens: &lens, n_ctx: N_CTX, max_rows, reversible };
+        let Room { max_rows, reversible, together, .. } = room;
+        let room = Room { lens: &lens, n_ctx: N_CTX, max_rows, reversible, together };
         let options = StageOptions {
             n_ctx: N_CTX,
             n_sessions: 32,
@@ -249,7 +261,10 @@ mod tests {
             n_embd: 0,
             n_vocab: 0,
             input_node: None,
+            looks_up_rows: false,
             stop_node: None,
+            pooling: None,
+            kv: brigade_base::KvTypes::default(),
         };
         let mut scratch = Scratch::new(&options, 1, 1);
         let mut slot_of = Vec::new();
@@ -282,6 +297,12 @@ mod tests {
         check(|_, _| (), &singles(&[4, 5]), &[&[4, 5]]);
         check(|_, _| (), &[(0, 1), (1, 3), (2, 1), (3, 1)], &[&[0], &[1, 1, 1], &[2, 3]]);
         check(|_, _| (), &[(1, 2), (0, 2)], &[&[0, 0], &[1, 1]]);
+    }
+
+    #[test]
+    fn texts_that_are_pooled_share_no_call() {
+        check(|_, room| room.together = false, &singles(&[0, 1, 2, 4]), &[&[0], &[1], &[2], &[4]]);
+        check(|_, room| room.together = false, &[(0, 1), (1, 3), (2, 1)], &[&[0], &[1, 1, 1], &[2]]);
     }
 
     #[test]

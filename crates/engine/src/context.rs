@@ -8,10 +8,13 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
+use brigade_base::KvType;
 use llama_cpp_sys_2 as sys;
 
 use crate::backend::{Captured, capture};
+use crate::kv_types::{check_types, ggml_type};
 use crate::model::{HAS_DEVICES, LoadError, Model};
+use crate::pooling;
 use crate::stage::StageOptions;
 
 /// Most bytes of attention scores, `n_heads * n_ctx * max_rows` floats, a part of the compute buffers: 256 rows in a
@@ -67,6 +70,8 @@ pub(crate) struct Context {
     pub(crate) signals: Arc<Signals>,
     /// Copies of slots that the next decode makes before it computes.
     pub(crate) copies_queued: u32,
+    /// Whether there is a KV cache; encoders have none.
+    pub(crate) has_memory: bool,
 }
 
 /// Where a pass enters and stops, and what the nodes hold.
@@ -75,6 +80,8 @@ pub(crate) struct Hook {
     input_node: Option<CString>,
     /// The node at which the graph stops.
     stop_node: Option<CString>,
+    /// It stops at the sum of that node and another one instead.
+    stops_at_sum: bool,
     n_embd: usize,
     /// Rows of the present decode.
     pub(crate) n_rows: usize,
@@ -103,7 +110,8 @@ unsafe extern "C" fn on_node(node: *mut sys::ggml_tensor, ask: bool, user_data: 
     // SAFETY: ggml ends all names with NUL inside their array.
     let name = unsafe { CStr::from_ptr(node.name.as_ptr()) };
     let is = |wanted: &Option<CString>| wanted.as_deref() == Some(name);
-    let (enters, stops) = (is(&hook.input_node), is(&hook.stop_node));
+    let stops = if hook.stops_at_sum { is_sum_of(node, &hook.stop_node) } else { is(&hook.stop_node) };
+    let enters = is(&hook.input_node);
     if !enters && !stops {
         return !ask;
     }
@@ -136,8 +144,19 @@ unsafe extern "C" fn on_node(node: *mut sys::ggml_tensor, ask: bool, user_data: 
     false
 }
 
+/// Whether `node` adds something to the node of this name.
+fn is_sum_of(node: &sys::ggml_tensor, name: &Option<CString>) -> bool {
+    let is_named = |operand: &*mut sys::ggml_tensor| {
+        // SAFETY: operands of a node live as long as it, and ggml ends all names with NUL inside their array.
+        let operand_name = unsafe { operand.as_ref() }.map(|operand| unsafe { CStr::from_ptr(operand.name.as_ptr()) });
+        operand_name.is_some() && operand_name == name.as_deref()
+    };
+    node.op == sys::GGML_OP_ADD && node.src.iter().any(is_named)
+}
+
 impl Context {
     pub(crate) fn new(model: &Model, options: &StageOptions, n_embd: u32) -> Result<(Self, Captured), LoadError> {
+        check_types(model, options.kv)?;
         let hook = Hook::new(options, n_embd as usize)?;
         let hook = hook.map(|hook| NonNull::from(Box::leak(Box::new(hook))));
         let signals = Arc::new(Signals::default());
@@ -152,11 +171,9 @@ impl Context {
             return Err(LoadError::Context(captured.message()));
         };
         captured.log();
-        let mut context = Self { raw, threads: None, hook, signals, copies_queued: 0 };
         // SAFETY: the context exists.
-        if unsafe { sys::llama_get_memory(raw.as_ptr()) }.is_null() {
-            return Err(LoadError::Kind("no KV cache"));
-        }
+        let has_memory = !unsafe { sys::llama_get_memory(raw.as_ptr()) }.is_null();
+        let mut context = Self { raw, threads: None, hook, signals, copies_queued: 0, has_memory };
         context.start_threads(options.n_threads);
         Ok((context, captured))
     }
@@ -194,19 +211,20 @@ impl Context {
 
     /// Forgets the tokens of `slot`, which must exist, from position `from`; false if the memory cannot.
     pub(crate) fn remove(&mut self, slot: u32, from: u32) -> bool {
-        // SAFETY: the context has a memory (checked when it was made) with this slot; -1 means up to the end.
+        // SAFETY: without a memory nothing happens; else it has this slot, and -1 means up to the end.
         unsafe { sys::llama_memory_seq_rm(sys::llama_get_memory(self.as_ptr()), slot as i32, from as i32, -1) }
     }
 
     pub(crate) fn clear(&mut self) {
-        // SAFETY: the context has a memory. Stale values in freed cells are never read: each is masked or overwritten.
+        // SAFETY: without a memory nothing happens. Stale values in freed cells are never read: each is masked or
+        // overwritten.
         unsafe { sys::llama_memory_clear(sys::llama_get_memory(self.as_ptr()), false) };
     }
 
     /// Gives slot `to` the positions of slot `from`, and queues the copy of its values; both must exist and differ.
     pub(crate) fn copy(&mut self, from: u32, to: u32) {
-        // SAFETY: the context has a memory with these slots; -1 means from the start and up to the end, as copies from
-        // one stream to another have to be.
+        // SAFETY: without a memory nothing happens; else it has these slots, and -1 means from the start and up to the
+        // end, as copies from one stream to another have to be.
         unsafe { sys::llama_memory_seq_cp(sys::llama_get_memory(self.as_ptr()), from as i32, to as i32, -1, -1) };
         self.copies_queued += 1;
     }
@@ -263,10 +281,15 @@ impl Hook {
             return Ok(None);
         }
         let n_values = n_embd * options.max_rows as usize;
+        let (stop_node, stops_at_sum) = match options.stop_node.as_deref() {
+            Some(name) => (Some(name.strip_suffix('+').unwrap_or(name)), name.ends_with('+')),
+            None => (None, false),
+        };
         let reserve = |node: &Option<String>| Vec::with_capacity(if node.is_some() { n_values } else { 0 });
         Ok(Some(Self {
             input_node: options.input_node.as_deref().map(node_name).transpose()?,
-            stop_node: options.stop_node.as_deref().map(node_name).transpose()?,
+            stop_node: stop_node.map(node_name).transpose()?,
+            stops_at_sum,
             n_embd,
             n_rows: 0,
             input: reserve(&options.input_node),
@@ -309,18 +332,30 @@ fn context_params(
     params.n_seq_max = options.n_sessions;
     params.kv_unified = false;
     params.swa_full = true;
+    params.type_k = ggml_type(options.kv.k);
+    params.type_v = ggml_type(options.kv.v);
     let n_scores = u64::from(model.n_heads()) * u64::from(options.n_ctx) * u64::from(options.max_rows);
-    if !HAS_DEVICES && n_scores <= MAX_SCORES_BYTES / size_of::<f32>() as u64 {
+    if options.kv.v != KvType::F16 {
+        // Without it values are stored transposed, which blocks cannot be.
+        params.flash_attn_type = sys::LLAMA_FLASH_ATTN_TYPE_ENABLED;
+    } else if !HAS_DEVICES && n_scores <= MAX_SCORES_BYTES / size_of::<f32>() as u64 {
         params.flash_attn_type = sys::LLAMA_FLASH_ATTN_TYPE_DISABLED;
     }
-    params.n_batch = options.max_rows;
-    params.n_ubatch = options.max_rows;
+    // Buffers are measured with rows dealt evenly over all sessions. Kimi-Linear's graph cannot be made otherwise, which
+    // would end the process.
+    let n_rows = options.max_rows.next_multiple_of(options.n_sessions);
+    params.n_batch = n_rows;
+    params.n_ubatch = n_rows;
     params.n_outputs_max = options.n_outputs();
     params.n_threads = options.n_threads as i32;
     params.n_threads_batch = options.n_threads as i32;
     params.no_perf = true;
     params.abort_callback = Some(on_abort);
     params.abort_callback_data = Arc::as_ptr(signals).cast_mut().cast();
+    if let Some(pooling) = options.pooling {
+        params.embeddings = true;
+        params.pooling_type = pooling::type_of(pooling);
+    }
     if let Some(hook) = hook {
         params.cb_eval = Some(on_node);
         params.cb_eval_user_data = hook.as_ptr().cast();

@@ -7,20 +7,23 @@
 //!   therefore first *settle*: a decode of one row that nobody asked for, in any slot with room. A run that was
 //!   refused or failed may have come to an end before the copies; the count of queued ones goes to 0 only behind a
 //!   decode that went well.
-//! - A saved slot is an *image*: 20 bytes of header ([`ImageHeader`]), then what llama.cpp writes. It fits stages of
-//!   the same layers of the same model, loaded with as many sessions and the same kind of attention.
+//! - A saved slot is an *image*: 22 bytes of header ([`ImageHeader`]), then what llama.cpp writes. It fits stages of
+//!   the same layers of the same model, loaded with as many sessions, the same types of keys and values, and the same
+//!   kind of attention.
 //!
 //! The stage owns the cache; images belong to the caller, who keeps a hash of each: llama.cpp takes any values for
 //! keys, and the header does not protect them.
+
+use brigade_base::{KvType, KvTypes};
 
 use crate::run::RunError;
 use crate::stage::Stage;
 
 /// Begins each image; the last byte is the version of the layout, which changes with llama.cpp's.
-const IMAGE_MAGIC: [u8; 8] = *b"BrigKV\0\x01";
+const IMAGE_MAGIC: [u8; 8] = *b"BrigKV\0\x02";
 
-/// Bytes before the state that llama.cpp writes: magic, number of tokens, length of the state.
-const IMAGE_HEADER_BYTES: usize = 8 + 4 + 8;
+/// Bytes before the state that llama.cpp writes: magic, types of keys and values, number of tokens, length of the state.
+const IMAGE_HEADER_BYTES: usize = 8 + 2 + 4 + 8;
 
 /// The KV cache of a session cannot be changed so.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -149,11 +152,17 @@ impl Stage {
         self.truncate(to, n)
     }
 
+    /// Whether [`Stage::truncate`] can keep a part of what a slot holds, and [`Stage::copy`] works. The state of recurrent
+    /// layers holds for the last token only.
+    pub fn can_rewind(&self) -> bool {
+        !self.model.is_recurrent()
+    }
+
     /// Whether [`Stage::save`] and [`Stage::restore`] work. They do not where what llama.cpp saves of a slot is not
     /// all of it: it leaves out what has moved out of a sliding window, which a truncated session needs again; and
     /// the state of recurrent layers holds for the last token only.
     pub fn can_save(&self) -> bool {
-        !self.model.has_window() && !self.model.is_recurrent()
+        self.context.has_memory && !self.model.has_window() && !self.model.is_recurrent()
     }
 
     /// Writes an image of `slot` to `out`, which is overwritten: [`Stage::kv_bytes_per_token`] for each token, and
@@ -176,7 +185,7 @@ impl Stage {
             return Err(KvError::Save { slot, message: captured.message() });
         }
         let n_bytes = (out.len() - IMAGE_HEADER_BYTES) as u64;
-        out[..IMAGE_HEADER_BYTES].copy_from_slice(&ImageHeader { n_tokens, n_bytes }.encode());
+        out[..IMAGE_HEADER_BYTES].copy_from_slice(&ImageHeader { kv: self.options.kv, n_tokens, n_bytes }.encode());
         Ok(())
     }
 
@@ -193,7 +202,7 @@ impl Stage {
         self.settle()?;
         self.clear(slot)?;
         let bad = |message: String| KvError::BadImage { slot, message };
-        let state = state_of(image, n).map_err(|message| bad(message.to_owned()))?;
+        let state = state_of(image, self.options.kv, n).map_err(|message| bad(message.to_owned()))?;
         if n > self.options.n_ctx {
             return Err(bad(format!("it holds {n} tokens, but a session at most {}", self.options.n_ctx)));
         }
@@ -232,9 +241,11 @@ impl Stage {
     }
 }
 
-/// What an image begins with, little endian: magic, `n_tokens`, `n_bytes`.
+/// What an image begins with, little endian: magic, a byte each for the types of keys and of values, `n_tokens`,
+/// `n_bytes`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct ImageHeader {
+    kv: KvTypes,
     n_tokens: u32,
     /// Bytes behind the header.
     n_bytes: u64,
@@ -244,19 +255,31 @@ impl ImageHeader {
     fn encode(self) -> [u8; IMAGE_HEADER_BYTES] {
         let mut bytes = [0; IMAGE_HEADER_BYTES];
         bytes[..8].copy_from_slice(&IMAGE_MAGIC);
-        bytes[8..12].copy_from_slice(&self.n_tokens.to_le_bytes());
-        bytes[12..].copy_from_slice(&self.n_bytes.to_le_bytes());
+        bytes[8..10].copy_from_slice(&[self.kv.k, self.kv.v].map(type_byte));
+        bytes[10..14].copy_from_slice(&self.n_tokens.to_le_bytes());
+        bytes[14..].copy_from_slice(&self.n_bytes.to_le_bytes());
         bytes
     }
 }
 
+/// How a type is named in an image.
+fn type_byte(ty: KvType) -> u8 {
+    match ty {
+        KvType::F16 => 0,
+        KvType::Q8_0 => 1,
+        KvType::Q4_0 => 2,
+    }
+}
+
 /// The state in an image of `n` tokens. There is one header that fits, so nothing is parsed.
-fn state_of(image: &[u8], n: u32) -> Result<&[u8], &'static str> {
+fn state_of(image: &[u8], kv: KvTypes, n: u32) -> Result<&[u8], &'static str> {
     let (header, state) = image.split_at_checked(IMAGE_HEADER_BYTES).ok_or("it is shorter than its header")?;
-    let expected = ImageHeader { n_tokens: n, n_bytes: state.len() as u64 }.encode();
+    let expected = ImageHeader { kv, n_tokens: n, n_bytes: state.len() as u64 }.encode();
     if header[..8] != expected[..8] {
         Err("it was not written by this version")
-    } else if header[8..12] != expected[8..12] {
+    } else if header[8..10] != expected[8..10] {
+        Err("its keys or values are stored in another type")
+    } else if header[10..14] != expected[10..14] {
         Err("it holds another number of tokens")
     } else if header != expected {
         Err("it is cut off or has bytes too many")
@@ -271,17 +294,19 @@ mod tests {
 
     #[test]
     fn only_the_right_header_is_taken() {
-        let image = [&ImageHeader { n_tokens: 7, n_bytes: 3 }.encode()[..], b"abc"].concat();
-        assert_eq!(state_of(&image, 7), Ok(&b"abc"[..]));
-        assert!(state_of(&image, 8).is_err());
+        let kv = KvTypes { k: KvType::Q8_0, v: KvType::F16 };
+        let image = [&ImageHeader { kv, n_tokens: 7, n_bytes: 3 }.encode()[..], b"abc"].concat();
+        assert_eq!(state_of(&image, kv, 7), Ok(&b"abc"[..]));
+        assert!(state_of(&image, kv, 8).is_err());
+        assert!(state_of(&image, KvTypes::default(), 7).is_err_and(|why| why.contains("another type")));
         for len in 0..image.len() {
-            assert!(state_of(&image[..len], 7).is_err(), "{len} bytes");
+            assert!(state_of(&image[..len], kv, 7).is_err(), "{len} bytes");
         }
-        assert!(state_of(&[&image[..], b"d"].concat(), 7).is_err());
+        assert!(state_of(&[&image[..], b"d"].concat(), kv, 7).is_err());
         for bit in 0..IMAGE_HEADER_BYTES * 8 {
             let mut image = image.clone();
             image[bit / 8] ^= 1 << (bit % 8);
-            assert!(state_of(&image, 7).is_err(), "bit {bit}");
+            assert!(state_of(&image, kv, 7).is_err(), "bit {bit}");
         }
     }
 }

@@ -11,26 +11,36 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test that cannot go on has failed"))]
 
+mod adapter;
 mod backend;
 mod batch;
 mod context;
 mod kv;
+mod kv_types;
 mod model;
+mod pooling;
+mod rehearsal;
 mod run;
 mod sampler;
 mod sampling;
+mod shapes;
 mod source;
 mod stage;
 mod tensor;
+mod trial;
 mod vocabulary;
 
+pub use adapter::AdapterSource;
 pub use backend::init;
 pub use kv::KvError;
-pub use model::LoadError;
+pub use model::{HAS_DEVICES, LoadError};
+pub use rehearsal::rehearse;
 pub use run::{Input, Row, RunError};
 pub use sampler::{Sampler, log_probabilities};
 pub use sampling::{Sampling, SamplingError};
+pub use shapes::{TensorShape, tensor_shapes};
 pub use source::ReadSeek;
 pub use stage::{Activity, Canceller, Stage, StageMemory, StageOptions};
 pub use tensor::{TensorError, dequantize_rows, quantize_rows};
+pub use trial::try_passes;
 pub use vocabulary::{TokenizeError, Vocabulary};

@@ -1,7 +1,7 @@
 //! Loading a GGUF with llama.cpp, from a reader or from a file; the weights are freed on drop.
 
 use std::any::Any;
-use std::ffi::{CString, c_void};
+use std::ffi::{CStr, CString, c_void};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ use crate::backend::{self, Captured, capture};
 use crate::source::{ReadSeek, Source};
 
 /// Whether this build computes on devices beside the CPU.
-pub(crate) const HAS_DEVICES: bool =
+pub const HAS_DEVICES: bool =
     cfg!(any(feature = "cuda", feature = "metal", feature = "rocm", feature = "vulkan"));
 
 /// A model was not loaded.
@@ -62,9 +62,47 @@ pub enum LoadError {
         /// What the caller said.
         expected: u64,
     },
-    /// The model does not generate text token by token.
-    #[error("models with {0} are not served: only decoders that generate text can be")]
+    /// The model is of a kind that no graph here can run.
+    #[error("models with {0} are not served: only decoders that generate text, and models that embed texts, can be")]
     Kind(&'static str),
+    /// llama.cpp cannot use an adapter.
+    #[error("llama.cpp refused the adapter: {0}")]
+    Adapter(String),
+    /// The KV cache cannot be stored so.
+    #[error(
+        "a KV cache in {ty} stores {} elements together, but the {side} of this model have {length}; use f16 for the {side}",
+        .ty.block_elements()
+    )]
+    KvType {
+        /// The type that was asked for.
+        ty: brigade_base::KvType,
+        /// `keys` or `values`.
+        side: &'static str,
+        /// Elements of one head.
+        length: u32,
+    },
+    /// The model keeps no KV cache, so it yields no tokens one after the other.
+    #[error("this model generates no text: it embeds texts; load it with a pooling")]
+    NoText,
+    /// The model has no such output.
+    #[error("the pooling {0} is not possible: {1}")]
+    Pooling(brigade_base::Pooling, &'static str),
+}
+
+/// Longest name of an architecture, with room for the zero byte; the longest known has 16 bytes.
+const MAX_ARCHITECTURE_BYTES: usize = 64;
+
+/// Makes llama.cpp load a model; `None` if no file could be opened.
+type LoadFn<'a> = &'a mut dyn FnMut(sys::llama_model_params) -> Option<*mut sys::llama_model>;
+
+/// What of a GGUF is loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Content {
+    All,
+    /// No tensors.
+    Vocabulary,
+    /// Names, types and shapes of tensors. A context of such a model allocates nothing and cannot compute.
+    Sizes,
 }
 
 /// Weights and vocabulary of a loaded GGUF.
@@ -105,18 +143,19 @@ unsafe extern "C" fn on_progress(progress: f32, user_data: *mut c_void) -> bool 
 }
 
 impl Model {
-    /// Loads the GGUF of `n_bytes` that `reader` yields; with `vocab_only` without tensors.
+    /// Loads the GGUF of `n_bytes` that `reader` yields, or a part of it.
     ///
     /// `progress` hears the loaded share, 0 to 1, and returns whether to go on.
     pub(crate) fn from_reader(
         reader: Box<dyn ReadSeek + Send>,
         n_bytes: u64,
-        vocab_only: bool,
+        content: Content,
         progress: &mut dyn FnMut(f32) -> bool,
     ) -> Result<Self, LoadError> {
         let mut source = Source::new(reader, n_bytes);
         #[cfg(any(target_os = "linux", target_os = "macos"))]
-        let loaded = Self::load(vocab_only, progress, |params| {
+        let loaded = Self::load(content, progress, &mut |params| {
+            source.rewind();
             source.with_file(|file| {
                 // SAFETY: `file` is open for reading for the whole call; the parameters are complete.
                 unsafe { sys::llama_model_load_from_file_ptr(file.cast(), params) }
@@ -125,7 +164,7 @@ impl Model {
         #[cfg(not(any(target_os = "linux", target_os = "macos")))]
         let loaded = {
             let file = source.spool().map_err(LoadError::Read)?;
-            Self::from_file_with(file.path(), vocab_only, progress)
+            Self::from_file_with(file.path(), content, progress)
         };
         match source.failure.take() {
             Some(error) => Err(LoadError::Read(error)),
@@ -135,23 +174,45 @@ impl Model {
 
     /// Loads a whole GGUF from its file, with llama.cpp's own reader.
     pub(crate) fn from_file(path: &Path) -> Result<Self, LoadError> {
-        Self::from_file_with(path, false, &mut |_| true)
+        Self::from_file_with(path, Content::All, &mut |_| true)
     }
 
-    fn from_file_with(path: &Path, vocab_only: bool, progress: &mut dyn FnMut(f32) -> bool) -> Result<Self, LoadError> {
+    /// Creates a model without a file: `create` gets the parameters that all loads share.
+    pub(crate) fn from_metadata(
+        mut create: impl FnMut(sys::llama_model_params) -> *mut sys::llama_model,
+    ) -> Result<Self, LoadError> {
+        Self::load_once(Content::All, true, &mut |_| true, &mut |params| Some(create(params)))
+    }
+
+    fn from_file_with(path: &Path, content: Content, progress: &mut dyn FnMut(f32) -> bool) -> Result<Self, LoadError> {
         let c_path =
             path.to_str().and_then(|path| CString::new(path).ok()).ok_or_else(|| LoadError::Path(path.to_owned()))?;
-        Self::load(vocab_only, progress, |params| {
+        Self::load(content, progress, &mut |params| {
             // SAFETY: the path is a C string that outlives the call; the parameters are complete.
             Some(unsafe { sys::llama_model_load_from_file(c_path.as_ptr(), params) })
         })
     }
 
     /// Calls `load` with the parameters that all loads share. It returns `None` if no file could be opened.
-    fn load(
-        vocab_only: bool,
+    ///
+    /// With AMX it is called twice. llama.cpp then puts matrices into buffers of their own, after a look at each
+    /// matrix alone; latent attention multiplies one by a permuted input, which these buffers do not bear, and the
+    /// process ends. So the metadata is read first, and such a model gets plain buffers.
+    fn load(content: Content, progress: &mut dyn FnMut(f32) -> bool, load: LoadFn<'_>) -> Result<Self, LoadError> {
+        // SAFETY: the function only tells how ggml was compiled.
+        let has_amx = unsafe { sys::ggml_cpu_has_amx_int8() } != 0;
+        let may_repack = content == Content::Vocabulary || !has_amx || {
+            let model = Self::load_once(Content::Vocabulary, true, &mut |_| true, load)?;
+            !model.attends_to_latents()
+        };
+        Self::load_once(content, may_repack, progress, load)
+    }
+
+    fn load_once(
+        content: Content,
+        may_repack: bool,
         progress: &mut dyn FnMut(f32) -> bool,
-        load: impl FnOnce(sys::llama_model_params) -> Option<*mut sys::llama_model>,
+        load: LoadFn<'_>,
     ) -> Result<Self, LoadError> {
         backend::init();
         let mut progress = Progress { report: progress, stopped: false, panic: None };
@@ -159,7 +220,9 @@ impl Model {
         let mut params = unsafe { sys::llama_model_default_params() };
         params.load_mode = sys::LLAMA_LOAD_MODE_NONE;
         params.n_gpu_layers = if HAS_DEVICES { -1 } else { 0 };
-        params.vocab_only = vocab_only;
+        params.vocab_only = content == Content::Vocabulary;
+        params.no_alloc = content == Content::Sizes;
+        params.use_extra_bufts = may_repack;
         params.progress_callback = Some(on_progress);
         params.progress_callback_user_data = ptr::from_mut(&mut progress).cast();
         let (raw, captured): (_, Captured) = capture(|| load(params));
@@ -175,6 +238,21 @@ impl Model {
             None if progress.stopped => Err(LoadError::Cancelled),
             None => Err(LoadError::Refused(captured.message())),
         }
+    }
+
+    /// Whether its metadata tells of latent attention (MLA).
+    fn attends_to_latents(&self) -> bool {
+        let value = |key: &str| {
+            let key = CString::new(key).ok()?;
+            let mut text = [0u8; MAX_ARCHITECTURE_BYTES];
+            // SAFETY: the model is loaded, the key is a C string, and the buffer has the length that is told.
+            let n = unsafe {
+                sys::llama_model_meta_val_str(self.raw.as_ptr(), key.as_ptr(), text.as_mut_ptr().cast(), text.len())
+            };
+            (n >= 0).then(|| CStr::from_bytes_until_nul(&text).unwrap_or_default().to_string_lossy().into_owned())
+        };
+        let Some(architecture) = value("general.architecture") else { return false };
+        value(&format!("{architecture}.attention.key_length_mla")).is_some_and(|length| length != "0")
     }
 
     /// The model for calls of llama.cpp; valid as long as `self`.
@@ -200,6 +278,24 @@ impl Model {
         u32::try_from(unsafe { sys::llama_model_n_embd_inp(self.raw.as_ptr()) }).unwrap_or(0)
     }
 
+    /// Tokens of the longest text that the model was trained for; those with learned positions have no more.
+    pub(crate) fn n_ctx_train(&self) -> u32 {
+        // SAFETY: the model is loaded.
+        u32::try_from(unsafe { sys::llama_model_n_ctx_train(self.raw.as_ptr()) }).unwrap_or(0)
+    }
+
+    /// Width of a pooled vector.
+    pub(crate) fn n_embd_out(&self) -> u32 {
+        // SAFETY: the model is loaded.
+        u32::try_from(unsafe { sys::llama_model_n_embd_out(self.raw.as_ptr()) }).unwrap_or(0)
+    }
+
+    /// Scores that the classifier gives.
+    pub(crate) fn n_cls_out(&self) -> u32 {
+        // SAFETY: the model is loaded.
+        unsafe { sys::llama_model_n_cls_out(self.raw.as_ptr()) }
+    }
+
     /// Layers of this GGUF.
     pub(crate) fn n_layers(&self) -> u32 {
         // SAFETY: the model is loaded.
@@ -216,6 +312,23 @@ impl Model {
     pub(crate) fn n_bytes(&self) -> u64 {
         // SAFETY: the model is loaded.
         unsafe { sys::llama_model_size(self.raw.as_ptr()) }
+    }
+
+    /// A number of the metadata, under the prefix of the architecture; `None` if it is not there or no plain number.
+    pub(crate) fn number(&self, key: &str) -> Option<u32> {
+        let architecture = self.metadata(c"general.architecture")?;
+        let key = CString::new(format!("{architecture}.{key}")).ok()?;
+        self.metadata(&key)?.parse().ok()
+    }
+
+    /// A value of the metadata as text, cut off behind 63 bytes.
+    fn metadata(&self, key: &CStr) -> Option<String> {
+        let mut text = [0u8; 64];
+        // SAFETY: the model is loaded, the key ends in NUL, and at most 64 bytes are written, the last one NUL.
+        let n =
+            unsafe { sys::llama_model_meta_val_str(self.as_ptr(), key.as_ptr(), text.as_mut_ptr().cast(), text.len()) };
+        let text = CStr::from_bytes_until_nul(&text).ok()?;
+        (n >= 0).then(|| text.to_string_lossy().into_owned())
     }
 
     /// Position planes of a row: 4 with M-RoPE (time, height, width, unused), else 1.
@@ -240,7 +353,7 @@ impl Model {
         unsafe { sys::llama_model_n_swa(self.raw.as_ptr()) > 0 }
     }
 
-    /// Refuses models that decode in another way than one causal pass per batch.
+    /// Refuses models that compute in another way than one pass per batch.
     pub(crate) fn check_kind(&self) -> Result<(), LoadError> {
         let raw = self.raw.as_ptr();
         // SAFETY: the model is loaded; the functions only look at its architecture.

@@ -23,7 +23,8 @@ pub struct Row {
     pub slot: u32,
     /// Position in the session, from 0.
     pub position: u32,
-    /// Whether its logits are wanted; ignored by a stage that yields hidden states, which yields all.
+    /// Whether its logits are wanted, or the pooled vector of the text that ends with it; ignored by a stage that
+    /// yields hidden states, which yields all.
     pub output: bool,
 }
 
@@ -143,12 +144,13 @@ impl Stage {
     /// Computes a batch. The rows of a slot lie together and continue the session; the slots come in any order.
     ///
     /// `out` is overwritten, in row order: by hidden states `[n_rows, n_embd]` in a stage with a stop node, else by
-    /// logits `[n_output_rows, n_vocab]`. Nothing is allocated once `out` has grown to its largest size.
+    /// logits or pooled vectors `[n_output_rows, n_out]`. Nothing is allocated once `out` has grown to its largest
+    /// size.
     ///
     /// # Errors
     /// If the batch does not fit the stage or its sessions, it was cancelled, or llama.cpp fails. The KV cache is then
-    /// as before and `out` is empty. Recurrent models cannot go back: their sessions of the batch are cleared, which
-    /// the next run reports as [`RunError::Position`].
+    /// as before and `out` is empty. Recurrent models cannot go back: once a call has begun, all their sessions are
+    /// cleared, which the next run reports as [`RunError::Position`].
     pub fn run(&mut self, rows: &[Row], input: Input<'_>, out: &mut Vec<f32>) -> Result<(), RunError> {
         out.clear();
         self.check(rows, input)?;
@@ -157,16 +159,19 @@ impl Stage {
         }
         let (n_ctx, max_rows) = (self.options.n_ctx, self.options.max_rows as usize);
         let reversible = !self.model.is_recurrent();
-        self.scratch.group(&Room { lens: &self.lens, n_ctx, max_rows, reversible });
-        let (width, n_results) =
-            if self.is_final() { (self.n_vocab, self.scratch.n_outputs) } else { (self.n_embd, rows.len()) };
-        out.resize(n_results * width as usize, 0.0);
+        let together = self.context.has_memory && self.options.pooling.is_none();
+        let room = Room { lens: &self.lens, n_ctx, max_rows, reversible: reversible && together, together };
+        self.scratch.group(&room);
+        let n_results = if self.is_final() { self.scratch.n_outputs } else { rows.len() };
+        out.resize(n_results * self.n_out as usize, 0.0);
 
         self.context.signals.begin();
         let result = self.compute(rows, input, out);
         let cancelled = self.context.signals.end();
         let result = if cancelled { Err(RunError::Cancelled) } else { result };
         match result {
+            // An encoder keeps nothing of a text.
+            Ok(()) if !self.context.has_memory => {}
             Ok(()) => {
                 for rows in &self.scratch.slots {
                     self.lens[rows.slot as usize] += rows.n as u32;
@@ -248,10 +253,10 @@ impl Stage {
         for call in 0..self.scratch.calls.len() {
             let range = self.scratch.calls[call].clone();
             self.decode(rows, input, range.clone())?;
-            if self.is_final() {
-                self.scatter_logits(rows, range, out)?;
-            } else {
-                self.scatter_hidden(range, out)?;
+            match (self.is_final(), self.options.pooling) {
+                (false, _) => self.scatter_hidden(range, out)?,
+                (true, None) => self.scatter_logits(rows, range, out)?,
+                (true, Some(_)) => self.scatter_pooled(rows, range, out)?,
             }
         }
         Ok(())
@@ -267,7 +272,9 @@ impl Stage {
 
     /// Computes the rows of one call and forgets those that only fill a hole.
     fn decode(&mut self, rows: &[Row], input: Input<'_>, range: Range<usize>) -> Result<(), RunError> {
-        let (n_embd, all_outputs) = (self.n_embd as usize, !self.is_final());
+        // libllama pools rows that are outputs alone.
+        let all_outputs = !self.is_final() || self.options.pooling.is_some();
+        let n_embd = self.n_embd as usize;
         let Scratch { batch, order, .. } = &mut self.scratch;
         let call = &order[range];
         batch.fill(rows, input, call, n_embd, all_outputs);
@@ -312,6 +319,19 @@ impl Stage {
         Ok(())
     }
 
+    fn scatter_pooled(&mut self, rows: &[Row], range: Range<usize>, out: &mut [f32]) -> Result<(), RunError> {
+        let width = self.n_out as usize;
+        for at in range {
+            if let CallRow::Given(row) = self.scratch.order[at]
+                && rows[row].output
+            {
+                let result = self.scratch.output_index[row] * width;
+                self.read_pooled(rows[row].slot, &mut out[result..result + width])?;
+            }
+        }
+        Ok(())
+    }
+
     fn scatter_logits(&mut self, rows: &[Row], range: Range<usize>, out: &mut [f32]) -> Result<(), RunError> {
         let n_vocab = self.n_vocab as usize;
         let outputs = self.scratch.order[range].iter().filter_map(|row| match *row {
@@ -338,6 +358,11 @@ impl Stage {
 
     /// Forgets what a failed run has put into the KV cache.
     fn roll_back(&mut self) {
+        // A call moves the states of sessions that are not in it out of its way, layer by layer as it computes. So one
+        // that was stopped may have left any of them half moved.
+        if self.model.is_recurrent() {
+            return self.clear_all();
+        }
         for rows in &self.scratch.slots {
             let len = self.lens[rows.slot as usize];
             if !self.context.remove(rows.slot, len) {

@@ -67,6 +67,12 @@ impl Source {
         }
     }
 
+    /// Goes back to the start, for a file to be opened again.
+    #[cfg(any(target_os = "linux", target_os = "macos"))]
+    pub(crate) fn rewind(&mut self) {
+        self.position = 0;
+    }
+
     /// Moves as `fseek` does; `whence` is 0, 1 or 2. `None` if that is before the start.
     fn seek(&mut self, offset: i64, whence: i32) -> Option<u64> {
         let base = match whence {

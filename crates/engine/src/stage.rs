@@ -3,6 +3,7 @@
 //! - [`Stage::load`] reads a GGUF of some layers; [`Stage::load_file`] a whole model, as the oracle to compare with.
 //! - `run.rs` computes batches. A stage that is not the last stops its graph at one node and hands that node's value
 //!   out. `batch.rs` decides which rows are computed together.
+//! - `pooling.rs` is about stages that yield one vector for each text, and about encoders, which have no KV cache.
 //! - `kv.rs` cuts, copies, saves and restores the KV cache of sessions.
 //! - Each session slot has a KV stream of its own (`kv_unified = false`): which cells a session uses, and so every bit
 //!   of its answer, does not depend on what other sessions do. The cache of sliding-window layers has full size
@@ -17,15 +18,23 @@
 //!   Q8_0 and Q4_0 do with AVX2 too. Elsewhere floats have another kernel for a call of one row (the routing to
 //!   experts is F32 on all machines), and Q4_K with AVX2 has another one for blocks of four rows. `tests/batches.rs`
 //!   tells.
+//! - Keys and values may be stored in blocks (`kv_types.rs`). llama.cpp then computes attention row by row, whoever is
+//!   in the batch, so all of this holds as well.
+//! - `adapter.rs` joins LoRA adapters to a model.
+//! - `rehearsal.rs` says what a stage would take in memory, without loading it.
 //!
 //! The stage owns everything; a [`Canceller`] shares only a flag, an [`Activity`] only a counter.
 
 use std::path::Path;
 use std::sync::Arc;
 
+use brigade_base::{KvTypes, Pooling};
+
+use crate::adapter::{Adapter, AdapterSource};
 use crate::batch::Scratch;
 use crate::context::{Context, Signals};
-use crate::model::{LoadError, Model};
+use crate::model::{Content, LoadError, Model};
+use crate::pooling;
 use crate::source::ReadSeek;
 
 /// Most session slots of a stage: `LLAMA_MAX_SEQ` of llama.cpp, which refuses more.
@@ -69,13 +78,20 @@ pub struct StageOptions {
     /// Name of the graph node, shape `[n_rows, n_embd]`, whose value is replaced by the given hidden states, for
     /// graphs that change them first. `None` for all others.
     pub input_node: Option<String>,
-    /// Name of the graph node, shape `[n_rows, n_embd]`, at which the pass stops and whose value it yields. `None` for
-    /// the last stage, which yields logits.
+    /// Whether the graph must look its rows up itself and ends the process over hidden states: it is given tokens then,
+    /// any, and the hidden states replace the value of the input node.
+    pub looks_up_rows: bool,
+    /// Name of the graph node, shape `[n_rows, n_embd]`, at which the pass stops and whose value it yields; with a `+`
+    /// behind it, the sum of that node and another one. `None` for the last stage, which yields logits or pools.
     pub stop_node: Option<String>,
+    /// The last stage yields one pooled vector for each text, not logits.
+    pub pooling: Option<Pooling>,
+    /// How keys and values are stored. Values in blocks bring flash attention with them.
+    pub kv: KvTypes,
 }
 
 impl StageOptions {
-    fn check(&self) -> Result<(), LoadError> {
+    pub(crate) fn check(&self) -> Result<(), LoadError> {
         let check = |name, value: u64, min: u64, max: u64| {
             if (min..=max).contains(&value) { Ok(()) } else { Err(LoadError::Option { name, value, min, max }) }
         };
@@ -93,7 +109,8 @@ impl StageOptions {
 
     /// Most outputs that llama.cpp must be ready for; it reserves at least one for each session.
     pub(crate) fn n_outputs(&self) -> u32 {
-        let outputs = if self.stop_node.is_some() || self.max_outputs == 0 { self.max_rows } else { self.max_outputs };
+        let all = self.stop_node.is_some() || self.pooling.is_some() || self.max_outputs == 0;
+        let outputs = if all { self.max_rows } else { self.max_outputs };
         outputs.min(self.max_rows).max(self.n_sessions)
     }
 }
@@ -105,7 +122,8 @@ pub struct StageMemory {
     pub weights: u64,
     /// The KV cache of all sessions, and recurrent states.
     pub kv: u64,
-    /// Buffers of the graph and of outputs. The output buffer grows with the first large batch.
+    /// Buffers of the graph and of outputs, without adapters: for those the first pass makes some larger. The output
+    /// buffer grows with the first large batch.
     pub compute: u64,
 }
 
@@ -124,6 +142,7 @@ pub struct Stage {
     pub(crate) options: StageOptions,
     pub(crate) n_embd: u32,
     pub(crate) n_vocab: u32,
+    pub(crate) n_out: u32,
     pub(crate) max_outputs: u32,
     memory: StageMemory,
     /// Tokens of each slot that the KV cache holds.
@@ -155,8 +174,29 @@ impl Stage {
         options: StageOptions,
         progress: &mut dyn FnMut(f32) -> bool,
     ) -> Result<Self, LoadError> {
+        Self::load_adapted(reader, n_bytes, None, options, progress)
+    }
+
+    /// The same with an adapter, whose header was checked against the model's.
+    ///
+    /// # Errors
+    /// As [`Stage::load`], and if llama.cpp refuses the adapter.
+    pub fn load_adapted(
+        reader: Box<dyn ReadSeek + Send>,
+        n_bytes: u64,
+        adapter: Option<AdapterSource>,
+        options: StageOptions,
+        progress: &mut dyn FnMut(f32) -> bool,
+    ) -> Result<Self, LoadError> {
         options.check()?;
-        Self::new(Model::from_reader(reader, n_bytes, false, progress)?, options)
+        let model = Model::from_reader(reader, n_bytes, Content::All, progress)?;
+        let Some(adapter) = adapter else { return Self::new(model, options) };
+        let weight_bytes = adapter.weight_bytes;
+        let adapter = Adapter::load(&model, adapter)?;
+        let mut stage = Self::new(model, options)?;
+        stage.context.set_adapters(&[adapter]);
+        stage.memory.weights += weight_bytes;
+        Ok(stage)
     }
 
     /// Loads a whole GGUF from its file with llama.cpp's own reader and the same settings as [`Stage::load`]: what a
@@ -165,11 +205,31 @@ impl Stage {
     /// # Errors
     /// As [`Stage::load`].
     pub fn load_file(path: &Path, options: StageOptions) -> Result<Self, LoadError> {
-        options.check()?;
-        Self::new(Model::from_file(path)?, options)
+        Self::load_file_adapted(path, &[], options)
     }
 
-    fn new(model: Model, options: StageOptions) -> Result<Self, LoadError> {
+    /// The same with adapters and their scales, read and joined by llama.cpp. In which order it adds several to one
+    /// matrix depends on where they lie in memory, so last bits may differ from start to start.
+    ///
+    /// # Errors
+    /// As [`Stage::load_adapted`].
+    pub fn load_file_adapted(
+        path: &Path,
+        adapters: &[(&Path, f32)],
+        options: StageOptions,
+    ) -> Result<Self, LoadError> {
+        options.check()?;
+        let model = Model::from_file(path)?;
+        let load = |(path, scale): &(&Path, f32)| Adapter::load_file(&model, path, *scale);
+        let adapters = adapters.iter().map(load).collect::<Result<Vec<_>, _>>()?;
+        let mut stage = Self::new(model, options)?;
+        if !adapters.is_empty() {
+            stage.context.set_adapters(&adapters);
+        }
+        Ok(stage)
+    }
+
+    pub(crate) fn new(model: Model, options: StageOptions) -> Result<Self, LoadError> {
         model.check_kind()?;
         let (n_embd, n_vocab) = (model.n_embd(), model.n_vocab());
         check_shape("n_embd", n_embd, options.n_embd)?;
@@ -177,13 +237,14 @@ impl Stage {
             check_shape("n_vocab", n_vocab, options.n_vocab)?;
         }
         let (context, captured) = Context::new(&model, &options, n_embd)?;
+        let n_out = pooling::check(&model, &context, &options)?;
         let memory = StageMemory { weights: model.n_bytes(), kv: captured.kv_bytes, compute: captured.compute_bytes };
         let max_rows = options.max_rows.min(context.n_batch());
         let max_outputs = options.n_outputs().min(max_rows);
         let scratch = Scratch::new(&options, n_embd as usize, model.n_position_planes());
         let lens = vec![0; options.n_sessions as usize];
         let options = StageOptions { max_rows, ..options };
-        Ok(Self { context, model, options, n_embd, n_vocab, max_outputs, memory, lens, scratch })
+        Ok(Self { context, model, options, n_embd, n_vocab, n_out, max_outputs, memory, lens, scratch })
     }
 
     /// The options that it was loaded with; `max_rows` may be lower, as it is never above the cells of the KV cache.
@@ -201,12 +262,22 @@ impl Stage {
         self.n_vocab
     }
 
+    /// Width of what it yields for a row or a text: hidden states, logits, or a pooled vector.
+    pub fn n_out(&self) -> u32 {
+        self.n_out
+    }
+
+    /// Whether a text must be computed at once, as rows see those behind them: there is no KV cache.
+    pub fn is_encoder(&self) -> bool {
+        !self.context.has_memory
+    }
+
     /// Layers of this GGUF.
     pub fn n_layers(&self) -> u32 {
         self.model.n_layers()
     }
 
-    /// Whether it yields logits, not hidden states.
+    /// Whether it yields logits or pooled vectors, not hidden states.
     pub fn is_final(&self) -> bool {
         self.options.stop_node.is_none()
     }

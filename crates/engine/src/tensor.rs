@@ -106,7 +106,7 @@ fn copy_aligned(bytes: &[u8]) -> Vec<u64> {
 }
 
 /// Types that need no importance matrix.
-const QUANTIZABLE: [u32; 15] = [
+const QUANTIZABLE: [u32; 16] = [
     sys::GGML_TYPE_F32,
     sys::GGML_TYPE_F16,
     sys::GGML_TYPE_BF16,
@@ -122,6 +122,7 @@ const QUANTIZABLE: [u32; 15] = [
     sys::GGML_TYPE_Q6_K,
     sys::GGML_TYPE_IQ4_NL,
     sys::GGML_TYPE_IQ4_XS,
+    sys::GGML_TYPE_MXFP4,
 ];
 
 /// The bytes of `values`, rows of `n_per_row`, in the ggml type `ty`: floats and the quantisations that need no

@@ -7,7 +7,7 @@ use aho_corasick::{AhoCorasick, MatchKind};
 use brigade_base::Token;
 use llama_cpp_sys_2 as sys;
 
-use crate::model::{LoadError, Model};
+use crate::model::{Content, LoadError, Model};
 use crate::source::ReadSeek;
 
 /// Longest text to tokenize: 16 MiB is more than four million tokens, far beyond any context, and fits `i32` lengths.
@@ -89,7 +89,7 @@ impl Vocabulary {
     /// # Errors
     /// If the reader fails, llama.cpp refuses the file, or it has no vocabulary.
     pub fn load(reader: Box<dyn ReadSeek + Send>, n_bytes: u64) -> Result<Self, LoadError> {
-        let model = Model::from_reader(reader, n_bytes, true, &mut |_| true)?;
+        let model = Model::from_reader(reader, n_bytes, Content::Vocabulary, &mut |_| true)?;
         // SAFETY: the vocabulary belongs to the model.
         if unsafe { sys::llama_vocab_type(model.vocab()) } == sys::LLAMA_VOCAB_TYPE_NONE {
             return Err(LoadError::Refused("the file has no vocabulary".to_owned()));
@@ -249,6 +249,24 @@ impl Vocabulary {
     pub fn eos(&self) -> Option<Token> {
         // SAFETY: the vocabulary exists.
         Some(unsafe { sys::llama_vocab_eos(self.model.vocab()) }).filter(|token| self.contains(*token))
+    }
+
+    /// The token between two texts, if the model has one.
+    pub fn separator(&self) -> Option<Token> {
+        // SAFETY: the vocabulary exists.
+        Some(unsafe { sys::llama_vocab_sep(self.model.vocab()) }).filter(|token| self.contains(*token))
+    }
+
+    /// Whether the end token comes behind a text that is tokenized with `add_special`.
+    pub fn adds_eos(&self) -> bool {
+        // SAFETY: the vocabulary exists.
+        unsafe { sys::llama_vocab_get_add_eos(self.model.vocab()) }
+    }
+
+    /// Whether the separator comes behind a text that is tokenized with `add_special`, and between two.
+    pub fn adds_separator(&self) -> bool {
+        // SAFETY: the vocabulary exists.
+        unsafe { sys::llama_vocab_get_add_sep(self.model.vocab()) }
     }
 
     /// Whether the start token comes before a text that is tokenized with `add_special`.

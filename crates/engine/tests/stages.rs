@@ -6,7 +6,7 @@ mod support;
 use std::path::Path;
 use std::sync::Arc;
 
-use brigade_base::{LayerRange, Token};
+use brigade_base::{KvType, KvTypes, LayerRange, Token};
 use brigade_engine::{Input, Row, RunError, Stage, StageOptions, Vocabulary, dequantize_rows};
 use brigade_gguf::{Architecture, ModelFile, StageView, TensorSource, vocabulary_header};
 use support::synthetic::{ALL, N_VOCAB};
@@ -32,6 +32,7 @@ impl Pipeline {
                 n_embd: view.n_embd(),
                 n_vocab: view.n_vocab(),
                 input_node: view.input_node(),
+                looks_up_rows: view.looks_up_rows(),
                 stop_node: view.stop_node(),
                 ..options.clone()
             };
@@ -87,9 +88,13 @@ impl Pipeline {
 
 /// Compares each cut of the model at `path` with the whole; `tolerance` is relative to the largest logit.
 fn check(path: &Path, n_vocab: usize, tolerance: f32, stages: &[usize]) {
+    check_with(path, n_vocab, tolerance, stages, KvTypes::default());
+}
+
+fn check_with(path: &Path, n_vocab: usize, tolerance: f32, stages: &[usize], kv: KvTypes) {
     let text = tokens(40, n_vocab, 5);
-    let options = options();
-    let expected = generate(&mut whole(path, |_| ()), 1, &text, 16);
+    let options = StageOptions { kv, ..options() };
+    let expected = generate(&mut whole(path, |o| o.kv = kv), 1, &text, 16);
     let source = Arc::new(ModelFile::open(path).unwrap());
     let cuts = Architecture::of(source.catalog()).unwrap().cut_points();
     assert!(!cuts.is_empty(), "{}: nothing to cut", path.display());
@@ -122,6 +127,20 @@ fn each_architecture_is_exact() {
         let path = dir.path().join(format!("{}.gguf", model.name));
         model.write(&path);
         check(&path, N_VOCAB, 0.0, &[1, 2, 3]);
+    }
+}
+
+#[test]
+fn a_cache_in_blocks_is_exact_however_the_model_is_cut() {
+    let dir = tempfile::tempdir().unwrap();
+    let kinds = [(KvType::Q8_0, KvType::Q8_0), (KvType::Q4_0, KvType::Q4_0), (KvType::Q8_0, KvType::F16)];
+    for kv in kinds.map(|(k, v)| KvTypes { k, v }) {
+        check_with(&abacus(), 1024, 0.0, &[2], kv);
+        for model in ALL {
+            let path = dir.path().join(format!("{}.gguf", model.name));
+            model.write(&path);
+            check_with(&path, N_VOCAB, 0.0, &[2], kv);
+        }
     }
 }
 

@@ -39,9 +39,8 @@ const MAX_CONTEXT: u64 = 1 << 30;
 #[expect(missing_docs, reason = "the messages explain the fields")]
 pub enum ArchitectureError {
     #[error(
-        "models of architecture {found:?} cannot be cut yet; `docs/architectures.md` lists \
-             those that can: {}",
-        supported_list()
+        "models of the architecture {found:?} cannot be run; `docs/architectures.md` lists the {} that can",
+        supported_architectures().count()
     )]
     Unsupported { found: String },
     #[error("the metadata lacks {key:?}; this is no complete language model")]
@@ -54,10 +53,6 @@ pub enum ArchitectureError {
     Shape { name: String, found: Vec<u64>, expected: String },
     #[error("the tensor {name:?} belongs to no known part of a {architecture} model")]
     UnknownTensor { name: String, architecture: &'static str },
-}
-
-fn supported_list() -> String {
-    supported_architectures().collect::<Vec<_>>().join(", ")
 }
 
 /// Which layers of a model attend to a window only.
@@ -112,6 +107,7 @@ pub struct Architecture {
     pub(crate) state: RecurrentState,
     cut_points: Vec<u32>,
     why_whole: Option<&'static str>,
+    takes_tokens: bool,
     /// Layers that choose what to attend to by an index of their own; all in models without indices.
     pub(crate) indexes: Vec<bool>,
     layer_bytes: Vec<u64>,
@@ -155,7 +151,8 @@ impl Architecture {
         keys.check_vocabulary(n_vocab)?;
         tensors.check_layers(n_layers, n_blocks)?;
         let embedding_bytes = catalog.tensor("token_embd.weight").map_or(0, |tensor| tensor.n_bytes);
-        let tied_head = rules.always_tied || catalog.tensor("output.weight").is_none();
+        let has_head = catalog.tensor("output.weight").is_some() || rules.is_encoder;
+        let tied_head = rules.always_tied || !has_head;
         let untied_bytes = tensors.bytes_of(TensorRole::Head);
         let mut layer_bytes = catalog.bytes_per_layer();
         layer_bytes.resize(n_layers as usize, 0);
@@ -191,6 +188,7 @@ impl Architecture {
             state,
             cut_points: Vec::new(),
             why_whole: keys.why_whole(rules, n_layers),
+            takes_tokens: keys.takes_tokens(rules),
             indexes: indexes.clone(),
             layer_bytes,
             embedding_bytes,
@@ -230,6 +228,12 @@ impl Architecture {
         self.state.is_any()
     }
 
+    /// Whether it keeps no KV cache and sees a text from both ends, so that all of it is computed at once. It yields
+    /// hidden states, no logits.
+    pub fn is_encoder(&self) -> bool {
+        self.rules.is_encoder
+    }
+
     /// Where the model may be cut: layer `c` in the list can be the first of a stage. Any set of them is legal. Empty
     /// for a model that must stay whole.
     pub fn cut_points(&self) -> Vec<u32> {
@@ -246,9 +250,9 @@ impl Architecture {
         matches!(self.rules.input, Input::LookedUp(_))
     }
 
-    /// Whether its layers need the tokens themselves.
-    pub(crate) fn takes_tokens(&self) -> bool {
-        self.rules.input == Input::Tokens
+    /// Whether its layers need the tokens themselves, and not only their embeddings.
+    pub fn takes_tokens(&self) -> bool {
+        self.takes_tokens
     }
 
     /// Whether cutting the model would change its attention scale with nothing to make up for that.
@@ -400,6 +404,10 @@ impl Keys<'_> {
             None => {}
         }
         let first = n_head.first().copied().unwrap_or(0);
+        if first == 0 && rules.name == "plamo2" {
+            // libllama would rotate no dimension, and never end.
+            return Err(self.wrong("attention.head_count", "0 in the first layer", "the same number in all layers"));
+        }
         if first == 0 {
             return Ok(Heads { n_head, n_head_kv, key_length: 0, value_length: 0 });
         }
@@ -479,18 +487,27 @@ impl Keys<'_> {
 
     /// Why this model must stay whole.
     fn why_whole(&self, rules: &Rules, n_layers: u32) -> Option<&'static str> {
-        match rules.whole {
+        rules.whole.iter().find_map(|whole| match *whole {
             Whole::Always(why) => Some(why),
-            Whole::Layers(n, why) if n == n_layers => Some(why),
-            Whole::From(n, why) if n_layers >= n => Some(why),
-            Whole::Above1(key, why) if self.get(key).and_then(Value::as_u64).is_some_and(|n| n > 1) => Some(why),
-            _ => None,
+            Whole::Layers(n, why) => (n == n_layers).then_some(why),
+            Whole::From(n, why) => (n_layers >= n).then_some(why),
+            Whole::Above(least, key, why) => {
+                self.get(key).and_then(Value::as_u64).is_some_and(|n| n > least.into()).then_some(why)
+            }
+        })
+    }
+
+    fn takes_tokens(&self, rules: &Rules) -> bool {
+        match rules.input {
+            Input::Tokens => true,
+            Input::TokensIf(key) => self.get(key).and_then(Value::as_u64).is_some_and(|n| n > 0),
+            _ => false,
         }
     }
 
     fn input_node(&self, rules: &Rules, catalog: &Catalog) -> Option<&'static str> {
         match rules.input {
-            Input::Plain | Input::ScaledTokens | Input::Scaled(_) | Input::Tokens => None,
+            Input::Plain | Input::ScaledTokens | Input::Scaled(_) | Input::Tokens | Input::TokensIf(_) => None,
             Input::Changed(node) | Input::LookedUp(node) => Some(node),
             Input::ChangedWith { node, tensor } => catalog.tensor(tensor).map(|_| node),
         }
@@ -498,11 +515,17 @@ impl Keys<'_> {
 
     /// For each layer, whether it has an index of its own; true in models without indices.
     fn indexes(&self, rules: &Rules, n_ctx_train: u32, n_layers: u32) -> Result<Vec<bool>, ArchitectureError> {
+        if rules.name == "minimax-m3" {
+            let n_dense = self.optional("leading_dense_block_count", 0, 0, MAX_LAYERS)?;
+            return Ok((0..n_layers).map(|layer| layer >= n_dense).collect());
+        }
+        if matches!(rules.name, "glm-dsa" | "hy_v4")
+            && let Some(flags) = self.flags("attention.indexer.types", n_layers)?
+        {
+            return Ok(flags);
+        }
         if rules.name != "glm-dsa" {
             return Ok(vec![true; n_layers as usize]);
-        }
-        if let Some(flags) = self.flags("attention.indexer.types", n_layers)? {
-            return Ok(flags);
         }
         // The table that libllama has for files which do not tell: two layers, then one of four.
         let is_long = n_ctx_train >= 1 << 20;
@@ -632,8 +655,9 @@ impl Keys<'_> {
     }
 }
 
-/// Kinds of tokenizers: byte-level BPE, SentencePiece, and none, which stages have.
-const TOKENIZERS: [&str; 3] = ["gpt2", "llama", "no_vocab"];
+/// Kinds of tokenizers: byte-level BPE and its kin, SentencePiece of both kinds, WordPiece, and none, which stages have.
+const TOKENIZERS: [&str; 10] =
+    ["gpt2", "llama", "bert", "t5", "rwkv", "plamo2", "gemma4", "hybriddna", "whitespace", "no_vocab"];
 
 fn describe(value: &Value) -> String {
     match value {
@@ -683,7 +707,7 @@ impl Tensors<'_> {
         if let Some(layer) = (0..n_layers).find(|layer| bytes.get(*layer as usize).is_none_or(|bytes| *bytes == 0)) {
             return Err(ArchitectureError::MissingTensor { name: format!("blk.{layer}.attn_norm.weight") });
         }
-        let is_whole = matches!(self.rules.whole, Whole::Always(_));
+        let is_whole = !self.rules.whole.is_empty();
         let unknown = self.catalog.tensors().iter().find(|tensor| match self.rules.role_of(&tensor.name) {
             TensorRole::Layer(layer) => layer >= n_blocks,
             TensorRole::Other => !is_whole,

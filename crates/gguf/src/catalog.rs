@@ -176,10 +176,11 @@ impl Catalog {
 
     /// The canonical header: GGUF version 3, alignment 32, the same keys and tensors in the same order, offsets as if
     /// the model were one file. It does not depend on how the model was split or aligned. With `strip_vocabulary` all
-    /// `tokenizer.*` keys are left out: what workers need, a few KiB instead of megabytes.
+    /// `tokenizer.*` keys are left out but for one, of which a stage needs it: what workers need, a few KiB instead of
+    /// megabytes.
     pub fn header_bytes(&self, strip_vocabulary: bool) -> Vec<u8> {
         let mut builder = if strip_vocabulary {
-            Builder::new(&self.metadata.filtered(|key, _| !key.starts_with("tokenizer.")))
+            Builder::new(&self.metadata.filtered(|key, _| key == TOKEN_TYPES || !key.starts_with("tokenizer.")))
         } else {
             Builder::new(&self.metadata)
         };
@@ -201,6 +202,9 @@ pub fn vocabulary_header(catalog: &Catalog) -> Vec<u8> {
     Builder::new(catalog.metadata()).header_bytes()
 }
 
+/// Rows of `token_types.weight`, which libllama reads with the tokenizer.
+pub(crate) const TOKEN_TYPES: &str = "tokenizer.ggml.token_type_count";
+
 /// Highest layer index that counts as one; libllama knows at most 512 layers.
 const MAX_LAYER_IDX: u32 = 511;
 
@@ -214,6 +218,7 @@ impl TensorRole {
             "token_embd" => Self::TokenEmbedding,
             "token_embd_norm" | "position_embd" | "token_types" => Self::Input,
             "output" | "output_norm" | "cls" | "dense_2" | "dense_3" => Self::Head,
+            "enc" if name.starts_with("enc.output_norm.") => Self::Head,
             "rope_freqs" | "rope_factors_long" | "rope_factors_short" => Self::EveryStage,
             _ => Self::Other,
         }

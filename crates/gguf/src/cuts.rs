@@ -41,7 +41,11 @@ pub(crate) fn cut_points(architecture: &Architecture, facts: &Facts) -> Vec<u32>
         .collect();
     let state: Vec<bool> = (0..n_layers).map(|layer| architecture.state.is_in(layer)).collect();
     let kv: Vec<bool> = (0..n_layers).map(|layer| architecture.kv.is_in(layer)).collect();
-    let cuts = with_kinds(cuts, &[&state, &kv, &facts.rotates]);
+    // Without a KV cache both masks are filled where there is a window.
+    let masked = architecture.sliding_window.as_ref().filter(|_| architecture.is_encoder());
+    let slides: Vec<bool> = masked.map_or_else(Vec::new, |window| window.slides.clone());
+    let sees_all: Vec<bool> = slides.iter().map(|slides| !slides).collect();
+    let cuts = with_kinds(cuts, &[&state, &kv, &facts.rotates, &facts.indexes, &slides, &sees_all]);
     without_recognised(cuts, architecture)
 }
 

@@ -4,12 +4,14 @@
 //! - [`Architecture`] turns a catalog's metadata into hyperparameters that libllama will accept, or refuses the model.
 //! - [`StageView`] is a model of its own for a range of layers: a synthesised header, and slices of the real tensors.
 //!   [`StageReader`] serves its bytes from any [`TensorSource`] (the local file, a peer) and never holds them all.
+//! - [`AdapterView`] is the same for LoRA adapters.
 //! - [`Manifest`] and [`model_id`] name a model by its content.
 //! - [`SyntheticTensors`] stand in for a model's weights where only its speed matters.
 //! - [`Builder`] writes GGUF; stage views and synthetic models are laid out by it.
 //!
 //! Catalog, architecture and view are plain values without I/O; only `ModelFile`, `Manifest` and readers touch bytes.
 
+mod adapter;
 mod architecture;
 mod builder;
 mod catalog;
@@ -25,6 +27,9 @@ mod state;
 mod synthetic;
 mod value;
 
+pub use adapter::{
+    AdapterError, AdapterView, MAX_ADAPTER_BYTES, MAX_ADAPTERS, MAX_SCALE, adapter_bytes, bundle_adapters, check_adapter,
+};
 pub use architecture::{Architecture, ArchitectureError, SlidingWindow};
 pub use builder::{BuildError, Builder, DATA_ALIGNMENT};
 pub use catalog::{Catalog, TensorRole, TensorSource, vocabulary_header};

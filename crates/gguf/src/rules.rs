@@ -24,6 +24,8 @@ pub(crate) enum Input {
     LookedUp(&'static str),
     /// It takes tokens alone, which its layers need too.
     Tokens,
+    /// As `Tokens` if this key is not 0, else as `ScaledTokens`.
+    TokensIf(&'static str),
 }
 
 /// Which layers attend to a window of the past only. libllama reads `attention.sliding_window_pattern` as a list with a
@@ -97,14 +99,13 @@ pub(crate) struct AttentionScale {
 /// Which models of an architecture cannot be cut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Whole {
-    Never,
     Always(&'static str),
     /// Those with this many layers.
     Layers(u32, &'static str),
     /// Those with this many layers or more.
     From(u32, &'static str),
-    /// Those whose metadata has this key with a number above 1.
-    Above1(&'static str, &'static str),
+    /// Those whose metadata has this key with a number above this one.
+    Above(u32, &'static str, &'static str),
 }
 
 /// Where the hidden state behind the last layer of a stage is.
@@ -114,6 +115,9 @@ pub(crate) enum Stop {
     Numbered(&'static str),
     /// In the node with this name.
     Named(&'static str),
+    /// In the sum of the node with this name, a dash and the number of the layer, and another one. It has no name
+    /// itself.
+    Sum(&'static str),
 }
 
 /// The rules of one architecture.
@@ -126,7 +130,8 @@ pub(crate) struct Rules {
     pub recurrent: Recurrent,
     pub experts: Experts,
     pub steps: &'static [Step],
-    pub whole: Whole,
+    /// Any of which keeps a model whole.
+    pub whole: &'static [Whole],
     /// The graph asserts that keys and values have the same length.
     pub same_key_value_length: bool,
     /// The graph asserts that all dimensions of a head are rotated.
@@ -137,6 +142,8 @@ pub(crate) struct Rules {
     pub always_tied: bool,
     /// The final norm is called `token_embd_norm`.
     pub norm_is_token_embd_norm: bool,
+    /// It sees a text from both ends: there is neither a KV cache nor a head.
+    pub is_encoder: bool,
     pub attention_scale: Option<AttentionScale>,
     /// The node behind a layer that holds the hidden state.
     pub stop: Stop,
@@ -152,16 +159,29 @@ const FREE: Rules = Rules {
     recurrent: Recurrent::None,
     experts: Experts::Optional,
     steps: &[],
-    whole: Whole::Never,
+    whole: &[],
     same_key_value_length: false,
     rotates_whole_head: false,
     uniform_heads: false,
     always_tied: false,
     norm_is_token_embd_norm: false,
+    is_encoder: false,
     attention_scale: None,
     stop: Stop::Numbered("l_out"),
     recognised: &[],
 };
+
+/// Embeddings of positions and token types with a norm before the first layer, and a norm at the end of each.
+const ENCODER: Rules = Rules {
+    input: Input::Changed("inp_norm-0"),
+    same_key_value_length: true,
+    is_encoder: true,
+    stop: Stop::Named("result_embd"),
+    ..FREE
+};
+
+/// Norms at the beginning of each part of a layer, and one behind the last.
+const PRE_NORM_ENCODER: Rules = Rules { input: Input::Plain, stop: Stop::Sum("ffn_inp"), ..ENCODER };
 
 /// Attention of equal heads, all of which rotate whole.
 const PLAIN: Rules = Rules {
@@ -181,6 +201,7 @@ const fn full_first(period: u32, window: Window) -> Sliding {
 }
 
 const TOKENS: &str = "its layers use the tokens themselves, not only hidden states";
+const STREAMS: &str = "more than one hidden state per token passes from layer to layer";
 const FIRST_LAYER: &str = "all its layers use what the first one got or computed";
 
 #[rustfmt::skip]
@@ -217,13 +238,13 @@ const RULES: &[Rules] = &[
     Rules { name: "granite_swa", input: Input::Scaled("embedding_scale"), sliding: sliding(0, Window::Told), ..FREE },
     Rules { name: "minicpm", input: Input::Scaled("embedding_scale"), ..FREE },
     Rules { name: "grok", input: Input::Scaled("embedding_scale"), ..FREE },
-    Rules { name: "minicpm3", whole: Whole::Always("libllama scales its layers by their number"), ..FREE },
+    Rules { name: "minicpm3", whole: &[Whole::Always("libllama scales its layers by their number")], ..FREE },
     Rules { name: "gemma", input: Input::Changed("inp_scaled"), always_tied: true, ..FREE },
 
     Rules { name: "gpt2", input: Input::Changed("inpL"), ..FREE },
     Rules { name: "starcoder", input: Input::Changed("inpL"), ..FREE },
     Rules { name: "bloom", input: Input::Changed("inp_norm-0"), ..FREE },
-    Rules { name: "talkie", input: Input::Changed("inp_norm"), whole: Whole::Always(FIRST_LAYER), ..FREE },
+    Rules { name: "talkie", input: Input::Changed("inp_norm"), whole: &[Whole::Always(FIRST_LAYER)], ..FREE },
     Rules { name: "muse-glimmer", input: Input::Changed("embd_norm"), sliding: sliding(4, Window::Told), ..FREE },
     Rules { name: "mpt", input: Input::ChangedWith { node: "inpL", tensor: "position_embd.weight" }, ..FREE },
 
@@ -232,9 +253,20 @@ const RULES: &[Rules] = &[
     Rules { name: "cohere2moe", sliding: full_first(4, Window::Told), ..FREE },
     Rules { name: "gpt-oss", sliding: sliding(2, Window::Told), ..FREE },
     Rules { name: "olmo2", sliding: sliding(4, Window::Optional), ..FREE },
-    Rules { name: "exaone4", whole: Whole::Layers(64, "libllama knows its sliding layers by their number alone"), recognised: &[64], ..FREE },
+    Rules {
+        name: "exaone4",
+        whole: &[Whole::Layers(64, "libllama knows its sliding layers by their number alone")],
+        recognised: &[64],
+        ..FREE
+    },
     Rules { name: "exaone-moe", sliding: sliding(4, Window::Told), ..FREE },
-    Rules { name: "afmoe", input: Input::Changed("inp_embd_scaled"), sliding: sliding(4, Window::Optional), steps: &[Step::Of(4)], ..FREE },
+    Rules {
+        name: "afmoe",
+        input: Input::Changed("inp_embd_scaled"),
+        sliding: sliding(4, Window::Optional),
+        steps: &[Step::Of(4)],
+        ..FREE
+    },
     Rules { name: "plamo3", sliding: sliding(8, Window::Optional), ..FREE },
     Rules { name: "laguna", sliding: full_first(4, Window::Optional), ..FREE },
     Rules { name: "mellum", sliding: sliding(4, Window::Optional), ..FREE },
@@ -255,7 +287,11 @@ const RULES: &[Rules] = &[
     Rules { name: "ernie4_5-moe", steps: &[Step::Key("interleave_moe_layer_step")], ..FREE },
     Rules { name: "ernie4_5", ..FREE },
     Rules { name: "paddleocr", ..FREE },
-    Rules { name: "baichuan", whole: Whole::Always("libllama knows its two sizes by their number of layers alone"), ..FREE },
+    Rules {
+        name: "baichuan",
+        whole: &[Whole::Always("libllama knows its two sizes by their number of layers alone")],
+        ..FREE
+    },
 
     // Recurrent and hybrid.
     Rules { name: "mamba", recurrent: Recurrent::All, ..FREE },
@@ -265,18 +301,37 @@ const RULES: &[Rules] = &[
     Rules { name: "plamo2", recurrent: Recurrent::NoKvHeads, stop: Stop::Numbered("ffn_residual"), ..FREE },
     Rules { name: "lfm2", recurrent: Recurrent::NoKvHeads, norm_is_token_embd_norm: true, ..FREE },
     Rules { name: "lfm2moe", recurrent: Recurrent::NoKvHeads, norm_is_token_embd_norm: true, ..FREE },
-    Rules { name: "nemotron_h", recurrent: Recurrent::NoKvHeadsNoFeedForward, stop: Stop::Numbered("nemotron_h_block_out"), ..FREE },
-    Rules { name: "nemotron_h_moe", recurrent: Recurrent::NoKvHeadsNoFeedForward, stop: Stop::Numbered("nemotron_h_block_out"), ..FREE },
+    Rules {
+        name: "nemotron_h",
+        recurrent: Recurrent::NoKvHeadsNoFeedForward,
+        stop: Stop::Numbered("nemotron_h_block_out"),
+        ..FREE
+    },
+    Rules {
+        name: "nemotron_h_moe",
+        recurrent: Recurrent::NoKvHeadsNoFeedForward,
+        stop: Stop::Numbered("nemotron_h_block_out"),
+        ..FREE
+    },
     Rules { name: "qwen3next", recurrent: Recurrent::Interval, ..FREE },
     Rules { name: "qwen35", recurrent: Recurrent::Interval, ..FREE },
     Rules { name: "qwen35moe", recurrent: Recurrent::Interval, ..FREE },
-    Rules { name: "minimax-01", recurrent: Recurrent::Interval, whole: Whole::Always("what its layers forget depends on their number"), ..FREE },
+    Rules {
+        name: "minimax-01",
+        recurrent: Recurrent::Interval,
+        whole: &[Whole::Always("what its layers forget depends on their number")],
+        ..FREE
+    },
     Rules { name: "kimi-linear", recurrent: Recurrent::NoKvHeads, ..FREE },
     Rules { name: "bailingmoe3", recurrent: Recurrent::NoKvHeads, ..FREE },
-    Rules { name: "rwkv6", recurrent: Recurrent::All, whole: Whole::Always("its input passes a norm that has no name in the graph"), ..FREE },
-    Rules { name: "rwkv6qwen2", recurrent: Recurrent::All, ..FREE },
-    Rules { name: "rwkv7", recurrent: Recurrent::All, whole: Whole::Always(FIRST_LAYER), ..FREE },
-    Rules { name: "arwkv7", recurrent: Recurrent::All, whole: Whole::Always(FIRST_LAYER), ..FREE },
+    Rules {
+        name: "rwkv6",
+        recurrent: Recurrent::All,
+        whole: &[Whole::Always("its input passes a norm that has no name in the graph")],
+        ..FREE
+    },
+    Rules { name: "rwkv7", recurrent: Recurrent::All, whole: &[Whole::Always(FIRST_LAYER)], ..FREE },
+    Rules { name: "arwkv7", recurrent: Recurrent::All, whole: &[Whole::Always(FIRST_LAYER)], ..FREE },
 
     // Latent attention.
     Rules { name: "deepseek2", recognised: &[26, 27], ..FREE },
@@ -307,7 +362,12 @@ const RULES: &[Rules] = &[
     Rules { name: "internlm2", ..FREE },
     Rules { name: "starcoder2", ..FREE },
     Rules { name: "xverse", ..FREE },
-    Rules { name: "command-r", always_tied: true, whole: Whole::From(64, "libllama knows by their number of layers that its queries are normed"), ..FREE },
+    Rules {
+        name: "command-r",
+        always_tied: true,
+        whole: &[Whole::From(64, "libllama knows by their number of layers that its queries are normed")],
+        ..FREE
+    },
     Rules { name: "dbrx", ..FREE },
     Rules { name: "olmo", ..FREE },
     Rules { name: "olmoe", ..FREE },
@@ -337,16 +397,67 @@ const RULES: &[Rules] = &[
     Rules { name: "pangu-embedded", ..FREE },
     Rules { name: "maincoder", ..FREE },
 
+    // Models that embed texts.
+    Rules { name: "bert", ..ENCODER },
+    Rules { name: "jina-bert-v2", ..ENCODER },
+    Rules { name: "jina-bert-v3", ..ENCODER },
+    Rules { name: "nomic-bert", ..ENCODER },
+    Rules { name: "nomic-bert-moe", steps: &[Step::Key("moe_every_n_layers")], ..ENCODER },
+    Rules { name: "neo-bert", ..PRE_NORM_ENCODER },
+    Rules { name: "eurobert", ..PRE_NORM_ENCODER },
+    Rules {
+        name: "modern-bert", input: Input::Changed("inp_norm-0"), sliding: full_first(3, Window::Separable),
+        whole: &[Whole::Above(0, "decision.block_count", "its last layers are run more than once")], ..PRE_NORM_ENCODER
+    },
+    Rules {
+        name: "gemma-embedding", input: Input::ScaledTokens, sliding: sliding(6, Window::Told),
+        stop: Stop::Numbered("l_out"), ..ENCODER
+    },
+    Rules { name: "llama-embed", ..FREE },
+
     // Whole only.
-    Rules { name: "gemma3n", input: Input::Tokens, sliding: sliding(5, Window::Told), whole: Whole::Always(TOKENS), ..FREE },
-    Rules { name: "gemma4", input: Input::Tokens, sliding: sliding(0, Window::Told), whole: Whole::Always(TOKENS), ..FREE },
-    Rules { name: "nanbeige", whole: Whole::Above1("num_loops", "its layers are run more than once"), ..FREE },
+    Rules {
+        name: "gemma3n",
+        input: Input::Tokens,
+        sliding: sliding(5, Window::Told),
+        whole: &[Whole::Always(TOKENS)],
+        ..FREE
+    },
+    Rules {
+        name: "gemma4",
+        input: Input::TokensIf("embedding_length_per_layer_input"),
+        sliding: sliding(0, Window::Told),
+        whole: &[
+            Whole::Above(0, "embedding_length_per_layer_input", TOKENS),
+            Whole::Above(0, "attention.shared_kv_layers", "its last layers read the KV cache of others"),
+        ],
+        // libllama insists on two layers.
+        recognised: &[1],
+        ..FREE
+    },
+    Rules { name: "hy_v4", whole: &[Whole::Always(STREAMS)], ..FREE },
+    Rules { name: "kimi-k3", recurrent: Recurrent::NoKvHeads, whole: &[Whole::Always(STREAMS)], ..FREE },
+    Rules {
+        name: "qwen4exp",
+        input: Input::Tokens,
+        recurrent: Recurrent::Interval,
+        whole: &[Whole::Always(TOKENS)],
+        ..FREE
+    },
+    Rules { name: "chameleon", whole: &[Whole::Always("it was not tried in parts")], ..FREE },
+    Rules {
+        name: "cogvlm",
+        input: Input::Tokens,
+        whole: &[Whole::Always("its layers take given rows for images")],
+        ..FREE
+    },
+    Rules { name: "nanbeige", whole: &[Whole::Above(1, "num_loops", "its layers are run more than once")], ..FREE },
     ];
 
 impl Rules {
     /// Whether layers keep a key for each token beside those of attention, by which they choose.
     pub(crate) fn has_index(&self) -> bool {
-        matches!(self.name, "deepseek32" | "glm-dsa" | "minimax-m3")
+        matches!(self.name, "deepseek32" | "glm-dsa" | "hy_v4" | "minimax-m3" | "qwen4exp")
     }
 
     /// Which part of a model needs the tensor `name`.

@@ -3,7 +3,8 @@
 //! ```text
 //! header    same metadata, but: block_count, per-layer arrays, vocabulary (none, only its size)
 //! tensors   token_embd.weight    final stage: zeros, or real where it must be the head; others: 32 rows of zeros
-//!           output_norm, output  final stage: real; others: zeros (the graph is stopped before them)
+//!           output_norm, output  final stage: real; others: zeros (the graph is stopped before them). Where texts are
+//!                                embedded the final stage has zeros for the head, of 32 rows
 //!           positions, norms     first stage: real; others: zeros (the hidden state replaces what they make)
 //!           rope factors         real, in every stage
 //!           blk.N.*              layers start..end, renumbered from 0
@@ -19,7 +20,7 @@ use brigade_base::LayerRange;
 
 use crate::architecture::{Architecture, ArchitectureError};
 use crate::builder::{BuildError, Builder};
-use crate::catalog::{Catalog, TensorRole, TensorSource, layer_and_rest};
+use crate::catalog::{Catalog, TOKEN_TYPES, TensorRole, TensorSource, layer_and_rest};
 use crate::ggml_type::GgmlType;
 use crate::header::TensorInfo;
 use crate::reader::StageReader;
@@ -124,7 +125,23 @@ impl StageView {
     /// # Errors
     /// If the model cannot be run (see [`Architecture::of`]), has no such layers, or cannot be cut there.
     pub fn new(catalog: &Catalog, layers: LayerRange) -> Result<Self, StageViewError> {
+        Self::with_head(catalog, layers, true)
+    }
+
+    /// The same for a model that embeds or ranks texts: the final stage has the final norm and the classifier, but no
+    /// head, and [`PLACEHOLDER_VOCAB`] tokens. libllama computes logits for all rows that it pools, which with a real
+    /// head takes longer than the layers of a small model.
+    ///
+    /// # Errors
+    /// As [`StageView::new`].
+    pub fn pooled(catalog: &Catalog, layers: LayerRange) -> Result<Self, StageViewError> {
+        Self::with_head(catalog, layers, false)
+    }
+
+    fn with_head(catalog: &Catalog, layers: LayerRange, has_head: bool) -> Result<Self, StageViewError> {
         let architecture = Architecture::of(catalog)?;
+        // What takes tokens needs the rows of all of them, head or not.
+        let has_head = has_head || architecture.takes_tokens();
         let n_layers = architecture.n_layers;
         if layers.end() > n_layers {
             return Err(StageViewError::NoSuchLayers { layers, n_layers });
@@ -137,7 +154,7 @@ impl StageView {
             }
             return Err(StageViewError::NotCuttable { layers, architecture: architecture.name, cuts });
         }
-        Draft::new(catalog, &architecture, layers).finish()
+        Draft::new(catalog, &architecture, layers, has_head).finish()
     }
 
     /// The view of all layers: a pipeline of one stage.
@@ -162,11 +179,12 @@ impl StageView {
     }
 
     /// The graph node whose value is this stage's output and behind which nothing need be computed; `None` for the
-    /// final stage.
+    /// final stage. A `+` behind a name stands for the sum of that node and another one.
     pub fn stop_node(&self) -> Option<String> {
         (!self.is_final).then(|| match self.stop {
             Stop::Numbered(name) => format!("{name}-{}", self.layers.len() - 1),
             Stop::Named(name) => name.to_owned(),
+            Stop::Sum(name) => format!("{name}-{}+", self.layers.len() - 1),
         })
     }
 
@@ -200,7 +218,8 @@ impl StageView {
         self.n_embd
     }
 
-    /// Size of the vocabulary that the loaded stage has: the model's in the final stage, else [`PLACEHOLDER_VOCAB`].
+    /// Size of the vocabulary that the loaded stage has: the model's in a final stage with a head, else
+    /// [`PLACEHOLDER_VOCAB`].
     pub fn n_vocab(&self) -> u32 {
         self.n_vocab
     }
@@ -237,18 +256,21 @@ struct Draft<'a> {
     architecture: &'a Architecture,
     layers: LayerRange,
     is_final: bool,
+    /// It is final, and tokens can be chosen by what it yields.
+    has_head: bool,
     n_vocab: u32,
     builder: Builder,
     origins: Vec<Origin>,
 }
 
 impl<'a> Draft<'a> {
-    fn new(catalog: &'a Catalog, architecture: &'a Architecture, layers: LayerRange) -> Self {
+    fn new(catalog: &'a Catalog, architecture: &'a Architecture, layers: LayerRange, has_head: bool) -> Self {
         let is_final = layers.end() == architecture.n_layers;
-        let n_vocab = if is_final { architecture.n_vocab } else { PLACEHOLDER_VOCAB };
+        let has_head = has_head && is_final;
+        let n_vocab = if has_head { architecture.n_vocab } else { PLACEHOLDER_VOCAB };
         let metadata = stage_metadata(catalog.metadata(), architecture, layers, n_vocab);
         let builder = Builder::new(&metadata);
-        Self { catalog, architecture, layers, is_final, n_vocab, builder, origins: Vec::new() }
+        Self { catalog, architecture, layers, is_final, has_head, n_vocab, builder, origins: Vec::new() }
     }
 
     fn finish(mut self) -> Result<StageView, StageViewError> {
@@ -257,10 +279,13 @@ impl<'a> Draft<'a> {
         for (idx, tensor) in catalog.tensors().iter().enumerate() {
             match self.architecture.rules.role_of(&tensor.name) {
                 TensorRole::Layer(layer) if self.layers.contains(layer) => self.add_layer_tensor(idx, tensor)?,
-                TensorRole::Head if self.is_final => self.add_source(idx, &tensor.name, tensor)?,
+                TensorRole::Head if self.has_head || self.is_final && !tensor.name.starts_with("output.") => {
+                    self.add_source(idx, &tensor.name, tensor)?;
+                }
                 TensorRole::Head => self.add_unread_head(tensor)?,
                 TensorRole::Input if self.layers.start() == 0 => self.add_source(idx, &tensor.name, tensor)?,
                 TensorRole::Input => self.add(&tensor.name, &tensor.dims, tensor.ty, Origin::Zeros)?,
+                TensorRole::EveryStage if !self.reads_rope_factors() => {}
                 TensorRole::EveryStage => self.add_source(idx, &tensor.name, tensor)?,
                 TensorRole::Other if is_whole => self.add_source(idx, &tensor.name, tensor)?,
                 TensorRole::Layer(_) | TensorRole::TokenEmbedding | TensorRole::Other => {}
@@ -302,7 +327,14 @@ impl<'a> Draft<'a> {
         self.add(name, &tensor.dims, tensor.ty, Origin::Tensor(idx))
     }
 
-    /// A tensor behind the last layer, in a stage that is stopped before it: zeros, for as many tokens as there are here.
+    /// gemma4 has rope factors for full layers, and stops at them in a model without such layers.
+    fn reads_rope_factors(&self) -> bool {
+        let window = self.architecture.sliding_window.as_ref().filter(|_| self.architecture.name == "gemma4");
+        window.is_none_or(|window| self.layers.iter().any(|layer| !window.slides[layer as usize]))
+    }
+
+    /// A tensor behind the last layer, in a stage that is stopped before it or has no head: zeros, for as many tokens as
+    /// there are here.
     fn add_unread_head(&mut self, tensor: &TensorInfo) -> Result<(), StageViewError> {
         let mut dims = tensor.dims.clone();
         if let (Some(last), true) = (dims.last_mut(), tensor.name.starts_with("output."))
@@ -318,7 +350,7 @@ impl<'a> Draft<'a> {
     /// is given by itself, as most architectures may have it: libllama would keep both.
     fn add_embedding(&mut self) -> Result<(), StageViewError> {
         let name = "token_embd.weight";
-        if self.is_final && (self.architecture.tied_head || self.architecture.takes_tokens()) {
+        if self.has_head && (self.architecture.tied_head || self.architecture.takes_tokens()) {
             let missing = || ArchitectureError::MissingTensor { name: name.to_owned() };
             let idx = self.catalog.tensor_idx(name).ok_or_else(missing)?;
             let tensor = &self.catalog.tensors()[idx];
@@ -362,6 +394,9 @@ fn stage_metadata(source: &Metadata, architecture: &Architecture, layers: LayerR
     let is_left_out = |key: &str| left_out.iter().any(|other| other == key);
     let mut metadata = source.filtered(|key, _| !key.starts_with("tokenizer.") && !is_left_out(key));
     metadata.set("tokenizer.ggml.model", "no_vocab");
+    if let Some(value) = source.get(TOKEN_TYPES) {
+        metadata.set(TOKEN_TYPES, value.clone());
+    }
     metadata.set(name("block_count"), layers.len());
     metadata.set(name("vocab_size"), n_vocab);
     let bare = PER_LAYER_BARE_KEYS.map(str::to_owned);
@@ -440,7 +475,9 @@ fn told_by_layers(source: &Metadata, architecture: &Architecture, layers: LayerR
 
 fn input_scale(architecture: &Architecture, layers: LayerRange) -> f32 {
     match (architecture.rules.input, layers.start()) {
-        (Input::ScaledTokens, 0) => (architecture.n_embd as f32).sqrt(),
+        (Input::ScaledTokens | Input::TokensIf(_), 0) if !architecture.takes_tokens() => {
+            (architecture.n_embd as f32).sqrt()
+        }
         _ => 1.0,
     }
 }

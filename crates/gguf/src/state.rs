@@ -35,26 +35,43 @@ impl Kv {
         let is_latent = keys.optional("attention.key_length_mla", 0, 0, MAX_SIZE)? > 0;
         let key_swa = keys.optional("attention.key_length_swa", heads.key_length.into(), 0, MAX_SIZE)?;
         let value_swa = keys.optional("attention.value_length_swa", heads.value_length.into(), 0, MAX_SIZE)?;
-        // One key for each token, by which a layer chooses what to attend to.
+        // One key for each token, by which a layer chooses what to attend to; two architectures reserve as much for a value.
         let index = u64::from(keys.optional("attention.indexer.key_length", 0, 0, MAX_SIZE)?);
+        let index = if matches!(rules.name, "minimax-m3" | "qwen4exp") { 2 * index } else { index };
+        // Layers of gemma3n from here on, and the last ones of gemma4, read what others keep.
+        let n_shared = keys.optional("attention.shared_kv_layers", 0, 0, MAX_SIZE)?;
+        let n_own = match rules.name {
+            "gemma3n" => 20,
+            _ => (indexes.len() as u32).saturating_sub(n_shared),
+        };
+        let n_loops = u64::from(keys.optional("num_loops", 1, 1, MAX_SIZE)?);
         let layer = |layer: u32| {
             let has_kv = match rules.recurrent {
-                Recurrent::None | Recurrent::Beside => true,
+                Recurrent::None | Recurrent::Beside => !rules.is_encoder,
                 Recurrent::All => false,
                 Recurrent::NoKvHeads | Recurrent::NoKvHeadsNoFeedForward | Recurrent::Interval => !state.is_in(layer),
             };
+            let has_kv = has_kv && layer < n_own;
             let slides = window.is_some_and(|window| window.slides[layer as usize]);
             let (k, v) = if slides { (key_swa, value_swa) } else { (heads.key_length, heads.value_length) };
             let n_heads = if has_kv { u64::from(heads.n_head_kv[layer as usize]) } else { 0 };
-            let index = if rules.has_index() && indexes[layer as usize] { index } else { 0 };
+            let index = if rules.has_index() && has_kv && indexes[layer as usize] { index } else { 0 };
+            let n_heads = n_heads * n_loops;
             (n_heads * u64::from(k) + index, if is_latent { 0 } else { n_heads * u64::from(v) })
         };
+        let mut layers: Vec<(u64, u64)> = (0..indexes.len() as u32).map(layer).collect();
+        // Values are stored transposed where attention is computed plainly, which takes as many rows in every layer.
+        let widest = layers.iter().map(|(_, v)| *v).max().unwrap_or(0);
+        layers.iter_mut().filter(|(k, v)| k + v > 0).for_each(|(_, v)| *v = widest);
         let value = |length: u64| if is_latent { 0 } else { length };
         let mut lengths = vec![(heads.key_length.into(), value(heads.value_length.into()))];
-        if window.is_some() {
+        if rules.is_encoder {
+            lengths.clear();
+        }
+        if window.is_some() && !rules.is_encoder {
             lengths.push((key_swa.into(), value(value_swa.into())));
         }
-        Ok(Self { layers: (0..indexes.len() as u32).map(layer).collect(), lengths })
+        Ok(Self { layers, lengths })
     }
 
     pub(crate) fn bytes_per_token(&self, layer: u32, types: KvTypes) -> u64 {

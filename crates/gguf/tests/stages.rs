@@ -113,6 +113,40 @@ fn a_stage_is_stopped_behind_its_last_layer_unless_it_is_final() {
 }
 
 #[test]
+fn a_stage_that_pools_has_a_norm_and_a_classifier_but_no_head() {
+    for (recipe, head) in [
+        (Recipe::new("qwen3", 4), "output.weight"),
+        (Recipe { tied: true, ..Recipe::new("qwen3", 4) }, "token_embd.weight"),
+    ] {
+        let model = recipe.model();
+        let source: Arc<dyn TensorSource> = Arc::<Model>::clone(&model);
+        let view = StageView::pooled(&model.catalog, range(2, 4)).unwrap();
+        assert_eq!((view.is_final(), view.stop_node(), view.n_vocab()), (true, None, PLACEHOLDER_VOCAB));
+        let stage = materialise(&view, &source);
+        assert_eq!(stage.tensor_bytes("output_norm.weight"), model.tensor_bytes("output_norm.weight"));
+        assert!(stage.tensor_bytes(head).iter().all(|byte| *byte == 0));
+        let [first, same] = [StageView::pooled, StageView::new].map(|make| make(&model.catalog, range(0, 2)).unwrap());
+        assert_eq!(first.header_bytes(), same.header_bytes(), "no other stage differs");
+    }
+}
+
+#[test]
+fn an_encoder_keeps_nothing_and_has_no_head() {
+    let model = Recipe { tied: true, ..Recipe::new("bert", 4).with("pooling_type", 1) }.model();
+    let architecture = Architecture::of(&model.catalog).unwrap();
+    assert!(architecture.is_encoder() && !architecture.tied_head);
+    assert_eq!(architecture.kv_bytes_per_token(0, KvTypes::default()), 0);
+    let later = StageView::new(&model.catalog, range(2, 3)).unwrap();
+    assert_eq!(
+        (later.stop_node().as_deref(), later.input_node().as_deref()),
+        (Some("result_embd"), Some("inp_norm-0"))
+    );
+    let model = Recipe::new("eurobert", 4).model();
+    let later = StageView::new(&model.catalog, range(1, 3)).unwrap();
+    assert_eq!((later.stop_node().as_deref(), later.input_node()), (Some("ffn_inp-1+"), None));
+}
+
+#[test]
 fn input_is_scaled_where_the_graph_does_not_or_should_not() {
     for (architecture, first, later) in
         [("llama", 1.0, 1.0), ("qwen3", 1.0, 1.0), ("gemma2", 1.0, 1.0), ("gemma3", 8.0, 1.0), ("phi3", 1.0, 1.0)]
@@ -237,7 +271,7 @@ fn an_unknown_architecture_is_refused_with_the_known_ones() {
     let model = Recipe::new("clip", 4).model();
     let error = Architecture::of(&model.catalog).unwrap_err();
     assert_eq!(error, ArchitectureError::Unsupported { found: "clip".to_owned() });
-    assert!(error.to_string().contains("llama, qwen2"), "{error}");
+    assert!(error.to_string().contains("architectures.md"), "{error}");
 }
 
 #[test]
@@ -377,6 +411,7 @@ proptest! {
         for (idx, tensor) in model.catalog.tensors().iter().enumerate() {
             let expected = match TensorRole::of(&tensor.name) {
                 TensorRole::EveryStage => borders.len() - 1,
+                TensorRole::TokenEmbedding if architecture.is_encoder() => 0,
                 TensorRole::TokenEmbedding => usize::from(recipe.tied || TAKES_TOKENS.contains(&name)),
                 _ => 1,
             };

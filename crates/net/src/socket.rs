@@ -24,6 +24,13 @@ const KEEPALIVE_IDLE: Duration = Duration::from_secs(2);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(2);
 const KEEPALIVE_RETRIES: u32 = 4;
 
+/// Traffic class of a link that others go before: CS1, which routers and Wi-Fi take for background.
+const BACKGROUND_CLASS: u32 = 0x20;
+
+/// The kernel's class for bulk, which it sends behind all others where they wait for one network card.
+#[cfg(any(target_os = "linux", target_os = "android"))]
+const BACKGROUND_PRIORITY: u32 = 2;
+
 /// What to wait for.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Interest {
@@ -41,6 +48,21 @@ pub(crate) fn prepare(stream: &TcpStream) -> io::Result<()> {
     socket.set_tcp_keepalive(&keepalive)?;
     #[cfg(any(target_os = "linux", target_os = "android"))]
     socket.set_tcp_user_timeout(Some(USER_TIMEOUT))?;
+    Ok(())
+}
+
+/// Lets what other sockets send go first, as far as the kernel and the network heed that.
+pub(crate) fn yield_to_others(stream: &TcpStream) -> io::Result<()> {
+    let socket = SockRef::from(stream);
+    match stream.local_addr()?.is_ipv4() {
+        true => socket.set_tos_v4(BACKGROUND_CLASS)?,
+        #[cfg(any(target_os = "linux", target_os = "android", target_os = "macos"))]
+        false => socket.set_tclass_v6(BACKGROUND_CLASS)?,
+        #[cfg(not(any(target_os = "linux", target_os = "android", target_os = "macos")))]
+        false => {}
+    }
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    socket.set_priority(BACKGROUND_PRIORITY)?;
     Ok(())
 }
 

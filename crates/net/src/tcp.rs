@@ -23,7 +23,7 @@ use rustls::Connection;
 
 use crate::frame::{FRAME_HEADER_BYTES, FrameReader, MAX_FRAME, MAX_SLICES, Pieces, TooLarge, header};
 use crate::link::{Link, LinkError, LinkStats};
-use crate::socket::{Interest, WRITE_TIMEOUT, is_disconnect, wait};
+use crate::socket::{Interest, WRITE_TIMEOUT, is_disconnect, wait, yield_to_others};
 
 /// Longest frame that a link receives before its peer is authorised: a refusal with its message is half of this.
 pub const PREAMBLE_FRAME_MAX: usize = 1024;
@@ -101,6 +101,13 @@ impl TcpLink {
     /// Sets how long a sender waits for a peer that takes no bytes; [`WRITE_TIMEOUT`] at first.
     pub fn set_write_timeout(&self, timeout: Duration) {
         self.write_timeout_ms.store(timeout.as_millis().try_into().unwrap_or(u64::MAX), Relaxed);
+    }
+
+    /// What this side sends gives way to other links, as far as the system and the network heed that.
+    pub fn set_background(&self) {
+        if let Err(error) = yield_to_others(&self.stream) {
+            tracing::debug!(%error, "the system knows no background traffic");
+        }
     }
 
     /// The address that the peer sees the link come from.

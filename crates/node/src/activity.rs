@@ -52,6 +52,8 @@ pub struct WorkerActivity {
     engines: Mutex<Vec<brigade_engine::Activity>>,
     /// Frames and graph nodes of stages that are gone.
     gone: AtomicU64,
+    /// Steps when [`WorkerActivity::moved_lately`] was asked last.
+    seen: AtomicU64,
 }
 
 impl WorkerActivity {
@@ -70,6 +72,13 @@ impl WorkerActivity {
         // The sum never falls, or a step could be hidden by a stage that goes.
         self.gone.fetch_add(before.saturating_sub(after), Ordering::Relaxed);
         *watched = engines;
+    }
+
+    /// Whether a stage has done something since this was asked last: frames come many times in the time that a piece
+    /// of weights takes, so who asks before each piece knows whether passes go through this node.
+    pub fn moved_lately(&self) -> bool {
+        let steps = self.progress().steps;
+        self.seen.swap(steps, Ordering::Relaxed) != steps
     }
 
     /// What the coordinator is told: the last pass that any stage received, and the last one that none of them keeps. A
@@ -116,6 +125,15 @@ mod tests {
         assert!(steps > 3 + 10, "{steps}");
         activity.watch(Vec::new());
         assert_eq!(activity.progress().steps, steps);
+    }
+
+    #[test]
+    fn who_asks_again_hears_whether_anything_was_done_since() {
+        let activity = WorkerActivity::default();
+        let stage = activity.stage();
+        assert!(!activity.moved_lately());
+        stage.received(PassId(1), true);
+        assert!(activity.moved_lately() && !activity.moved_lately());
     }
 
     #[test]

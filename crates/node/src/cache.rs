@@ -1,13 +1,15 @@
 //! Tensors on disk, named by their hash.
 //!
-//! A finished tensor is a file named by its BLAKE3; one on its way ends in `.part` and is continued where it broke off.
-//! A file is believed only after its bytes have been hashed, each time it is used, so neither a crash in the middle of
-//! a write nor a failing disk can put wrong weights into a model. The least recently used files go first when the
-//! cache is full.
+//! A finished tensor is a file named by its BLAKE3; one on its way ends in `.part`, and what is right of that is not
+//! fetched again. A file is believed only after its bytes have been hashed, each time it is used, so neither a crash in
+//! the middle of a write nor a failing disk can put wrong weights into a model. The least recently used files
+//! go first when the cache is full.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use brigade_base::{ByteSize, Hash};
@@ -61,22 +63,30 @@ impl Cache {
         Ok(Some(file))
     }
 
+    /// The tensor of this hash as it was when it was last looked at, for others: they hash it themselves.
+    pub fn peek(&self, hash: &Hash) -> Option<File> {
+        File::open(self.path(hash)).ok()
+    }
+
+    /// Removes a tensor that is damaged.
+    pub fn remove(&self, hash: &Hash) {
+        let path = self.path(hash);
+        if let Err(error) = fs::remove_file(&path) {
+            tracing::warn!(path = %path.display(), %error, "a damaged tensor could not be removed");
+        }
+    }
+
     /// Begins or continues a tensor.
     ///
     /// # Errors
     /// If the file cannot be made or read.
     pub fn begin(&self, hash: &Hash, n_bytes: u64) -> io::Result<Partial> {
         let path = self.part_path(hash);
-        let mut file = OpenOptions::new().read(true).append(true).create(true).open(&path)?;
-        let mut hasher = blake3::Hasher::new();
-        let mut done = file.metadata()?.len();
-        if done > n_bytes {
+        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path)?;
+        if file.metadata()?.len() > n_bytes {
             file.set_len(0)?;
-            done = 0;
-        } else {
-            read_into(&mut file, &mut hasher)?;
         }
-        Ok(Partial { file, path, target: self.path(hash), hash: *hash, hasher, done, n_bytes })
+        Ok(Partial { file: Arc::new(file), path, target: self.path(hash) })
     }
 
     /// Makes room for `n_bytes` more by removing what was used longest ago, but nothing in `keep`.
@@ -118,50 +128,42 @@ impl Cache {
     }
 }
 
-/// A tensor on its way into the cache.
+/// A tensor on its way into the cache. Its blocks come in any order; whoever writes them has verified them.
 #[derive(Debug)]
 pub struct Partial {
-    file: File,
+    file: Arc<File>,
     path: PathBuf,
     target: PathBuf,
-    hash: Hash,
-    hasher: blake3::Hasher,
-    done: u64,
-    n_bytes: u64,
 }
 
 impl Partial {
-    /// Bytes that are there.
-    pub fn done(&self) -> u64 {
-        self.done
-    }
-
-    /// Appends bytes.
+    /// Fills `buf` with what is there from `offset` on, which may be of any earlier time. False if it is not so much.
     ///
     /// # Errors
-    /// If they are more than the tensor has, or cannot be written.
-    pub fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        if self.done + bytes.len() as u64 > self.n_bytes {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "more bytes came than the tensor has"));
+    /// Those of the file system.
+    pub fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<bool> {
+        match self.file.read_exact_at(buf, offset) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
+            Err(error) => Err(error),
         }
-        self.file.write_all(bytes)?;
-        self.hasher.update(bytes);
-        self.done += bytes.len() as u64;
-        Ok(())
     }
 
-    /// Closes the tensor. False, and nothing left of it, if its bytes have another hash.
+    /// Writes bytes that are the right ones.
     ///
     /// # Errors
-    /// If the file cannot be renamed or removed.
-    pub fn finish(self) -> io::Result<bool> {
-        let right = self.done == self.n_bytes && to_hash(&self.hasher) == self.hash;
-        if right {
-            fs::rename(&self.path, &self.target)?
-        } else {
-            fs::remove_file(&self.path)?
-        }
-        Ok(right)
+    /// Those of the file system.
+    pub fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.file.write_all_at(bytes, offset)
+    }
+
+    /// All bytes are there: the tensor is one of the cache from now on.
+    ///
+    /// # Errors
+    /// If the file cannot be renamed.
+    pub fn finish(&self) -> io::Result<Arc<File>> {
+        fs::rename(&self.path, &self.target)?;
+        Ok(Arc::clone(&self.file))
     }
 }
 
@@ -199,41 +201,37 @@ mod tests {
 
     fn put(cache: &Cache, bytes: &[u8]) -> Hash {
         let hash = hash(bytes);
-        let mut partial = cache.begin(&hash, bytes.len() as u64).unwrap();
-        partial.write(bytes).unwrap();
-        assert!(partial.finish().unwrap());
+        let partial = cache.begin(&hash, bytes.len() as u64).unwrap();
+        partial.write(0, bytes).unwrap();
+        partial.finish().unwrap();
         hash
     }
 
     #[test]
-    fn a_tensor_is_continued_where_it_broke_off() {
+    fn a_tensor_is_continued_with_what_is_there() {
         let dir = tempfile::tempdir().unwrap();
         let cache = Cache::open(dir.path(), ByteSize(1000)).unwrap();
         let hash = hash(b"weights");
-        cache.begin(&hash, 7).unwrap().write(b"wei").unwrap();
-        assert!(cache.get(&hash).unwrap().is_none());
-        let mut partial = cache.begin(&hash, 7).unwrap();
-        assert_eq!(partial.done(), 3);
-        partial.write(b"ghts").unwrap();
-        assert!(partial.write(b"!").is_err());
-        assert!(partial.finish().unwrap());
-        assert!(cache.get(&hash).unwrap().is_some());
+        cache.begin(&hash, 7).unwrap().write(4, b"hts").unwrap();
+        assert!(cache.get(&hash).unwrap().is_none() && cache.peek(&hash).is_none());
+        let partial = cache.begin(&hash, 7).unwrap();
+        let mut there = [1; 7];
+        assert!(partial.read(0, &mut there).unwrap());
+        assert_eq!(&there, b"\0\0\0\0hts");
+        assert!(!partial.read(3, &mut there).unwrap(), "so much is not there");
+        partial.write(0, b"weig").unwrap();
+        partial.finish().unwrap();
+        assert!(cache.get(&hash).unwrap().is_some() && cache.peek(&hash).is_some());
     }
 
     #[test]
-    fn wrong_bytes_are_never_kept() {
+    fn a_damaged_tensor_is_noticed() {
         let dir = tempfile::tempdir().unwrap();
         let cache = Cache::open(dir.path(), ByteSize(1000)).unwrap();
-        let right = hash(b"weights");
-        let mut partial = cache.begin(&right, 7).unwrap();
-        partial.write(b"weightz").unwrap();
-        assert!(!partial.finish().unwrap());
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
-
         let stored = put(&cache, b"weights");
         fs::write(cache.path(&stored), b"weightz").unwrap();
-        assert!(cache.get(&stored).unwrap().is_none(), "a damaged file is noticed");
-        assert_eq!(cache.begin(&stored, 7).unwrap().done(), 0);
+        assert!(cache.get(&stored).unwrap().is_none());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
     #[test]
@@ -242,10 +240,11 @@ mod tests {
         let cache = Cache::open(dir.path(), ByteSize(1000)).unwrap();
         let hash = hash(b"abc");
         fs::write(cache.part_path(&hash), b"abcdef").unwrap();
-        let mut partial = cache.begin(&hash, 3).unwrap();
-        assert_eq!(partial.done(), 0);
-        partial.write(b"abc").unwrap();
-        assert!(partial.finish().unwrap());
+        let partial = cache.begin(&hash, 3).unwrap();
+        assert!(!partial.read(0, &mut [0]).unwrap());
+        partial.write(0, b"abc").unwrap();
+        partial.finish().unwrap();
+        assert!(cache.get(&hash).unwrap().is_some());
     }
 
     #[test]

@@ -4,14 +4,15 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use brigade_base::{Hash, NodeId, Token};
+use brigade_base::{Hash, KvTypes, NodeId, Token};
 use brigade_net::{Identity, TicketBook, TicketState};
 use tokio::sync::mpsc;
 
 use crate::coordinator::{CoordinatorOptions, MAX_WAITING};
 use crate::doctor::Rounds;
 use crate::meter::Meter;
-use crate::model::{LocalModel, tokenize};
+use crate::model::{LocalModel, tokenize, tokenize_pair};
+use crate::purpose::Work;
 use crate::ring::{Open, Submission, Submissions};
 use crate::serving::{
     ClusterStatus, Event, Examination, HopParts, ModelCard, Optimize, Readiness, Request, RequestTrace, Serving,
@@ -39,7 +40,7 @@ impl Shared {
         model: &LocalModel,
         identity: &Identity,
         options: &CoordinatorOptions,
-        context: u32,
+        (context, work): (u32, Work),
         tickets: TicketBook,
         link_addresses: &[SocketAddr],
         submissions: Submissions,
@@ -55,6 +56,8 @@ impl Shared {
             chat_template: model.file().catalog().metadata().str("tokenizer.chat_template").map(str::to_owned),
             bos_text: text(vocabulary.bos()),
             eos_text: text(vocabulary.eos()),
+            purpose: work.purpose(),
+            rank_template: model.file().catalog().metadata().str("tokenizer.chat_template.rerank").map(str::to_owned),
         };
         let starting = "the model is about to be placed".to_owned();
         let status = ClusterStatus {
@@ -63,6 +66,8 @@ impl Shared {
             state: starting.clone(),
             parallel: options.parallel,
             kv_capacity: u64::from(context) * u64::from(options.parallel),
+            kv: options.kv,
+            adapters: model.adapters().map(|adapters| adapters.names().to_vec()).unwrap_or_default(),
             ..blank_status(&card)
         };
         Self {
@@ -193,7 +198,11 @@ impl Serving for Handle {
     }
 
     fn tokenize(&self, text: &str, add_special: bool, parse_special: bool) -> Result<Vec<Token>, SubmitError> {
-        tokenize(self.model.vocabulary(), self.shared.card.context, text, add_special, parse_special)
+        tokenize(self.model.vocabulary(), &self.shared.card, text, add_special, parse_special)
+    }
+
+    fn tokenize_pair(&self, query: &str, document: &str) -> Result<Vec<Token>, SubmitError> {
+        tokenize_pair(self.model.vocabulary(), &self.shared.card, query, document)
     }
 
     fn token_bytes(&self, token: Token) -> Vec<u8> {
@@ -273,6 +282,8 @@ pub(crate) fn blank_status(card: &ModelCard) -> ClusterStatus {
         hop_us: HopParts::default(),
         kv_tokens: 0,
         kv_capacity: 0,
+        kv: KvTypes::default(),
+        adapters: Vec::new(),
         uptime_s: 0,
         recoveries: 0,
         last_recovery: None,

@@ -11,7 +11,9 @@
 //! loading, computing) own what they work on and hand it back.
 
 mod activity;
+mod adapters;
 mod cache;
+pub mod certify;
 mod coordinator;
 mod council;
 pub mod doctor;
@@ -29,12 +31,15 @@ mod model;
 mod node;
 mod outgoing;
 mod probe;
+mod purpose;
 mod reach;
 mod rehearsal;
 mod ring;
 pub mod serving;
 mod shadow;
+mod share;
 mod site;
+mod sizes;
 mod stage_pass;
 mod stage_thread;
 mod state_lock;
@@ -47,17 +52,22 @@ mod text;
 mod threads;
 mod throttle;
 mod trace;
+pub mod trial;
 mod weights;
 mod worker;
 
 pub use brigade_protocol::schedule::PrefixCache;
+pub use adapters::AdapterFile;
 pub use coordinator::{CHUNK, CoordinatorError, CoordinatorOptions, DEFAULT_CONTEXT_MAX, MAX_WAITING};
 pub use gateway::Gateway;
 pub use handle::Handle;
 pub use meter::CONTENT_TYPE as METRICS_TYPE;
 pub use model::{LocalModel, ModelError, model_profile};
 pub use node::{Node, NodeError, NodeStopper, Part};
+pub use purpose::PoolingChoice;
 pub use reach::ReachError;
 pub use rehearsal::rehearse;
+pub use share::DirectFetch;
 pub use site::SiteError;
+pub use sizes::{SizesError, rehearse_model};
 pub use worker::{WorkerError, WorkerOptions, WorkerStatus};

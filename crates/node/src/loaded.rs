@@ -2,13 +2,15 @@
 
 use std::sync::Arc;
 
-use brigade_base::ByteSize;
-use brigade_engine::{LoadError, Stage, StageOptions};
+use brigade_base::{ByteSize, Pooling};
+use brigade_engine::{AdapterSource, LoadError, Stage, StageOptions};
 use brigade_gguf::{StageView, TensorSource};
 pub use brigade_protocol::worker::StageKey;
 
 use crate::images::Images;
+use crate::sizes::{StageShape, stage_options};
 use crate::stage_pass::PassRunner;
+use crate::trial::{self, TrialError};
 
 /// A stage in memory.
 pub struct LoadedStage {
@@ -20,33 +22,54 @@ pub struct LoadedStage {
     pub memory: ByteSize,
 }
 
-/// Loads a stage from wherever its tensors are; `images` keeps its idle sessions. `progress` hears the share that is
-/// loaded; false gives up.
+/// A stage was not loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum StageError {
+    /// It was tried elsewhere, and cannot be.
+    #[error(transparent)]
+    Trial(#[from] TrialError),
+    /// It was not loaded here.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+}
+
+/// The options with which a stage is loaded.
+pub fn options_of(key: &StageKey, view: &StageView, pooling: Option<Pooling>, n_threads: u32) -> StageOptions {
+    let shape =
+        StageShape { n_ctx: key.context, n_sessions: key.sessions, max_rows: key.max_rows, kv: key.kv, pooling };
+    stage_options(view, shape, n_threads)
+}
+
+/// What a stage is read from.
+pub struct StageFiles<'a> {
+    /// The stage as a GGUF.
+    pub view: &'a StageView,
+    /// The tensors of its model.
+    pub source: Arc<dyn TensorSource>,
+    /// What is added to its matrices.
+    pub adapter: Option<AdapterSource>,
+}
+
+/// Loads a stage from wherever its tensors are, once it was tried; the last one may pool. `images` keeps its idle
+/// sessions. `progress` hears the share that is loaded; false gives up.
 ///
 /// # Errors
-/// If libllama refuses it or its bytes cannot be read.
+/// If libllama cannot run it or its bytes cannot be read.
 pub fn load_stage(
     key: StageKey,
-    view: &StageView,
-    source: Arc<dyn TensorSource>,
+    files: StageFiles<'_>,
+    pooling: Option<Pooling>,
     n_threads: u32,
     images: Images,
     progress: &mut dyn FnMut(f32) -> bool,
-) -> Result<LoadedStage, LoadError> {
-    let options = StageOptions {
-        n_ctx: key.context,
-        n_sessions: key.sessions,
-        max_rows: key.max_rows,
-        max_outputs: key.sessions,
-        n_threads,
-        n_embd: view.n_embd(),
-        n_vocab: if view.is_final() { view.n_vocab() } else { 0 },
-        input_node: view.input_node(),
-        stop_node: view.stop_node(),
-    };
-    let stage = Stage::load(Box::new(view.reader(source)), view.n_bytes(), options, progress)?;
+) -> Result<LoadedStage, StageError> {
+    let StageFiles { view, source, adapter } = files;
+    let options = options_of(&key, view, pooling, n_threads);
+    trial::stage(view, &options)?;
+    let stage = Stage::load_adapted(Box::new(view.reader(source)), view.n_bytes(), adapter, options, progress)?;
     let memory = ByteSize(stage.memory().total());
-    let runner = PassRunner::new(stage, view.input_scale(), key.sessions, images);
+    let mut runner = PassRunner::new(stage, view.input_scale(), key.sessions, images);
+    runner.set_takes_tokens(view.takes_tokens());
     Ok(LoadedStage { runner, key, memory })
 }
 

@@ -5,14 +5,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::UNIX_EPOCH;
 
-use brigade_base::{Hash, KvTypes, ModelId, Token};
+use brigade_base::{Hash, KvType, KvTypes, ModelId, Token};
 use brigade_engine::{TokenizeError, Vocabulary};
 use brigade_gguf::{
-    Architecture, ArchitectureError, Catalog, Manifest, ModelFile, OpenError, model_id, vocabulary_header,
+    AdapterError, Architecture, ArchitectureError, Catalog, Manifest, ModelFile, OpenError, Value, model_id,
+    vocabulary_header,
 };
 use brigade_plan::ModelProfile;
+use brigade_store::RemoteLocation;
 
+use crate::adapters::{AdapterFile, Adapters, served_hash};
 use crate::serving::{ModelCard, SubmitError};
+use crate::stage_pass::row_of_token;
+use crate::trial;
 
 /// A model file could not be used.
 #[derive(Debug, thiserror::Error)]
@@ -34,6 +39,25 @@ pub enum ModelError {
         /// Why.
         source: std::io::Error,
     },
+    /// A file is no adapter for it.
+    #[error("the adapter {} cannot be used: {source}", .path.display())]
+    Adapter {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: AdapterError,
+    },
+    /// Its adapters cannot be used together.
+    #[error("the adapters cannot be used: {0}")]
+    Adapters(#[source] AdapterError),
+    /// Its keys and values cannot be stored as was asked for.
+    #[error("the KV cache of this model cannot be stored in {kv}: {why}; leave --cache-type-k or --cache-type-v out")]
+    KvTypes {
+        /// What was asked for.
+        kv: KvTypes,
+        /// What stands against it.
+        why: String,
+    },
     /// It lacks a tensor that every model has.
     #[error("the model has no tensor {0}; the file is incomplete")]
     NoTensor(&'static str),
@@ -48,6 +72,10 @@ pub struct LocalModel {
     vocabulary: Vocabulary,
     name: String,
     embedding: EmbeddingTable,
+    /// Where it was downloaded from, if others may do that too.
+    origin: Option<RemoteLocation>,
+    /// What is added to its matrices.
+    adapters: Option<Adapters>,
 }
 
 /// Where the rows of the token embedding lie in the file.
@@ -78,7 +106,54 @@ impl LocalModel {
         let row_bytes = info.ty.row_bytes(n_embd as u64).unwrap_or(0) as usize;
         let embedding = EmbeddingTable { tensor, type_id: info.ty.id(), row_bytes, n_embd };
         let name = path.file_stem().map_or_else(|| "model".to_owned(), |stem| display_name(&stem.to_string_lossy()));
-        Ok(Self { file, architecture, header_hash, manifest, vocabulary, name, embedding })
+        Ok(Self {
+            file,
+            architecture,
+            header_hash,
+            manifest,
+            vocabulary,
+            name,
+            embedding,
+            origin: None,
+            adapters: None,
+        })
+    }
+
+    /// The same with LoRA adapters; their hashes are kept in `state_dir`.
+    ///
+    /// # Errors
+    /// If one of them is no adapter for this model.
+    pub fn with_adapters(mut self, adapters: &[AdapterFile], state_dir: &Path) -> Result<Self, ModelError> {
+        if !adapters.is_empty() {
+            self.adapters = Some(Adapters::open(self.file.catalog(), adapters, state_dir)?);
+        }
+        Ok(self)
+    }
+
+    /// Its adapters, if it has some.
+    pub(crate) fn adapters(&self) -> Option<&Adapters> {
+        self.adapters.as_ref()
+    }
+
+    /// What it is known by where it is served: only who has the same can take over.
+    pub fn served_hash(&self) -> Hash {
+        served_hash(self.header_hash, self.adapters.as_ref())
+    }
+
+    /// The same, downloaded from there. That is forgotten if other nodes could not have it from there too: it wants a
+    /// token, or the files have other lengths by now.
+    #[must_use]
+    pub fn downloaded_from(mut self, origin: RemoteLocation) -> Self {
+        let lengths = |files: Vec<std::fs::Metadata>| files.iter().map(std::fs::Metadata::len).collect::<Vec<_>>();
+        let here = self.file.file_metadata().map(lengths).unwrap_or_default();
+        let is_same = here.iter().eq(origin.parts.iter().map(|part| &part.n_bytes));
+        self.origin = Some(origin).filter(|origin| origin.is_public && is_same);
+        self
+    }
+
+    /// Where it was downloaded from, if every node can have it from there.
+    pub fn origin(&self) -> Option<&RemoteLocation> {
+        self.origin.as_ref()
     }
 
     /// The opened file.
@@ -118,14 +193,28 @@ impl LocalModel {
 
     /// What it costs with keys and values stored so, for the planner.
     pub fn profile(&self, kv: KvTypes) -> ModelProfile {
-        profile_of(&self.architecture, kv)
+        let mut profile = profile_of(&self.architecture, kv);
+        if let Some(adapters) = &self.adapters {
+            adapters.add_to(&mut profile, self.file.catalog());
+        }
+        profile
     }
 
-    /// Looks up the embeddings of `tokens` as the file has them; `out` becomes `[n_tokens, n_embd]`.
+    /// Looks up the embeddings of `tokens` as the file has them; `out` becomes `[n_tokens, n_embd]`. For a model whose
+    /// layers need the tokens, rows carry these instead.
     ///
     /// # Errors
     /// If the file cannot be read, or a token is not in the vocabulary.
     pub fn embed(&self, tokens: &[Token], out: &mut Vec<f32>, bytes: &mut Vec<u8>) -> Result<(), ModelError> {
+        if self.architecture.takes_tokens() {
+            let n_embd = self.architecture.n_embd as usize;
+            out.resize(tokens.len() * n_embd, 0.0);
+            out.fill(0.0);
+            for (row, &token) in out.chunks_exact_mut(n_embd.max(1)).zip(tokens) {
+                row[0] = row_of_token(token);
+            }
+            return Ok(());
+        }
         let table = &self.embedding;
         bytes.resize(table.row_bytes * tokens.len(), 0);
         for (row, &token) in bytes.chunks_exact_mut(table.row_bytes.max(1)).zip(tokens) {
@@ -151,6 +240,7 @@ impl LocalModel {
 pub(crate) fn load_vocabulary(header: Vec<u8>) -> Result<Vocabulary, ModelError> {
     // libllama reads only what was found sound before.
     Catalog::parse_header(&header).map_err(|error| ModelError::Vocabulary(error.to_string()))?;
+    trial::vocabulary(&header).map_err(|error| ModelError::Vocabulary(error.to_string()))?;
     let n_bytes = header.len() as u64;
     Vocabulary::load(Box::new(std::io::Cursor::new(header)), n_bytes)
         .map_err(|error| ModelError::Vocabulary(error.to_string()))
@@ -235,8 +325,29 @@ impl Marks {
 /// If its architecture cannot be split, or its keys and values not stored so.
 pub fn model_profile(catalog: &Catalog, kv: KvTypes) -> Result<ModelProfile, ModelError> {
     let architecture = Architecture::of(catalog)?;
-    architecture.check_kv(kv)?;
+    check_kv(catalog, &architecture, kv)?;
     Ok(profile_of(&architecture, kv))
+}
+
+/// Whether keys and values of this model can be stored so.
+///
+/// # Errors
+/// If they cannot, and why.
+pub(crate) fn check_kv(catalog: &Catalog, architecture: &Architecture, kv: KvTypes) -> Result<(), ModelError> {
+    let name = architecture.name;
+    let refuse = |why: String| Err(ModelError::KvTypes { kv, why });
+    if let Some((length, ty)) = architecture.kv_misfit(kv) {
+        let n = ty.block_elements();
+        return refuse(format!("{ty} stores {n} elements together, and heads of this model have {length}"));
+    }
+    let latent = catalog.metadata().get(&format!("{name}.attention.key_length_mla"));
+    if kv.k != kv.v && latent.and_then(Value::as_u64).is_some_and(|length| length > 0) {
+        return refuse("its values are a part of its keys, so both must be stored alike".to_owned());
+    }
+    if kv.v != KvType::F16 && name == "grok" {
+        return refuse("llama.cpp has no flash attention for grok, which values in blocks need".to_owned());
+    }
+    Ok(())
 }
 
 /// What a model of this architecture costs.
@@ -245,6 +356,8 @@ pub(crate) fn profile_of(a: &Architecture, kv: KvTypes) -> ModelProfile {
         layer_bytes: (0..a.n_layers).map(|i| a.layer_bytes(i)).collect(),
         kv_bytes_per_token: (0..a.n_layers).map(|i| a.kv_bytes_per_token(i, kv)).collect(),
         state_bytes: (0..a.n_layers).map(|i| a.state_bytes(i)).collect(),
+        is_flash: kv.v != KvType::F16,
+        rehearsed: None,
         head_bytes: a.head_bytes(),
         embedding_bytes: a.unread_embedding_bytes(),
         cut_points: a.cut_points(),
@@ -273,7 +386,7 @@ fn is_split_number(text: &str) -> bool {
 }
 
 /// The hashes of a file's tensors, from `state_dir` if the file has not changed since they were made.
-fn manifest(
+pub(crate) fn manifest(
     file: &Arc<ModelFile>,
     header_hash: &Hash,
     state_dir: &Path,
@@ -323,6 +436,8 @@ const MAX_HASH_THREADS: usize = 8;
 
 #[cfg(test)]
 mod tests {
+    use brigade_store::RemotePart;
+
     use super::*;
 
     #[test]
@@ -345,5 +460,21 @@ mod tests {
         assert_eq!(display_name("qwen3-8b-q4_0-00001-of-00003"), "qwen3-8b-q4_0");
         assert_eq!(display_name("abacus-f16"), "abacus-f16");
         assert_eq!(display_name("a-1-of-3"), "a-1-of-3");
+    }
+
+    #[test]
+    fn others_are_sent_only_where_everybody_may_read_the_same_file() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/abacus-f16.gguf");
+        let n_bytes = std::fs::metadata(&path).unwrap().len();
+        let dir = tempfile::tempdir().unwrap();
+        let has_origin = |is_public, n_bytes| {
+            let part = RemotePart { url: "https://hub/m.gguf".into(), n_bytes, sha256: None, etag: None };
+            let origin = RemoteLocation { parts: vec![part], is_public };
+            let model = LocalModel::open(&path, dir.path(), &|_, _| {}).unwrap();
+            model.downloaded_from(origin).origin().is_some()
+        };
+        assert!(has_origin(true, n_bytes));
+        assert!(!has_origin(false, n_bytes), "it needs a token");
+        assert!(!has_origin(true, n_bytes + 1), "it is another file");
     }
 }

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use brigade_base::{ByteSize, DeploymentId, Hash, NodeId};
+use brigade_base::{ByteSize, DeploymentId, Hash, KvTypes, NodeId};
 use brigade_net::{Ticket, TicketSecret};
 use brigade_plan::Optimize;
 use brigade_protocol::council::{Charter, Incumbent, Stored, Voter};
@@ -21,6 +21,8 @@ use crate::council::RoleChange;
 use crate::gateway::{Coordinating, Gateway, GatewayOptions};
 use crate::known::KnownCoordinator;
 use crate::model::LocalModel;
+use crate::purpose::PoolingChoice;
+use crate::share::OwnCopy;
 use crate::site::{Site, SiteError};
 use crate::threads::{lock, unique_number};
 use crate::worker::{Worker, WorkerError, WorkerOptions, WorkerStatus};
@@ -109,7 +111,7 @@ impl Node {
         let mut problem = None;
         let (site, roles) = Site::take(&options.state_dir, options.listen, |me, addresses, stored| {
             let may_lead = |charter: &Charter| charter.voter(me).is_some_and(|voter| voter.may_lead);
-            let is_same = |charter: &Charter| has_model(charter, Some(settings.header_hash));
+            let is_same = |charter: &Charter| has_model(charter, Some(settings.served_hash));
             // A coordinator that comes back, or is a voter by now, asks the others first.
             if stored.charter.as_ref().is_some_and(|charter| may_lead(charter) && is_same(charter)) {
                 return stored;
@@ -137,6 +139,7 @@ impl Node {
             kv_spill: options.kv_spill,
             drain_timeout: options.drain_timeout,
             wait_for_capacity: options.wait_for_capacity,
+            direct_fetch: options.direct_fetch,
         };
         let options = Options { coordinator: options, worker: worker_options, founded: true };
         Self::start(site, roles, options, Some(model), None)
@@ -160,7 +163,7 @@ impl Node {
             let belongs = |c: &Charter| c.voter(known.node).is_some() && c.voter(me).is_some();
             match stored.charter.as_ref().is_some_and(|charter| has_ticket && !belongs(charter)) {
                 true => stored.forget(),
-                false => able(stored, me, model.as_ref().map(LocalModel::header_hash)),
+                false => able(stored, me, model.as_ref().map(LocalModel::served_hash)),
             }
         })?;
         let coordinator_options = CoordinatorOptions {
@@ -172,6 +175,7 @@ impl Node {
             threads: options.threads,
             context: None,
             parallel: 1,
+            kv: KvTypes::default(),
             nodes_wanted: 1,
             spread: false,
             split: None,
@@ -182,6 +186,8 @@ impl Node {
             redundancy: 1,
             shadow: false,
             wait_for_capacity: options.wait_for_capacity,
+            direct_fetch: options.direct_fetch,
+            pooling: PoolingChoice::default(),
             drain_timeout: options.drain_timeout,
         };
         let options = Options { coordinator: coordinator_options, worker: options, founded: false };
@@ -284,10 +290,10 @@ fn able(mut stored: Stored, me: NodeId, own: Option<Hash>) -> Stored {
     stored
 }
 
-/// Whether `own`, the hash of a model's header, is what the charter's deployment serves; not, if its settings are of
+/// Whether `own`, what a model with its adapters is known by, is what the charter's deployment serves; not, if its settings are of
 /// another program.
 fn has_model(charter: &Charter, own: Option<Hash>) -> bool {
-    DeploymentSettings::decode(&charter.settings).is_some_and(|settings| own == Some(settings.header_hash))
+    DeploymentSettings::decode(&charter.settings).is_some_and(|settings| own == Some(settings.served_hash))
 }
 
 /// What each part is started with.
@@ -370,7 +376,7 @@ impl Runner {
     fn lead(&mut self, term: u64, charter: &Charter) -> Result<(), NodeError> {
         // Only who has the model is elected, unless a coordinator did not hear in time that it is gone. Others take
         // over when this node ends.
-        let served = self.model.clone().filter(|model| has_model(charter, Some(model.header_hash())));
+        let served = self.model.clone().filter(|model| has_model(charter, Some(model.served_hash())));
         let model = served.ok_or(NodeError::NoModel)?;
         self.front.follow(None);
         self.drop_part();
@@ -412,7 +418,12 @@ impl Runner {
     }
 
     fn work(&mut self, known: KnownCoordinator, secret: Option<TicketSecret>) -> Result<(), NodeError> {
-        let own = self.model.as_ref().map(|model| Arc::clone(model.file()));
+        let own_copy = |model: &Arc<LocalModel>| OwnCopy {
+            file: Arc::clone(model.file()),
+            hashes: model.manifest().tensors.clone(),
+            served_hash: model.served_hash(),
+        };
+        let own = self.model.as_ref().map(own_copy);
         let worker = Worker::start(&self.options.worker, own, &self.site, known, secret)?;
         *lock(&self.view) = PartView::Works(worker.watcher());
         self.part = Running::Works(worker);
@@ -446,6 +457,7 @@ mod tests {
     use std::path::Path;
 
     use super::*;
+    use crate::share::DirectFetch;
 
     #[test]
     fn a_node_without_the_model_may_lead_no_more() {
@@ -463,6 +475,7 @@ mod tests {
             threads: 1,
             context: None,
             parallel: 1,
+            kv: KvTypes::default(),
             nodes_wanted: 1,
             spread: false,
             split: None,
@@ -473,6 +486,8 @@ mod tests {
             redundancy: 1,
             shadow: false,
             wait_for_capacity: Duration::ZERO,
+            direct_fetch: DirectFetch::default(),
+            pooling: PoolingChoice::default(),
             drain_timeout: Duration::ZERO,
         };
         let settings = DeploymentSettings::of(&options, &model).encode();

@@ -8,18 +8,20 @@ use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
-use brigade_base::{ByteSize, DeploymentId, Epoch, PassId};
+use brigade_base::{ByteSize, DeploymentId, Epoch, KvTypes, PassId};
 use brigade_net::{Identity, TicketBook};
 use brigade_plan::Optimize;
 use brigade_protocol::frame::{KvStep, RowSet};
 use brigade_protocol::schedule::{Limits, PrefixCache};
 
-use crate::coordinator::{CHUNK, CoordinatorError, CoordinatorOptions};
+use crate::coordinator::{CoordinatorError, CoordinatorOptions};
 use crate::doctor::{Rounds, Subject};
 use crate::handle::{Handle, Shared};
 use crate::meter::Meter;
 use crate::model::LocalModel;
+use crate::purpose::{PoolingChoice, Work};
 use crate::ring::{Connection, News, Ring, RingOptions, Submissions, Tail};
+use crate::share::DirectFetch;
 use crate::stage_pass::PassError;
 use crate::threads::spawn;
 
@@ -75,6 +77,7 @@ pub fn rehearse(
         threads: 1,
         context: Some(context),
         parallel,
+        kv: KvTypes::default(),
         nodes_wanted: 1,
         spread: false,
         split: None,
@@ -85,8 +88,11 @@ pub fn rehearse(
         redundancy: 1,
         shadow: false,
         wait_for_capacity: Duration::ZERO,
+        direct_fetch: DirectFetch::Off,
+        pooling: PoolingChoice::None,
         drain_timeout: Duration::ZERO,
     };
+    let work = Work::default();
     let n_vocab = model.architecture().n_vocab as usize;
     let is_word = |&token: &usize| {
         let bytes = model.vocabulary().token_bytes(token as i32, false);
@@ -100,9 +106,11 @@ pub fn rehearse(
     let meter = Arc::new(Meter::new(0));
     let (happen, inbox) = channel();
     let submissions = Submissions::new(happen);
-    let shared = Arc::new(Shared::new(&model, &identity, &options, context, tickets, &[], submissions));
+    let shared = Arc::new(Shared::new(&model, &identity, &options, (context, work), tickets, &[], submissions));
+    let cache = options.prefix_cache;
+    let (task, chunk) = (work.task, work.chunk(context));
     let limits =
-        Limits { n_slots: parallel, context, chunk: CHUNK, n_stages: 1, cache: options.prefix_cache, image_tokens: 0 };
+        Limits { n_slots: parallel, context, chunk, n_stages: 1, cache, image_tokens: 0, task, can_rewind: true };
     let (connections, connected) = channel();
     let connection = Connection {
         deployment: DeploymentId(1),

@@ -4,10 +4,11 @@
 
 use std::time::Duration;
 
-use brigade_base::{ByteSize, Hash, LayerRange, ModelId, NodeId, TenantId, Token};
+use brigade_base::{ByteSize, Hash, KvTypes, LayerRange, ModelId, NodeId, TenantId, Token};
 pub use brigade_engine::Sampling;
 pub use brigade_plan::{Optimize, Prediction, Speed};
 pub use brigade_protocol::measure::{Finding, Severity};
+pub use brigade_protocol::weights::WeightBytes;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
@@ -27,6 +28,12 @@ pub trait Serving: Send + Sync + 'static {
     /// # Errors
     /// If the text is too long to be any prompt of this model.
     fn tokenize(&self, text: &str, add_special: bool, parse_special: bool) -> Result<Vec<Token>, SubmitError>;
+
+    /// The tokens of a query and a document, put together as a model that ranks was trained to see them.
+    ///
+    /// # Errors
+    /// If they have more tokens than a text may have.
+    fn tokenize_pair(&self, query: &str, document: &str) -> Result<Vec<Token>, SubmitError>;
 
     /// The bytes that `token` stands for; not always whole characters. Empty for an unknown token.
     fn token_bytes(&self, token: Token) -> Vec<u8>;
@@ -88,6 +95,23 @@ pub struct ModelCard {
     pub bos_text: String,
     /// Text of the end token, for templates.
     pub eos_text: String,
+    /// What requests can ask of it.
+    pub purpose: Purpose,
+    /// How a model that ranks wants query and document put together, if it says so: a text with `{query}` and
+    /// `{document}` in it.
+    pub rank_template: Option<String>,
+}
+
+/// What a model does with a text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Purpose {
+    /// It goes on with it, token by token.
+    #[default]
+    Generate,
+    /// It makes one vector of it.
+    Embed,
+    /// It scores a document for a query.
+    Rank,
 }
 
 impl ModelCard {
@@ -99,14 +123,27 @@ impl ModelCard {
         if request.prompt.is_empty() {
             return Err(SubmitError::PromptEmpty);
         }
-        if request.prompt.len() >= self.context as usize {
-            return Err(SubmitError::PromptTooLong { tokens: request.prompt.len(), context: self.context });
+        if request.prompt.len() > self.most_tokens() {
+            return Err(self.too_long(request.prompt.len()));
         }
         let is_known = |&token: &Token| u32::try_from(token).is_ok_and(|t| t < self.n_vocab);
         if let Some(&token) = request.prompt.iter().find(|t| !is_known(t)) {
             return Err(SubmitError::UnknownToken { token: token.into(), n_vocab: self.n_vocab });
         }
         request.sampling.validate(self.n_vocab).map_err(|error| SubmitError::Invalid(error.to_string()))
+    }
+
+    /// Most tokens of a prompt; one that is to be continued needs room for a token.
+    fn most_tokens(&self) -> usize {
+        (self.context as usize).saturating_sub(usize::from(self.purpose == Purpose::Generate))
+    }
+
+    /// The error for a prompt of so many tokens, or more.
+    pub(crate) fn too_long(&self, tokens: usize) -> SubmitError {
+        match self.purpose {
+            Purpose::Generate => SubmitError::PromptTooLong { tokens, context: self.context },
+            Purpose::Embed | Purpose::Rank => SubmitError::TextTooLong { tokens, most: self.context },
+        }
     }
 }
 
@@ -146,6 +183,24 @@ pub struct Request {
     pub ignore_end: bool,
 }
 
+impl Request {
+    /// One text for a model that embeds or ranks.
+    pub fn of_text(id: String, tenant: TenantId, text: Vec<Token>) -> Self {
+        Self {
+            id,
+            tenant,
+            priority: 0,
+            timeout: None,
+            prompt: text,
+            max_tokens: None,
+            sampling: Sampling::default(),
+            stop: Vec::new(),
+            logprobs: None,
+            ignore_end: false,
+        }
+    }
+}
+
 /// What a session tells its caller, in order; `Done` or `Failed` is the last.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
@@ -164,6 +219,11 @@ pub enum Event {
     Text {
         /// Never empty.
         text: String,
+    },
+    /// The vector of the text, from a model that embeds or ranks: all that comes but for the end.
+    Pooled {
+        /// As the model gives it, not normalised; scores of its classes from one that ranks.
+        values: Vec<f32>,
     },
     /// The answer waits, for a machine that was lost; it goes on where it was.
     Paused {
@@ -264,6 +324,16 @@ pub enum SubmitError {
         /// Tokens of a session.
         context: u32,
     },
+    /// The text is longer than what is embedded or ranked at once.
+    #[error(
+        "the text has {tokens} tokens or more, but at most {most} are taken; shorten it or serve with a larger --context"
+    )]
+    TextTooLong {
+        /// Tokens that it has for certain.
+        tokens: usize,
+        /// Most tokens.
+        most: u32,
+    },
     /// The prompt has no tokens.
     #[error("the prompt is empty")]
     PromptEmpty,
@@ -336,6 +406,10 @@ pub struct ClusterStatus {
     pub kv_tokens: u64,
     /// Tokens for which there is room.
     pub kv_capacity: u64,
+    /// How keys and values are stored.
+    pub kv: KvTypes,
+    /// LoRA adapters that are added to the model, with their scales.
+    pub adapters: Vec<String>,
     /// Seconds since the start.
     pub uptime_s: u64,
     /// How often a ring was lost and the answers went on in another one.
@@ -466,4 +540,6 @@ pub struct NodeStatus {
     pub speed: Option<Speed>,
     /// How many times as long it takes now; missing if its speed is not known.
     pub pace: Option<f64>,
+    /// Bytes of weights since it started, by where it had them from, and what it sent to other nodes.
+    pub weights: WeightBytes,
 }

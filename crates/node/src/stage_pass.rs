@@ -12,7 +12,7 @@
 
 use std::time::Instant;
 
-use brigade_base::{Epoch, ImageId, PassId};
+use brigade_base::{Epoch, ImageId, PassId, Token};
 use brigade_engine::{Input, KvError, Row, RunError, Stage};
 use brigade_protocol::control::{Held, MAX_SESSIONS};
 use brigade_protocol::frame::{KvStep, RowSet};
@@ -28,6 +28,16 @@ const KEPT_IMAGE_BYTES: usize = 16 << 20;
 /// A pass could not be computed.
 #[derive(Debug, thiserror::Error)]
 pub enum PassError {
+    /// The pass would go back in a slot, which layers with a state cannot.
+    #[error("the pass goes back to {keep} of {held} tokens of slot {slot}, whose state holds for all of them or none")]
+    Backward {
+        /// The slot.
+        slot: u32,
+        /// What the pass counts on.
+        keep: u32,
+        /// What is here.
+        held: u32,
+    },
     /// The pass builds on tokens that this stage does not hold.
     #[error("the pass counts on {keep} tokens of slot {slot}, but this stage holds {held}")]
     OutOfStep {
@@ -68,6 +78,9 @@ pub struct PassRunner {
     stage: Stage,
     /// What hidden states are multiplied by before they enter, where the architecture scales its input.
     input_scale: f32,
+    /// Rows carry tokens; see [`row_of_token`].
+    takes_tokens: bool,
+    tokens: Vec<Token>,
     n_slots: u32,
     images: Images,
     throttle: Throttle,
@@ -94,6 +107,8 @@ impl PassRunner {
         Self {
             stage,
             input_scale,
+            takes_tokens: false,
+            tokens: Vec::new(),
             n_slots,
             images,
             throttle: Throttle::default(),
@@ -112,6 +127,11 @@ impl PassRunner {
     /// Computes for a `share` of the time from now on, and rests in between; 1 does not rest.
     pub fn set_throttle(&mut self, share: f32) {
         self.throttle = Throttle::new(share);
+    }
+
+    /// From now on rows carry tokens, as [`row_of_token`] makes them: for a model whose layers need the tokens.
+    pub fn set_takes_tokens(&mut self, takes_tokens: bool) {
+        self.takes_tokens = takes_tokens;
     }
 
     /// The stage itself.
@@ -155,9 +175,12 @@ impl PassRunner {
     pub fn rest(&mut self) -> Option<Held> {
         for slot in 0..self.n_slots {
             let valid = self.valid[slot as usize];
-            if self.stage.len(slot) > valid && self.stage.truncate(slot, valid).is_err() {
+            let len = self.stage.len(slot);
+            if len > valid && self.stage.truncate(slot, valid).is_err() {
                 self.lose(slot);
             }
+            // A run that failed where nothing can be taken back has emptied it.
+            self.doubt(slot, len);
         }
         (self.applied > PassId(0)).then(|| self.held())
     }
@@ -345,6 +368,17 @@ impl PassRunner {
         if held < keep { Err(PassError::OutOfStep { slot, keep, held }) } else { Ok(held) }
     }
 
+    /// The same of a set of rows, which where a state is kept must go on behind all that the slot holds, or begin anew.
+    fn check_fits(&mut self, slot: u32, keep: u32) -> Result<u32, PassError> {
+        let held = self.check_holds(slot, keep)?;
+        if 0 < keep && keep < held && !self.stage.can_rewind() {
+            // So that the next ring does not come to the same end.
+            self.doubt(slot, 0);
+            return Err(PassError::Backward { slot, keep, held });
+        }
+        Ok(held)
+    }
+
     /// Runs a pass, and rests behind it if it is throttled. `hidden` is `[n_rows, n_embd]` and may be scaled in place;
     /// `out` becomes the next hidden states `[n_rows, n_embd]`, or in a final stage the logits `[n_outputs, n_vocab]`.
     ///
@@ -387,7 +421,7 @@ impl PassRunner {
         out.clear();
         self.rows.clear();
         for set in sets {
-            let held = self.check_holds(set.slot, set.keep)?;
+            let held = self.check_fits(set.slot, set.keep)?;
             self.doubt(set.slot, set.keep);
             if held > set.keep {
                 self.stage.truncate(set.slot, set.keep)?;
@@ -402,7 +436,13 @@ impl PassRunner {
         if self.rows.is_empty() {
             return Ok(());
         }
-        Ok(self.stage.run(&self.rows, Input::Hidden(hidden), out)?)
+        if !self.takes_tokens {
+            return Ok(self.stage.run(&self.rows, Input::Hidden(hidden), out)?);
+        }
+        let n_embd = self.stage.n_embd() as usize;
+        self.tokens.clear();
+        self.tokens.extend(hidden.chunks_exact(n_embd.max(1)).map(token_of_row));
+        Ok(self.stage.run(&self.rows, Input::Tokens(&self.tokens), out)?)
     }
 
     /// Runs a pass of a stage that stands by: as [`run`](Self::run), but without the sets that do not fit.
@@ -423,7 +463,7 @@ impl PassRunner {
             let before = sets[..n_sets].iter().rev().find(|before| before.slot == set.slot);
             let fits = match before.is_some_and(|before| set.keep <= before.keep + before.n_rows) {
                 true => Ok(set.keep),
-                false => self.check_holds(set.slot, set.keep),
+                false => self.check_fits(set.slot, set.keep),
             };
             match fits {
                 Ok(_) => {
@@ -443,6 +483,16 @@ impl PassRunner {
     }
 }
 
+/// The first value of the row that stands for a token where a model takes tokens instead of embeddings: the token's
+/// number as its bits. So such rows go the way of all others. The other values of the row are zeros.
+pub fn row_of_token(token: Token) -> f32 {
+    f32::from_bits(token.cast_unsigned())
+}
+
+fn token_of_row(row: &[f32]) -> Token {
+    row.first().map_or(-1, |value| value.to_bits().cast_signed())
+}
+
 /// How many of the first sets are of different slots. A set that follows another one of its slot builds on it.
 fn first_wave(sets: &[RowSet]) -> usize {
     let mut seen = [false; MAX_SESSIONS as usize];
@@ -453,6 +503,9 @@ fn first_wave(sets: &[RowSet]) -> usize {
     };
     sets.iter().take_while(is_new).count()
 }
+
+#[cfg(test)]
+mod one_way_tests;
 
 #[cfg(test)]
 mod tests {

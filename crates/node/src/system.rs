@@ -16,6 +16,14 @@ pub fn available_memory() -> ByteSize {
     ByteSize(system.cgroup_limits().map_or(free, |limits| free.min(limits.free_memory)))
 }
 
+/// Memory that the machine has, or its container may have.
+pub(crate) fn total_memory() -> ByteSize {
+    let system =
+        System::new_with_specifics(RefreshKind::nothing().with_memory(MemoryRefreshKind::nothing().with_ram()));
+    let all = system.total_memory();
+    ByteSize(system.cgroup_limits().map_or(all, |limits| all.min(limits.total_memory)))
+}
+
 /// Resident memory of this process.
 pub fn resident_memory() -> ByteSize {
     let Ok(pid) = sysinfo::get_current_pid() else { return ByteSize(0) };

@@ -1,6 +1,7 @@
-//! A link without a network, for tests: what it does with frames is up to the test.
+//! Links without a network, for tests: one that does with frames what the test says, and one with two ends.
 
-use std::sync::{Arc, Mutex};
+use std::collections::VecDeque;
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use brigade_base::NodeId;
@@ -63,4 +64,86 @@ impl Link for TestLink {
     fn set_frame_limit(&self, _bytes: usize) {}
 
     fn set_spin(&self, _spin: Duration) {}
+}
+
+/// Frames on their way from one end to the other.
+#[derive(Default)]
+struct Way {
+    frames: Mutex<(VecDeque<(u8, Vec<u8>)>, bool)>,
+    changed: Condvar,
+}
+
+/// One end of a link between two nodes.
+pub struct PairedLink {
+    peer: NodeId,
+    out: Arc<Way>,
+    back: Arc<Way>,
+}
+
+impl PairedLink {
+    /// Both ends of a link: that of `here`, and that of `there`.
+    pub fn between(here: NodeId, there: NodeId) -> [Arc<dyn Link>; 2] {
+        let (a, b) = (Arc::<Way>::default(), Arc::<Way>::default());
+        let near = Self { peer: there, out: Arc::clone(&a), back: Arc::clone(&b) };
+        [Arc::new(near), Arc::new(Self { peer: here, out: b, back: a })]
+    }
+}
+
+impl Link for PairedLink {
+    fn send(&self, kind: u8, parts: &[&[u8]]) -> Result<(), LinkError> {
+        let mut frames = self.out.frames.lock().unwrap();
+        if frames.1 {
+            return Err(LinkError::Closed);
+        }
+        frames.0.push_back((kind, parts.concat()));
+        self.out.changed.notify_all();
+        Ok(())
+    }
+
+    fn recv(&self, buf: &mut Vec<u8>, deadline: Option<Instant>) -> Result<u8, LinkError> {
+        let mut frames = self.back.frames.lock().unwrap();
+        loop {
+            if let Some((kind, bytes)) = frames.0.pop_front() {
+                *buf = bytes;
+                return Ok(kind);
+            }
+            if frames.1 {
+                return Err(LinkError::Closed);
+            }
+            let left = deadline.map_or(Duration::MAX, |at| at.saturating_duration_since(Instant::now()));
+            if left.is_zero() {
+                return Err(LinkError::TimedOut);
+            }
+            frames = self.back.changed.wait_timeout(frames, left.min(Duration::from_secs(60))).unwrap().0;
+        }
+    }
+
+    fn peer(&self) -> NodeId {
+        self.peer
+    }
+
+    fn peer_addr(&self) -> String {
+        String::new()
+    }
+
+    fn close(&self) {
+        for way in [&self.out, &self.back] {
+            way.frames.lock().unwrap().1 = true;
+            way.changed.notify_all();
+        }
+    }
+
+    fn stats(&self) -> LinkStats {
+        LinkStats::default()
+    }
+
+    fn set_frame_limit(&self, _bytes: usize) {}
+
+    fn set_spin(&self, _spin: Duration) {}
+}
+
+impl Drop for PairedLink {
+    fn drop(&mut self) {
+        self.close();
+    }
 }

@@ -3,13 +3,16 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use brigade_base::LayerRange;
-use brigade_gguf::{ModelFile, StageView};
+use brigade_base::{KvTypes, LayerRange};
+use brigade_gguf::{Metadata, ModelFile, StageView};
 use brigade_protocol::frame::RowSet;
 
 use crate::images::Images;
-use crate::loaded::{LoadedStage, StageKey, load_stage};
+use crate::loaded::{LoadedStage, StageFiles, StageKey, load_stage};
 use crate::stage_pass::PassRunner;
+
+#[path = "../../engine/tests/support/recurrent.rs"]
+mod recurrent;
 
 /// Sessions of the stage.
 pub const N_SLOTS: u32 = 8;
@@ -21,6 +24,18 @@ pub const MAX_ROWS: u32 = 32;
 pub fn loaded(images: Images) -> LoadedStage {
     brigade_engine::init();
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/abacus-f16.gguf");
+    load(&path, images)
+}
+
+/// The same of a model that has attention and a state in each layer.
+pub fn loaded_with_state(images: Images) -> LoadedStage {
+    brigade_engine::init();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    recurrent::write(&recurrent::metadata("falcon-h1", &Metadata::new()), file.path());
+    load(file.path(), images)
+}
+
+fn load(path: &Path, images: Images) -> LoadedStage {
     let file = Arc::new(ModelFile::open(path).unwrap());
     let layers = LayerRange::new(2, 4).unwrap();
     let view = StageView::new(file.catalog(), layers).unwrap();
@@ -31,8 +46,11 @@ pub fn loaded(images: Images) -> LoadedStage {
         context: 64,
         sessions: N_SLOTS,
         max_rows: MAX_ROWS,
+        kv: KvTypes::default(),
+        adapters: None,
     };
-    load_stage(key, &view, file, 1, images, &mut |_| true).unwrap()
+    let files = StageFiles { view: &view, source: file, adapter: None };
+    load_stage(key, files, None, 1, images, &mut |_| true).unwrap()
 }
 
 /// The hidden state `[n_embd]` of a made-up token at a position of a slot.

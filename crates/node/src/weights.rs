@@ -1,28 +1,19 @@
-//! Weights on their way from the coordinator's file into a worker's stage.
+//! Where a stage's weights are on this node, and how they come there.
 //!
 //! A worker takes each tensor that its layers need from the first of these that has it: its own copy of the file, its
-//! cache, the coordinator. Wherever it comes from, its bytes are hashed and compared with the deployment's manifest
-//! before libllama sees any of them.
+//! cache, other nodes (see [`crate::share`]). Wherever it comes from, its bytes are hashed and compared with the
+//! deployment's manifest before libllama sees any of them.
 
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use brigade_base::Hash;
 use brigade_gguf::{Catalog, ModelFile, TensorSource};
-use brigade_net::{Link, LinkError};
-use brigade_protocol::kind;
-use brigade_protocol::weights::{CHUNK_BYTES, Fetch};
 
 use crate::cache::Cache;
-
-/// How long a worker waits for the next chunk: many times what a megabyte takes on a slow link.
-const CHUNK_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// How often a broken transfer is taken up again before the stage is given up.
-const ATTEMPTS: usize = 4;
+use crate::share::{Failed, Gathering, Origin, Suppliers, Tally, Trees, Wanted};
 
 /// Weights could not be had.
 #[derive(Debug, thiserror::Error)]
@@ -38,13 +29,15 @@ pub enum WeightsError {
         /// The first tensor that differs.
         tensor: String,
     },
-    /// The coordinator sent other bytes than it had promised, twice.
-    #[error("the coordinator sent wrong bytes for {tensor}; its file may have changed while it was served")]
+    /// Every node that has a tensor sent other bytes than the coordinator had promised.
+    #[error(
+        "wrong bytes came for {tensor}, and no other node has it; the model's file may have changed while it was served"
+    )]
     WrongBytes {
         /// The tensor.
         tensor: String,
     },
-    /// The link broke and could not be had again.
+    /// No node that has a tensor could be reached.
     #[error("the transfer of {tensor} broke off: {why}")]
     BrokeOff {
         /// The tensor.
@@ -63,35 +56,6 @@ pub enum WeightsError {
     Disk(#[from] io::Error),
 }
 
-/// Answers [`Fetch`]es on a link until it closes.
-pub fn serve_weights(link: &dyn Link, file: &ModelFile) {
-    let mut request = Vec::new();
-    let mut chunk = vec![0; CHUNK_BYTES];
-    while let Ok(kind::FETCH) = link.recv(&mut request, None) {
-        let Ok(fetch) = Fetch::decode(&request) else { return };
-        if let Err(error) = send_tensor(link, file, fetch, &mut chunk) {
-            tracing::debug!(peer = %link.peer().short(), %error, "weights were not sent");
-            return;
-        }
-    }
-}
-
-fn send_tensor(link: &dyn Link, file: &ModelFile, fetch: Fetch, chunk: &mut [u8]) -> Result<(), LinkError> {
-    let Some(info) = file.catalog().tensors().get(fetch.tensor as usize).filter(|t| fetch.offset <= t.n_bytes) else {
-        return link.send(kind::FETCH_FAILED, &[b"there is no such tensor"]);
-    };
-    let mut at = fetch.offset;
-    while at < info.n_bytes {
-        let n = (info.n_bytes - at).min(chunk.len() as u64) as usize;
-        if let Err(error) = file.read_at(fetch.tensor as usize, at, &mut chunk[..n]) {
-            return link.send(kind::FETCH_FAILED, &[error.to_string().as_bytes()]);
-        }
-        link.send(kind::CHUNK, &[&chunk[..n]])?;
-        at += n as u64;
-    }
-    Ok(())
-}
-
 /// Where a stage's tensors are on this node.
 pub struct Weights {
     /// By index in the catalog; `None` for tensors of other stages.
@@ -100,7 +64,7 @@ pub struct Weights {
 
 enum Place {
     Own(Arc<ModelFile>, usize),
-    Cached(File, u64),
+    Cached(Arc<File>, u64),
 }
 
 impl TensorSource for Weights {
@@ -127,8 +91,14 @@ pub struct Gather<'a> {
     pub own: Option<&'a Arc<ModelFile>>,
     /// The node's cache.
     pub cache: &'a Cache,
-    /// Dials the coordinator for weights.
-    pub dial: &'a dyn Fn() -> Result<Arc<dyn Link>, String>,
+    /// Trees of tensors that are known.
+    pub trees: &'a Trees,
+    /// Counts what comes from where.
+    pub tally: &'a Tally,
+    /// Whom to ask.
+    pub suppliers: &'a dyn Suppliers,
+    /// Where among the tensors to begin; another number on each node.
+    pub begin: u64,
     /// Hears how many bytes are there; false gives up.
     pub progress: &'a mut dyn FnMut(u64, u64) -> bool,
 }
@@ -145,15 +115,18 @@ impl Gather<'_> {
         let mut missing = Vec::new();
         for &(idx, hash) in self.tensors {
             let n_bytes = self.n_bytes(idx)?;
-            let place = match self.own {
-                Some(own) => Some(self.own_place(own, idx, &hash)?),
-                None => self.cache.get(&hash)?.map(|file| Place::Cached(file, n_bytes)),
+            let (place, origin) = match self.own {
+                Some(own) => (Some(self.own_place(own, idx, &hash)?), Origin::OwnCopy),
+                None => (self.cache.get(&hash)?.map(|file| Place::Cached(Arc::new(file), n_bytes)), Origin::Cache),
             };
             match place {
                 Some(place) => {
                     places[idx as usize] = Some(place);
+                    self.tally.add(origin, n_bytes);
                     done += n_bytes;
-                    self.tell(done, total)?;
+                    if !(self.progress)(done, total) {
+                        return Err(WeightsError::Cancelled);
+                    }
                 }
                 None => missing.push((idx, hash)),
             }
@@ -172,10 +145,6 @@ impl Gather<'_> {
         self.catalog.tensors().get(idx as usize).map(|t| t.name.clone()).unwrap_or_default()
     }
 
-    fn tell(&mut self, done: u64, total: u64) -> Result<(), WeightsError> {
-        if (self.progress)(done, total) { Ok(()) } else { Err(WeightsError::Cancelled) }
-    }
-
     fn own_place(&self, own: &Arc<ModelFile>, idx: u32, hash: &Hash) -> Result<Place, WeightsError> {
         let mut reader = TensorReader { file: own, idx: idx as usize, at: 0, n_bytes: self.n_bytes(idx)? };
         if crate::cache::hash_reader(&mut reader)? != *hash {
@@ -185,103 +154,40 @@ impl Gather<'_> {
         Ok(Place::Own(Arc::clone(own), idx as usize))
     }
 
+    /// Fetches what is missing from other nodes.
     fn fetch(
         &mut self,
         missing: &[(u32, Hash)],
-        mut done: u64,
+        done: u64,
         total: u64,
         places: &mut [Option<Place>],
     ) -> Result<(), WeightsError> {
         let keep: Vec<Hash> = self.tensors.iter().map(|(_, hash)| *hash).collect();
-        let wanted = missing.iter().map(|(idx, _)| self.n_bytes(*idx)).sum::<Result<u64, _>>()?;
-        self.cache.make_room(wanted, &keep)?;
-        let mut link: Option<Arc<dyn Link>> = None;
+        let mut wanted: Vec<Wanted> = Vec::new();
         for &(idx, hash) in missing {
-            let n_bytes = self.n_bytes(idx)?;
-            let mut was_wrong = false;
-            let mut attempts = 0;
-            let file = loop {
-                match self.fetch_one(&mut link, idx, &hash, done, total) {
-                    Ok(()) => match self.cache.get(&hash)? {
-                        Some(file) => break file,
-                        None if was_wrong => return Err(WeightsError::WrongBytes { tensor: self.tensor_name(idx) }),
-                        None => was_wrong = true,
-                    },
-                    Err(FetchError::Link(why)) if attempts + 1 < ATTEMPTS => {
-                        attempts += 1;
-                        link = None;
-                        tracing::info!(tensor = self.tensor_name(idx), why, "the transfer broke off; trying again");
-                        std::thread::sleep(Duration::from_millis(200 << attempts));
-                    }
-                    Err(FetchError::Link(why)) => {
-                        return Err(WeightsError::BrokeOff { tensor: self.tensor_name(idx), why });
-                    }
-                    Err(FetchError::Here(error)) => return Err(error),
-                }
-            };
-            places[idx as usize] = Some(Place::Cached(file, n_bytes));
-            done += n_bytes;
-        }
-        Ok(())
-    }
-
-    /// Fetches the rest of one tensor into the cache.
-    fn fetch_one(
-        &mut self,
-        link: &mut Option<Arc<dyn Link>>,
-        idx: u32,
-        hash: &Hash,
-        done: u64,
-        total: u64,
-    ) -> Result<(), FetchError> {
-        let n_bytes = self.n_bytes(idx)?;
-        let mut partial = self.cache.begin(hash, n_bytes)?;
-        let link = match link {
-            Some(link) => link,
-            None => link.insert((self.dial)().map_err(FetchError::Link)?),
-        };
-        if partial.done() < n_bytes {
-            let fetch = Fetch { tensor: idx, offset: partial.done() };
-            link.send(kind::FETCH, &[&fetch.encode()])?;
-        }
-        let mut buf = Vec::new();
-        while partial.done() < n_bytes {
-            match link.recv(&mut buf, Some(Instant::now() + CHUNK_TIMEOUT))? {
-                kind::CHUNK if !buf.is_empty() => partial.write(&buf)?,
-                kind::FETCH_FAILED => return Err(FetchError::Link(String::from_utf8_lossy(&buf).into_owned())),
-                _ => return Err(FetchError::Link("the coordinator sent something else than weights".to_owned())),
+            // Tensors with the same bytes have one file.
+            if wanted.iter().all(|wanted| wanted.hash != hash) {
+                wanted.push(Wanted { hash, n_bytes: self.n_bytes(idx)?, name: self.tensor_name(idx) });
             }
-            self.tell(done + partial.done(), total)?;
         }
-        if !partial.finish()? {
-            tracing::warn!(tensor = self.tensor_name(idx), "wrong bytes came; they were thrown away");
+        self.cache.make_room(wanted.iter().map(|wanted| wanted.n_bytes).sum(), &keep)?;
+        let twice = missing.iter().map(|(idx, _)| self.n_bytes(*idx)).sum::<Result<u64, _>>()?
+            - wanted.iter().map(|wanted| wanted.n_bytes).sum::<u64>();
+        let progress = &mut self.progress;
+        let gathering = Gathering::new(&wanted, self.cache, self.trees, self.tally, self.begin);
+        let files = gathering.run(self.suppliers, &mut |n_bytes| progress(done + twice + n_bytes, total));
+        let name = |tensor: usize| wanted[tensor].name.clone();
+        let files = files.map_err(|failed| match failed {
+            Failed::Cancelled => WeightsError::Cancelled,
+            Failed::WrongBytes(tensor) => WeightsError::WrongBytes { tensor: name(tensor) },
+            Failed::BrokeOff(tensor, why) => WeightsError::BrokeOff { tensor: name(tensor), why },
+            Failed::Disk(error) => WeightsError::Disk(error),
+        })?;
+        for &(idx, hash) in missing {
+            let found = wanted.iter().zip(&files).find(|(wanted, _)| wanted.hash == hash);
+            places[idx as usize] = found.map(|(wanted, file)| Place::Cached(Arc::clone(file), wanted.n_bytes));
         }
         Ok(())
-    }
-}
-
-enum FetchError {
-    /// Worth another attempt.
-    Link(String),
-    /// Not.
-    Here(WeightsError),
-}
-
-impl From<LinkError> for FetchError {
-    fn from(error: LinkError) -> Self {
-        Self::Link(error.to_string())
-    }
-}
-
-impl From<WeightsError> for FetchError {
-    fn from(error: WeightsError) -> Self {
-        Self::Here(error)
-    }
-}
-
-impl From<io::Error> for FetchError {
-    fn from(error: io::Error) -> Self {
-        Self::Here(error.into())
     }
 }
 
@@ -299,100 +205,5 @@ impl io::Read for TensorReader<'_> {
         self.file.read_at(self.idx, self.at, &mut buf[..n])?;
         self.at += n as u64;
         Ok(n)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::collections::VecDeque;
-    use std::sync::Mutex;
-
-    use brigade_base::ByteSize;
-    use brigade_gguf::{Builder, GgmlType, Metadata};
-
-    use super::*;
-    use crate::test_link::TestLink;
-
-    const TENSOR: [u8; 32] = [7; 32];
-
-    fn rest(fetch: Fetch) -> Vec<u8> {
-        TENSOR[fetch.offset as usize..].to_vec()
-    }
-
-    /// Gathers one tensor from a coordinator that answers so; also says from where it was asked for.
-    fn gather(
-        dir: &std::path::Path,
-        answer: fn(Fetch) -> Vec<(u8, Vec<u8>)>,
-    ) -> (Result<Weights, WeightsError>, Vec<u64>) {
-        let mut builder = Builder::new(&Metadata::new());
-        builder.tensor("t", &[8], GgmlType::F32).unwrap();
-        let catalog = Catalog::parse_header(&builder.header_bytes()).unwrap();
-        let hash = crate::cache::hash_reader(&mut &TENSOR[..]).unwrap();
-        let cache = Cache::open(dir, ByteSize::mib(1)).unwrap();
-        let offsets = Arc::new(Mutex::new(Vec::new()));
-        let seen = Arc::clone(&offsets);
-        let dial = move || {
-            let queue = Arc::new(Mutex::new(VecDeque::new()));
-            let (answers, seen) = (Arc::clone(&queue), Arc::clone(&seen));
-            let on_fetch = move |parts: &[&[u8]]| {
-                let fetch = Fetch::decode(parts[0]).unwrap();
-                seen.lock().unwrap().push(fetch.offset);
-                answers.lock().unwrap().extend(answer(fetch));
-            };
-            Ok(TestLink::of(on_fetch, move || queue.lock().unwrap().pop_front()))
-        };
-        let gather = Gather {
-            model_name: "m",
-            catalog: &catalog,
-            tensors: &[(0, hash)],
-            own: None,
-            cache: &cache,
-            dial: &dial,
-            progress: &mut |_, _| true,
-        };
-        let result = gather.run();
-        let offsets = offsets.lock().unwrap().clone();
-        (result, offsets)
-    }
-
-    fn read(weights: &Weights) -> [u8; 32] {
-        let mut bytes = [0; 32];
-        weights.read_tensor(0, 0, &mut bytes).unwrap();
-        bytes
-    }
-
-    #[test]
-    fn a_tensor_comes_in_pieces_and_is_there_the_next_time() {
-        let dir = tempfile::tempdir().unwrap();
-        let (weights, offsets) =
-            gather(dir.path(), |fetch| rest(fetch).chunks(5).map(|chunk| (kind::CHUNK, chunk.to_vec())).collect());
-        assert_eq!((read(&weights.unwrap()), offsets.as_slice()), (TENSOR, &[0][..]));
-        let (weights, offsets) = gather(dir.path(), |_| unreachable!());
-        assert_eq!((read(&weights.unwrap()), offsets.len()), (TENSOR, 0));
-    }
-
-    #[test]
-    fn a_broken_transfer_goes_on_where_it_broke_off() {
-        let dir = tempfile::tempdir().unwrap();
-        // Ten bytes at a time, then the link closes.
-        let (weights, offsets) =
-            gather(dir.path(), |fetch| vec![(kind::CHUNK, rest(fetch).into_iter().take(10).collect())]);
-        assert_eq!((read(&weights.unwrap()), offsets.as_slice()), (TENSOR, &[0, 10, 20, 30][..]));
-    }
-
-    #[test]
-    fn wrong_bytes_are_asked_for_again_once_and_then_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        let (result, offsets) = gather(dir.path(), |_| vec![(kind::CHUNK, vec![8; 32])]);
-        assert!(matches!(result, Err(WeightsError::WrongBytes { .. })));
-        assert_eq!(offsets, [0, 0]);
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
-    }
-
-    #[test]
-    fn more_bytes_than_the_tensor_has_are_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        let (result, _) = gather(dir.path(), |_| vec![(kind::CHUNK, vec![7; 33])]);
-        assert!(matches!(result, Err(WeightsError::Disk(_))));
     }
 }

@@ -38,6 +38,8 @@ fn model(n_layers: u32, are_alike: bool, dice: &mut Dice) -> ModelProfile {
     ModelProfile {
         kv_bytes_per_token: vec![4096; n_layers as usize],
         state_bytes: Vec::new(),
+        is_flash: false,
+        rehearsed: None,
         layer_bytes,
         head_bytes: 800 * MIB,
         cut_points: (1..n_layers).collect(),

@@ -30,37 +30,110 @@ pub struct StageMemory {
     pub weights: ByteSize,
     /// KV cache of all sessions at full context, and recurrent states.
     pub kv: ByteSize,
-    /// Activations of one batch, and the process itself.
+    /// Buffers of the graph: activations of one batch, and logits.
     pub compute: ByteSize,
+    /// The process itself, whatever it holds.
+    pub process: ByteSize,
 }
 
 impl StageMemory {
     /// All of it.
     pub fn total(&self) -> ByteSize {
+        ByteSize(self.stage().0.saturating_add(self.process.0))
+    }
+
+    /// The stage alone: what it reports once it is loaded.
+    pub fn stage(&self) -> ByteSize {
         ByteSize(self.weights.0.saturating_add(self.kv.0).saturating_add(self.compute.0))
+    }
+
+    /// What does not depend on the number of its layers.
+    pub(crate) fn fixed(&self) -> u64 {
+        self.compute.0.saturating_add(self.process.0)
+    }
+}
+
+/// What the buffers of a model's graphs take for one demand, found out by building the graphs: the architecture, the
+/// types of the weights, and the devices of the node that did it are counted as they are.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Rehearsed {
+    /// Tokens of one session.
+    pub context: u32,
+    /// Sessions at once.
+    pub parallel: u32,
+    /// Most rows of one batch.
+    pub max_rows: u32,
+    /// Short runs of layers, and the bytes that each takes as a stage.
+    pub runs: Vec<(LayerRange, u64)>,
+}
+
+impl Rehearsed {
+    /// Bytes of a stage of a model with `n_layers`, whose logits take `logits`: those of the smallest run around it, or
+    /// of the largest inside of it, since layers are computed one after the other. `None` if there is neither.
+    fn bytes(&self, layers: LayerRange, n_layers: u32, logits: u64) -> Option<u64> {
+        let is_tail = |run: LayerRange| run.end() == n_layers;
+        let contains = |a: LayerRange, b: LayerRange| a.start() <= b.start() && b.end() <= a.end();
+        let same = self.runs.iter().filter(|(run, _)| is_tail(*run) == is_tail(layers));
+        let around = same.filter(|(run, _)| contains(*run, layers)).map(|(_, bytes)| *bytes).min();
+        let inside = self.runs.iter().filter(|(run, _)| contains(layers, *run));
+        let with_logits = |(run, bytes): &(LayerRange, u64)| {
+            let missing = if is_tail(layers) && !is_tail(*run) { logits } else { 0 };
+            bytes.saturating_add(missing)
+        };
+        around.or_else(|| inside.map(with_logits).max())
     }
 }
 
 /// What `layers` take; `is_tail` adds what only the coordinator holds.
-pub(crate) fn stage_memory(model: &ModelProfile, demand: &Demand, layers: LayerRange, is_tail: bool) -> StageMemory {
-    let of = |bytes: &[u64]| {
-        let own = bytes.get(layers.start() as usize..layers.end() as usize).unwrap_or_default();
-        own.iter().fold(0u64, |sum, &b| sum.saturating_add(b))
-    };
+pub fn stage_memory(model: &ModelProfile, demand: &Demand, layers: LayerRange, is_tail: bool) -> StageMemory {
+    let of = |bytes: &[u64]| own(bytes, layers).iter().fold(0u64, |sum, &b| sum.saturating_add(b));
     let state = of(&model.state_bytes).saturating_mul(demand.parallel.into());
-    let tokens = u64::from(demand.context.next_multiple_of(KV_PADDING)) * u64::from(demand.parallel);
-    // Activations of a layer live one after the other: the hidden state and its residual, the widest product, and
-    // the scores of attention; all in F32. Logits exist only where tokens are chosen, for one row of each session.
-    let row = 4 * (6 * u64::from(model.n_embd) + 3 * u64::from(model.n_ff));
-    let scores = 4 * u64::from(model.n_heads) * u64::from(demand.context) * u64::from(demand.max_rows);
-    let scores = if scores <= MAX_SCORES_BYTES { scores } else { 0 };
-    let logits = if is_tail { 4 * u64::from(model.n_vocab) * u64::from(demand.parallel.max(1)) } else { 0 };
     let floor = if is_tail { COMPUTE_FLOOR + COORDINATOR_FLOOR } else { COMPUTE_FLOOR };
+    let kv =
+        of(&model.kv_bytes_per_token).saturating_mul(padded_context(demand)).saturating_mul(demand.parallel.into());
     StageMemory {
         weights: ByteSize(of(&model.layer_bytes).saturating_add(if is_tail { tail_bytes(model) } else { 0 })),
-        kv: ByteSize(of(&model.kv_bytes_per_token).saturating_mul(tokens).saturating_add(state)),
-        compute: ByteSize(floor + row.saturating_mul(u64::from(demand.max_rows)) + scores + logits),
+        kv: ByteSize(kv.saturating_add(state)),
+        compute: ByteSize(compute_bytes(model, demand, layers, is_tail)),
+        process: ByteSize(floor),
     }
+}
+
+fn own(bytes: &[u64], layers: LayerRange) -> &[u64] {
+    bytes.get(layers.start() as usize..layers.end() as usize).unwrap_or_default()
+}
+
+fn padded_context(demand: &Demand) -> u64 {
+    u64::from(demand.context.next_multiple_of(KV_PADDING))
+}
+
+/// Bytes of the buffers of a stage's graph, and of its logits.
+fn compute_bytes(model: &ModelProfile, demand: &Demand, layers: LayerRange, is_tail: bool) -> u64 {
+    // Logits exist only where tokens are chosen, for one row of each session.
+    let logits = if is_tail { 4 * u64::from(model.n_vocab) * u64::from(demand.parallel.max(1)) } else { 0 };
+    let fits =
+        |it: &&Rehearsed| (it.context, it.parallel, it.max_rows) == (demand.context, demand.parallel, demand.max_rows);
+    let rehearsed = model.rehearsed.as_ref().filter(fits);
+    let found = rehearsed.and_then(|rehearsed| rehearsed.bytes(layers, model.n_layers(), logits));
+    found.unwrap_or_else(|| graph_bytes(model, demand).saturating_add(logits))
+}
+
+/// Bytes of the buffers of any number of layers, by what libllama's graphs of plain decoders hold at once, in F32: layers
+/// come one after the other, and so do attention and feed-forward part. Compared with rehearsals of a llama of 1.2
+/// billion weights and of a tiny one it is right to 3 %; other architectures hold up to some rows more.
+fn graph_bytes(model: &ModelProfile, demand: &Demand) -> u64 {
+    let [embd, ff, rows] = [model.n_embd, model.n_ff, demand.max_rows].map(u64::from);
+    let (heads, context) = (u64::from(model.n_heads), padded_context(demand));
+    // In elements of two bytes; fewer bytes of a smaller type make no difference that counts.
+    let keys_and_values = model.kv_bytes_per_token.iter().copied().max().unwrap_or(0) / 2;
+    let scores = 4 * heads.saturating_mul(context).saturating_mul(rows);
+    let is_plain = scores <= MAX_SCORES_BYTES && !model.is_flash;
+    // The mask is F32, and F16 for flash attention.
+    let (scores, mask) = if is_plain { (scores, 4) } else { (0, 2) };
+    let attention = (4 * rows).saturating_mul(6 * embd + keys_and_values).saturating_add(scores);
+    let experts = 2 * u64::from(model.n_experts_used) * embd;
+    let feed_forward = (4 * rows).saturating_mul(5 * embd + 3 * ff + experts);
+    attention.max(feed_forward).saturating_add((mask * rows).saturating_mul(context))
 }
 
 /// What the coordinator holds of the weights beside its layers.
@@ -71,4 +144,43 @@ fn tail_bytes(model: &ModelProfile) -> u64 {
 /// What of a node's memory may be used.
 pub(crate) fn usable(offered: ByteSize) -> ByteSize {
     ByteSize(offered.0 - offered.0 / HEADROOM_DIVISOR)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_rehearsed_counts_for_its_demand_alone() {
+        let range = |start, end| LayerRange::new(start, end).unwrap();
+        let runs = vec![
+            (range(4, 8), 900),
+            (range(3, 7), 510),
+            (range(2, 6), 500),
+            (range(0, 4), 500),
+            (range(7, 8), 300),
+            (range(6, 7), 120),
+            (range(0, 1), 100),
+        ];
+        let rehearsed = Rehearsed { context: 512, parallel: 2, max_rows: 64, runs };
+        let model = ModelProfile {
+            layer_bytes: vec![10; 8],
+            kv_bytes_per_token: vec![1; 8],
+            n_vocab: 100,
+            rehearsed: Some(rehearsed),
+            ..ModelProfile::default()
+        };
+        let demand = Demand { context: 512, parallel: 2, max_rows: 64, ..Demand::default() };
+        let compute = |demand: &Demand, start, end| {
+            stage_memory(&model, demand, range(start, end), end == 8).compute.0
+        };
+        // As rehearsed; around it; inside of it; with the head, where logits of 800 bytes are added to the rest.
+        for (start, end, bytes) in
+            [(0, 1, 100), (0, 4, 500), (0, 2, 500), (6, 7, 120), (0, 7, 510), (7, 8, 300), (4, 8, 900), (0, 8, 1310)]
+        {
+            assert_eq!(compute(&demand, start, end), bytes, "{start}..{end}");
+        }
+        let other = Demand { max_rows: 65, ..demand };
+        assert_eq!(compute(&other, 0, 1), 2 * 65 * 512 * 2);
+    }
 }

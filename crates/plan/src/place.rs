@@ -293,7 +293,7 @@ fn does_not_fit(model: &ModelProfile, nodes: &[NodeProfile], demand: &Demand) ->
         return PlanError::SplitEmpty { split: Vec::new() };
     };
     let whole = stage_memory(model, demand, all, true);
-    let extra = whole.compute.0.saturating_mul(nodes.len().saturating_sub(1) as u64);
+    let extra = whole.fixed().saturating_mul(nodes.len().saturating_sub(1) as u64);
     let needed = ByteSize(whole.total().0.saturating_add(extra));
     let offered = ByteSize(nodes.iter().map(|node| usable(node.memory).0).fold(0, u64::saturating_add));
     // Where the sum would do, it is the grain that does not: at least the smallest piece must fit somewhere more.
@@ -338,6 +338,8 @@ mod tests {
             layer_bytes: vec![100 * MIB; n_layers as usize],
             kv_bytes_per_token: vec![1024; n_layers as usize],
             state_bytes: Vec::new(),
+            is_flash: false,
+            rehearsed: None,
             head_bytes: 200 * MIB,
             cut_points: (1..n_layers).collect(),
             n_embd: 64,

@@ -9,6 +9,8 @@ use std::collections::HashMap;
 use brigade_base::{ByteSize, LayerRange, NodeId};
 use serde::{Deserialize, Serialize};
 
+use crate::memory::Rehearsed;
+
 /// What a model costs, layer by layer.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct ModelProfile {
@@ -19,6 +21,10 @@ pub struct ModelProfile {
     /// Bytes of the state that each session has in each layer, however long it is; as long as `layer_bytes`, or empty
     /// for a model without such layers.
     pub state_bytes: Vec<u64>,
+    /// Whether attention is computed without its scores, since values are stored in blocks.
+    pub is_flash: bool,
+    /// What the buffers of its graphs take, where that was found out.
+    pub rehearsed: Option<Rehearsed>,
     /// Bytes of the final norm and the head, which are with the last layer.
     pub head_bytes: u64,
     /// Bytes that the coordinator holds of the token embedding, beside the head.

@@ -144,6 +144,8 @@ mod tests {
             layer_bytes: vec![100 << 20; 8],
             kv_bytes_per_token: vec![1; 8],
             state_bytes: Vec::new(),
+            is_flash: false,
+            rehearsed: None,
             head_bytes: 0,
             cut_points: (1..8).collect(),
             n_embd: 8,

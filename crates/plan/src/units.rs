@@ -39,13 +39,20 @@ impl Units {
             let layers = LayerRange::new(pair[0], pair[1]).ok()?;
             let memory = stage_memory(model, demand, layers, false);
             let own = memory.weights.0.saturating_add(memory.kv.0);
-            worker_bytes = memory.compute.0;
-            tail_bytes = stage_memory(model, demand, layers, true).total().0.saturating_sub(own);
+            worker_bytes = memory.fixed().max(worker_bytes);
+            let tail = stage_memory(model, demand, layers, true).total().0.saturating_sub(own);
+            tail_bytes = tail.max(tail_bytes);
             kinds.push((memory.weights, memory.kv));
             work.push(work.last()? + model.work(layers));
             bytes.push(bytes.last()?.saturating_add(own));
         }
         let n = bounds.len() - 1;
+        // Several pieces may take more for buffers than any by itself.
+        if let (Ok(all), Ok(front)) = (LayerRange::new(0, bounds[n]), LayerRange::new(0, bounds[n - 1])) {
+            worker_bytes = worker_bytes.max(stage_memory(model, demand, front, false).fixed());
+            let whole = stage_memory(model, demand, all, true);
+            tail_bytes = tail_bytes.max(whole.total().0.saturating_sub(bytes[n]));
+        }
         let runs = |count: usize| (0..=n - count).map(move |at| (at, at + count));
         let bytes_of = |(start, end): (usize, usize)| bytes[end] - bytes[start];
         let least_bytes = (0..=n).map(|count| runs(count).map(bytes_of).min().unwrap_or(0)).collect();

@@ -20,11 +20,12 @@
 //! Encoded with postcard: its lengths are checked against the bytes that are there, so a hostile message cannot make
 //! a reader allocate more than the frame that carried it.
 
-use brigade_base::{ByteSize, DeploymentId, Epoch, Hash, LayerRange, NodeId, PassId};
+use brigade_base::{ByteSize, DeploymentId, Epoch, Hash, KvTypes, LayerRange, NodeId, PassId};
 use serde::{Deserialize, Serialize};
 
 use crate::frame::MAX_STAGES;
 use crate::measure::{Examined, Measure, Measured};
+use crate::weights::{Sources, WeightBytes};
 use crate::{DecodeError, cap};
 
 /// Interval of heartbeats in milliseconds.
@@ -59,6 +60,9 @@ pub const MAX_KV_TOKENS: u64 = 1 << 32;
 
 /// Most rows of one batch.
 pub const MAX_BATCH_ROWS: u32 = 1 << 14;
+
+/// Most tensors of all adapters of a deployment: sixteen adapters with two for each of eight matrices in 256 layers.
+pub const MAX_ADAPTER_TENSORS: u64 = 1 << 16;
 
 /// Most sessions of a deployment: libllama's `LLAMA_MAX_SEQ`.
 pub const MAX_SESSIONS: u32 = 256;
@@ -115,6 +119,21 @@ pub struct ModelRef {
     pub sessions: u32,
     /// Most rows of one batch.
     pub max_rows: u32,
+    /// How keys and values are stored.
+    pub kv: KvTypes,
+    /// What is added to its matrices.
+    pub adapters: Option<AdapterRef>,
+}
+
+/// The LoRA adapters of a deployment.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AdapterRef {
+    /// What they are, scales and bytes.
+    pub id: Hash,
+    /// The header of their bundle, as GGUF.
+    pub header: Vec<u8>,
+    /// The hash of each of its tensors.
+    pub tensors: Vec<Hash>,
 }
 
 /// A stage to hold.
@@ -190,8 +209,10 @@ pub enum ToWorker {
     },
     /// What to measure. [`ToCoordinator::Measured`] is the answer.
     Measure(Box<Measure>),
-    /// Other nodes of the cluster, which may measure their links to this one.
+    /// Other nodes of the cluster, which may measure their links to this one and take weights from it.
     Fellows(Vec<NodeId>),
+    /// Where weights may come from, beside the coordinator.
+    Sources(Box<Sources>),
     /// What is wrong with this node? [`ToCoordinator::Examined`] is the answer.
     Examine,
     /// What to hold.
@@ -281,6 +302,8 @@ pub enum ToCoordinator {
         resident: ByteSize,
         /// What its stages have done.
         progress: Progress,
+        /// Where it had its weights from.
+        weights: WeightBytes,
     },
     /// This node wants to end: please place its stages elsewhere. [`ToWorker::Released`] is the answer.
     Leave {
@@ -359,6 +382,8 @@ impl ModelRef {
         cap("context × sessions", u64::from(self.context) * u64::from(self.sessions), MAX_KV_TOKENS)?;
         cap("sessions", self.sessions.into(), MAX_SESSIONS.into())?;
         cap("rows of a batch", self.max_rows.into(), MAX_BATCH_ROWS.into())?;
+        let n_adapter_tensors = self.adapters.as_ref().map_or(0, |adapters| adapters.tensors.len());
+        cap("tensors of adapters", n_adapter_tensors as u64, MAX_ADAPTER_TENSORS)?;
         if self.sessions == 0 || self.context == 0 || self.max_rows == 0 {
             let why = "sessions, context and rows must not be zero".to_owned();
             return Err(DecodeError::Malformed { what: "assignment", why });
@@ -399,6 +424,7 @@ impl ToWorker {
         match &message {
             Self::Assign(assign) => assign.check()?,
             Self::Measure(measure) => measure.check()?,
+            Self::Sources(sources) => sources.check()?,
             Self::Fellows(nodes) => cap("number of nodes", nodes.len() as u64, MAX_FELLOWS as u64)?,
             _ => {}
         }
@@ -434,6 +460,7 @@ impl ToCoordinator {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use brigade_base::KvType;
     use proptest::prelude::*;
 
     fn offer(n_addresses: usize) -> ToCoordinator {
@@ -466,6 +493,8 @@ mod tests {
             context,
             sessions,
             max_rows: 256,
+            kv: KvTypes { k: KvType::Q8_0, v: KvType::Q4_0 },
+            adapters: Some(AdapterRef { id: Hash::from_bytes([5; 32]), header: vec![7], tensors: Vec::new() }),
         };
         ToWorker::Assign(Box::new(Assign {
             deployment: DeploymentId(1),

@@ -43,8 +43,16 @@ pub mod kind {
     pub const FETCH: u8 = 0x30;
     /// A piece of a tensor.
     pub const CHUNK: u8 = 0x31;
-    /// The tensor asked for cannot be sent; the payload says why.
+    /// What was asked for cannot be sent; the payload says why.
     pub const FETCH_FAILED: u8 = 0x32;
+    /// Hashes of tensors: which of them are there?
+    pub const HAVE: u8 = 0x33;
+    /// A bit for each.
+    pub const HAVE_ANSWER: u8 = 0x34;
+    /// The hash of a tensor: which blocks does it have?
+    pub const TREE: u8 = 0x35;
+    /// A hash for each block.
+    pub const TREE_ANSWER: u8 = 0x36;
     /// A [`crate::requests::FromGateway`] or [`crate::requests::ToGateway`].
     pub const REQUESTS: u8 = 0x40;
     /// A [`crate::council::CouncilMessage`].

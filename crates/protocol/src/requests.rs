@@ -7,7 +7,7 @@
 //!   <------------------------- Vocabulary ...
 //!   Submit ----------------------------->             with the tokens that came already, if it began elsewhere
 //!   <------------------------------ Token ...         or Refused
-//!   <---------------------------- Text, Done          or Failed
+//!   <---------------------------- Text, Done          or Failed; Pooled, Done from a model that embeds or ranks
 //!   Cancel ----------------------------->
 //!   Ask -------------------------------->
 //!   <------------------------------ Report
@@ -48,6 +48,9 @@ pub const MAX_TIMEOUT_MS: u64 = 7 * 24 * 3600 * 1000;
 
 /// Most entries of a logit bias: what the sampler takes.
 pub const MAX_LOGIT_BIASES: u64 = 4096;
+
+/// Most values of a pooled vector: the widest hidden state that is taken.
+pub const MAX_POOLED: u64 = crate::frame::MAX_N_EMBD as u64;
 
 /// Most bytes of a vocabulary: the header of a model file is no longer, and this is a part of it.
 pub const MAX_VOCABULARY_BYTES: u64 = 256 << 20;
@@ -169,6 +172,13 @@ pub enum ToGateway {
         /// Never empty.
         text: String,
     },
+    /// The vector of a text, from a model that embeds or ranks texts.
+    Pooled {
+        /// Of the request.
+        number: u64,
+        /// As the model gives it: not normalised. At most [`MAX_POOLED`] values.
+        values: Vec<f32>,
+    },
     /// The answer waits for a machine that was lost.
     Paused {
         /// Of the request.
@@ -234,8 +244,23 @@ pub struct Card {
     pub bos_text: String,
     /// Text of the end token.
     pub eos_text: String,
+    /// What it does with a text.
+    pub purpose: Purpose,
+    /// How a model that ranks wants query and document put together: a text with `{query}` and `{document}` in it.
+    pub rank_template: Option<String>,
     /// BLAKE3 of the vocabulary that [`FromGateway::FetchVocabulary`] brings.
     pub vocabulary: Hash,
+}
+
+/// What a model does with a text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Purpose {
+    /// It goes on with it.
+    Generate,
+    /// It makes a vector of it.
+    Embed,
+    /// It scores it, where it is a query with a document.
+    Rank,
 }
 
 /// Whether requests are answered.
@@ -310,6 +335,13 @@ pub enum Refusal {
         /// Tokens of a session.
         context: u32,
     },
+    /// A text is longer than what is embedded or ranked at once.
+    TextTooLong {
+        /// Tokens of the text.
+        tokens: u64,
+        /// Most tokens.
+        most: u32,
+    },
     /// The prompt has no tokens.
     PromptEmpty,
     /// A token id is outside the vocabulary.
@@ -377,9 +409,13 @@ impl ToGateway {
     /// If the bytes are none, or a number is beyond its cap.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         let message = decode("answer", bytes)?;
-        if let Self::Vocabulary { total, bytes } = &message {
-            cap("size of the vocabulary", *total, MAX_VOCABULARY_BYTES)?;
-            cap("piece of the vocabulary", bytes.len() as u64, VOCABULARY_CHUNK as u64)?;
+        match &message {
+            Self::Vocabulary { total, bytes } => {
+                cap("size of the vocabulary", *total, MAX_VOCABULARY_BYTES)?;
+                cap("piece of the vocabulary", bytes.len() as u64, VOCABULARY_CHUNK as u64)?;
+            }
+            Self::Pooled { values, .. } => cap("length of a vector", values.len() as u64, MAX_POOLED)?,
+            _ => {}
         }
         Ok(message)
     }
@@ -448,6 +484,8 @@ mod tests {
             chat_template: Some("{{ messages }}".into()),
             bos_text: "<s>".into(),
             eos_text: String::new(),
+            purpose: Purpose::Rank,
+            rank_template: Some("{query} {document}".into()),
             vocabulary: Hash::from_bytes([2; 32]),
         };
         let number = 7;
@@ -457,6 +495,7 @@ mod tests {
             ToGateway::Vocabulary { total: 3, bytes: vec![1, 2, 3] },
             token(),
             ToGateway::Text { number, text: "é".into() },
+            ToGateway::Pooled { number, values: vec![0.5, -0.5] },
             ToGateway::Paused { number, why: "a left".into() },
             ToGateway::Resumed { number },
             ToGateway::Done { number, reason: Finish::Length, usage },

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
-use brigade_base::{ByteSize, DeploymentId, Epoch, Hash, LayerRange, NodeId, PassId, Token};
+use brigade_base::{ByteSize, DeploymentId, Epoch, Hash, KvTypes, LayerRange, NodeId, PassId, Token};
 use brigade_protocol::cluster::{Action, Cluster, Input, Order, Phase, Role, Settings};
 use brigade_protocol::control::{
     Assign, DEAD_AFTER_MS, HEARTBEAT_MS, ModelRef, Offer, Peer, Progress, StageOrder, StageRole, ToCoordinator,
@@ -551,6 +551,8 @@ impl Coordinator {
             context: demand.context,
             sessions: demand.parallel,
             max_rows: demand.max_rows,
+            kv: KvTypes::default(),
+            adapters: None,
         };
         let order = |order: &Order| StageOrder {
             stage: order.stage,

@@ -34,6 +34,8 @@ pub struct Model {
     pub n_layers: u32,
     /// Rows computed alone and rows of a chunk differ.
     pub minds_way: bool,
+    /// Slots can be cut back, copied, saved and handed over.
+    pub can_rewind: bool,
 }
 
 impl Model {
@@ -102,7 +104,7 @@ mod tests {
 
     #[test]
     fn an_answer_does_not_depend_on_the_cut_but_on_every_token() {
-        let model = Model { n_layers: 6, minds_way: true };
+        let model = Model { n_layers: 6, minds_way: true, can_rewind: true };
         let tokens = model.answer(&[1, 2, 3], 5, 0);
         assert_eq!(tokens.len(), 8);
         let mut slots = [Vec::new(), Vec::new()];

@@ -133,8 +133,11 @@ impl Scenario {
             cache: random.pick(&[PrefixCache::Off, PrefixCache::Exact, PrefixCache::Full]),
             image_tokens: random.pick(&[0, 300, 2000]),
             task: Task::Generate,
+            // Drawn from numbers of its own, as below.
+            can_rewind: !Random::new(seed, 3).percent(25),
         };
-        let model = Model { n_layers, minds_way: limits.cache != PrefixCache::Full };
+        let minds_way = limits.cache != PrefixCache::Full;
+        let model = Model { n_layers, minds_way, can_rewind: limits.can_rewind };
         let share = random.pick(&[0, 0, 60, 100]);
         let may_lead: Vec<bool> = (0..n_nodes).map(|node| node == 0 || random.percent(share)).collect();
         let has_gateways = random.percent(60);
@@ -180,6 +183,8 @@ fn profile(n_layers: u32) -> ModelProfile {
         layer_bytes: vec![LAYER_BYTES; n_layers as usize],
         kv_bytes_per_token: vec![100; n_layers as usize],
         state_bytes: Vec::new(),
+        is_flash: false,
+        rehearsed: None,
         head_bytes: LAYER_BYTES / 2,
         cut_points: (1..n_layers).collect(),
         n_embd: N_EMBD,

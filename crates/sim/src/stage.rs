@@ -74,9 +74,10 @@ impl Stage {
         Held { applied: self.applied, tokens }
     }
 
-    /// The slots that hold something of use.
+    /// The slots that hold something of use to a successor.
     pub fn usable_slots(&self) -> impl Iterator<Item = (u32, &Slot)> {
-        let all = self.slots.iter().enumerate().filter(|(at, slot)| !self.is_lost[*at] && !slot.is_empty());
+        let is_usable = |at: usize, slot: &Slot| self.model.can_rewind && !self.is_lost[at] && !slot.is_empty();
+        let all = self.slots.iter().enumerate().filter(move |(at, slot)| is_usable(*at, slot));
         all.map(|(at, slot)| (at as u32, slot))
     }
 
@@ -110,6 +111,7 @@ impl Stage {
     /// If one counts on tokens that are not here.
     pub fn apply(&mut self, steps: &mut [(KvStep, bool)], is_disk_full: bool) -> Result<(), OutOfStep> {
         for (step, failed) in steps {
+            assert!(self.model.can_rewind, "{step:?} of slots that are neither copied nor saved");
             match *step {
                 KvStep::Copy { slot, from, n_tokens } => {
                     self.usable(from, n_tokens)?;
@@ -149,6 +151,8 @@ impl Stage {
     pub fn compute(&mut self, set: RowSet, tokens: &[Token], rows: &mut [u64]) -> Result<(), OutOfStep> {
         self.usable(set.slot, set.keep)?;
         let slot = &mut self.slots[set.slot as usize];
+        let is_whole = set.keep == 0 || set.keep as usize == slot.len();
+        assert!(is_whole || self.model.can_rewind, "{set:?} goes back from {} tokens", slot.len());
         slot.truncate(set.keep as usize);
         self.is_lost[set.slot as usize] = false;
         for (token, row) in tokens.iter().zip(rows) {
@@ -192,7 +196,7 @@ mod tests {
     use super::*;
 
     fn stage() -> Stage {
-        Stage::new(Model { n_layers: 4, minds_way: true }, LayerRange::new(1, 3).unwrap(), 2)
+        Stage::new(Model { n_layers: 4, minds_way: true, can_rewind: true }, LayerRange::new(1, 3).unwrap(), 2)
     }
 
     fn set(slot: u32, keep: u32, n_rows: u32) -> RowSet {

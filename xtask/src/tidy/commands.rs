@@ -7,8 +7,11 @@ use clap::CommandFactory;
 
 use super::{Problem, Text, Tree};
 
-/// Where the verbs and flags of `brigade` are declared.
+/// Where the verbs of `brigade` and most of their flags are declared.
 const ARGS: &str = "crates/cli/src/args.rs";
+
+/// Where the flags of verbs are declared that have a file of their own.
+const CLI: &str = "crates/cli/src/";
 
 /// Words that may stand before a program's name.
 const BEFORE_PROGRAM: [&str; 5] = ["$", "sudo", "exec", "time", "-"];
@@ -46,7 +49,9 @@ impl Known {
     fn of(tree: &Tree) -> Self {
         let args = tree.text(ARGS).map_or("", |text| &text.text);
         let makefile = tree.text("Makefile").map_or("", |text| &text.text);
-        Self { verbs: verbs(args), flags: flags(args), targets: targets(makefile), tasks: crate::Cli::command() }
+        let flags = tree.texts.iter().filter(|text| text.path.starts_with(CLI)).flat_map(|text| flags(&text.text));
+        let (verbs, targets, tasks) = (verbs(args), targets(makefile), crate::Cli::command());
+        Self { verbs, flags: flags.collect(), targets, tasks }
     }
 
     /// Checks one line of code.

@@ -11,8 +11,8 @@ use std::time::Duration;
 use brigade_api::{ApiOptions, Server};
 use brigade_base::{Hash, ModelId, NodeId, Token};
 use brigade_node::serving::{
-    ClusterStatus, Event, Examination, FinishReason, HopParts, ModelCard, Optimize, Readiness, Request, RequestTrace,
-    Serving, SubmitError, TicketInfo, Usage,
+    ClusterStatus, Event, Examination, FinishReason, HopParts, ModelCard, Optimize, Purpose, Readiness, Request,
+    RequestTrace, Serving, SubmitError, TicketInfo, Usage,
 };
 use serde_json::Value;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
@@ -73,6 +73,11 @@ impl Serving for Mock {
             return Err(SubmitError::PromptTooLong { tokens: text.len(), context: self.card.context });
         }
         Ok(text.bytes().map(Token::from).collect())
+    }
+
+    /// Both with a newline between them.
+    fn tokenize_pair(&self, query: &str, document: &str) -> Result<Vec<Token>, SubmitError> {
+        self.tokenize(&format!("{query}\n{document}"), true, true)
     }
 
     fn token_bytes(&self, token: Token) -> Vec<u8> {
@@ -144,6 +149,8 @@ impl Serving for Mock {
             hop_us: HopParts::default(),
             kv_tokens: 0,
             kv_capacity: 0,
+            kv: brigade_base::KvTypes::default(),
+            adapters: Vec::new(),
             uptime_s: 9,
             recoveries: 0,
             last_recovery: None,
@@ -196,6 +203,15 @@ impl House {
     }
 
     pub fn with_template(options: ApiOptions, template: Option<&str>) -> Self {
+        Self::of(Purpose::Generate, options, template)
+    }
+
+    /// With a model that embeds or ranks texts.
+    pub fn that(purpose: Purpose) -> Self {
+        Self::of(purpose, ApiOptions::default(), None)
+    }
+
+    fn of(purpose: Purpose, options: ApiOptions, template: Option<&str>) -> Self {
         let card = ModelCard {
             name: "team/abacus".to_owned(),
             id: ModelId::from_bytes([0xab; 32]),
@@ -205,6 +221,8 @@ impl House {
             chat_template: template.map(str::to_owned),
             bos_text: "<s>".to_owned(),
             eos_text: "</s>".to_owned(),
+            purpose,
+            rank_template: None,
         };
         let mock = Arc::new(Mock {
             card,

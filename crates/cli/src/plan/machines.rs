@@ -197,6 +197,7 @@ fn measured_here(args: &PlanArgs, model: &Model, demand: &Demand) -> Result<Spee
         context: demand.context,
         sessions: demand.parallel,
         max_rows: demand.max_rows,
+        kv: model.kv,
     };
     let own = match &model.origin {
         Origin::File(file) => Some(std::sync::Arc::clone(file)),

@@ -1,6 +1,6 @@
 //! `brigade plan`: how a model would be placed, how fast it would be, and what else could be done, without running it.
 //!
-//! - [`model`] finds out what the model costs: from a file, from a header over the network ([`remote`]), or by name.
+//! - [`model`] finds out what the model costs: from a file, from a header over the network (`brigade-store`), or by name.
 //! - [`machines`] finds out who there is: from a description, from flags, from the cluster that runs here, or this
 //!   machine alone, measured.
 //! - `brigade_plan::study` does the rest; [`what_if`] asks it about machines that are not there, [`cost`] about money.
@@ -9,12 +9,12 @@
 mod cost;
 mod machines;
 mod model;
-mod remote;
 mod show;
 mod what_if;
 
 use std::fmt::Write as _;
 
+use brigade_base::KvTypes;
 use brigade_node::DEFAULT_CONTEXT_MAX;
 use brigade_plan::{Demand, Forecast, Optimize, PlanError, Study, study};
 use serde::Serialize;
@@ -38,6 +38,8 @@ struct Report {
     context: u32,
     /// Sessions at once.
     parallel: u32,
+    /// How keys and values are stored.
+    kv: KvTypes,
     optimize: Optimize,
     machines: MachinesReport,
     #[serde(flatten)]
@@ -102,6 +104,7 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
         },
         context: demand.context,
         parallel: demand.parallel,
+        kv: model.kv,
         optimize: demand.optimize,
         machines: MachinesReport { source: machines.source, nodes: machines.nodes.len(), notes: machines.notes },
         study,
@@ -117,6 +120,10 @@ fn does_not_fit(error: &PlanError, model: &Model, machines: &Machines, demand: &
     let mut said = error.to_string();
     if let Some(quant) = fits.filter(|_| matches!(error, PlanError::DoesNotFit { .. })) {
         let _ = write!(said, ". With --quant {quant} it would fit");
+    }
+    let fits = what_if::smaller_kv_that_fits(model, machines, demand);
+    if let Some(ty) = fits.filter(|_| matches!(error, PlanError::DoesNotFit { .. })) {
+        let _ = write!(said, ". With --cache-type-k {ty} --cache-type-v {ty} it would fit");
     }
     if let Some(note) = cannot_run(model) {
         let _ = write!(said, ". {}", note.trim_end_matches('.'));

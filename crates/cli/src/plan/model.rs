@@ -2,14 +2,16 @@
 
 use std::sync::Arc;
 
+use brigade_base::KvTypes;
 use brigade_gguf::{Architecture, Catalog, ModelFile};
 use brigade_node::model_profile;
 use brigade_plan::ModelProfile;
 use brigade_plan::catalogue::models::{self, Quant};
+use brigade_store::ModelSource;
 
-use super::remote::Location;
 use crate::args::PlanArgs;
 use crate::error::Failure;
+use crate::sources;
 
 /// Tokens of a session that models of the catalogue are taken to be trained for: what most of them are.
 const SHAPE_CONTEXT: u32 = 131_072;
@@ -20,8 +22,10 @@ pub struct Model {
     pub name: String,
     /// How its weights are stored.
     pub quantisation: String,
-    /// What it costs.
+    /// What it costs with keys and values stored as `kv` says.
     pub profile: ModelProfile,
+    /// How they are stored.
+    pub kv: KvTypes,
     /// Tokens of a session that it was trained for.
     pub trained: u32,
     /// The architecture, if this version cannot run models of it.
@@ -43,42 +47,51 @@ pub enum Origin {
 impl Model {
     /// The model that the arguments name: a place on the network, a file, or a name.
     pub fn find(args: &PlanArgs) -> Result<Self, Failure> {
-        let text = args.model.to_str().unwrap_or_default();
-        if let Some(location) = Location::parse(text)? {
-            let catalog = location.catalog()?;
-            return Self::of(location.file_name(), catalog.clone(), Origin::Header(catalog));
+        let (text, kv) = (args.model.to_str().unwrap_or_default(), args.kv.types());
+        if !matches!(sources::parse(&args.model)?, ModelSource::Local(_)) {
+            let (name, catalog) = sources::look(&args.model, &args.sources, &args.state)?;
+            return Self::of(&name, catalog.clone(), Origin::Header(catalog), kv);
         }
         let looks_like_a_path = args.model.components().count() != 1 || text.is_empty() || text.ends_with(".gguf");
         if looks_like_a_path || args.model.exists() {
             let file = Arc::new(ModelFile::open(&args.model).map_err(Failure::run)?);
             let name = args.model.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-            return Self::of(&name, file.catalog().clone(), Origin::File(file));
+            return Self::of(&name, file.catalog().clone(), Origin::File(file), kv);
         }
         let quant: Quant = args.quant.parse().map_err(Failure::usage)?;
-        Self::by_name(text, quant).map_err(|error| {
+        Self::by_name(text, quant, kv).map_err(|error| {
             Failure::usage(format!("{text} is no file here, and no model that is known by name: {error}"))
         })
     }
 
     /// A model of the catalogue.
-    pub fn by_name(name: &str, quant: Quant) -> Result<Self, models::UnknownModel> {
+    pub fn by_name(name: &str, quant: Quant, kv: KvTypes) -> Result<Self, models::UnknownModel> {
         let shape = models::shape(name)?;
         Ok(Self {
             name: shape.name.clone(),
             quantisation: quant.to_string(),
-            profile: shape.profile(quant),
+            profile: shape.profile(quant, kv),
+            kv,
             trained: SHAPE_CONTEXT,
             unsupported: (!shape.supported).then(|| shape.architecture.clone()),
             origin: Origin::Name(quant),
         })
     }
 
-    fn of(file_name: &str, catalog: Catalog, origin: Origin) -> Result<Self, Failure> {
-        let profile = model_profile(&catalog).map_err(Failure::run)?;
+    /// The same with keys and values stored otherwise, where its heads allow that.
+    pub fn with_kv(&self, kv: KvTypes) -> Option<ModelProfile> {
+        match (&self.origin, self.catalog()) {
+            (Origin::Name(quant), _) => models::shape(&self.name).ok().map(|shape| shape.profile(*quant, kv)),
+            (_, catalog) => model_profile(catalog?, kv).ok(),
+        }
+    }
+
+    fn of(file_name: &str, catalog: Catalog, origin: Origin, kv: KvTypes) -> Result<Self, Failure> {
+        let profile = model_profile(&catalog, kv).map_err(Failure::run)?;
         let trained = Architecture::of(&catalog).map_err(Failure::run)?.n_ctx_train;
         let name = file_name.strip_suffix(".gguf").unwrap_or(file_name).to_owned();
         // A header of another architecture was refused above.
-        Ok(Self { name, quantisation: catalog.quantisation(), profile, trained, unsupported: None, origin })
+        Ok(Self { name, quantisation: catalog.quantisation(), profile, kv, trained, unsupported: None, origin })
     }
 
     /// Its header, where it has one.

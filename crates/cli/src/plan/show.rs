@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use brigade_base::ByteSize;
+use brigade_base::{ByteSize, KvTypes};
 use brigade_plan::{Alternative, Bound, Forecast, Plan, Prediction, figure, seconds};
 
 use super::Report;
@@ -44,8 +44,12 @@ fn head(text: &mut String, report: &Report) {
         1 => "1 session".to_owned(),
         n => format!("{n} sessions"),
     };
+    let kv = match report.kv {
+        kv if kv == KvTypes::default() => String::new(),
+        kv => format!(", KV cache in {kv}"),
+    };
     let said = format!(
-        "{} {}, {} layers, {}; {sessions} of {} tokens",
+        "{} {}, {} layers, {}; {sessions} of {} tokens{kv}",
         model.name,
         model.quantisation,
         model.layers,

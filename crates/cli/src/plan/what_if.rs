@@ -1,5 +1,6 @@
 //! What machines, cables and files that are not there would bring.
 
+use brigade_base::{KvType, KvTypes};
 use brigade_plan::catalogue::models::Quant;
 use brigade_plan::catalogue::{Catalogue, made_up_id};
 use brigade_plan::{
@@ -60,6 +61,20 @@ pub fn smaller_that_fits(model: &Model, machines: &Machines, demand: &Demand) ->
         .map(|(_, quant)| quant)
 }
 
+/// The most exact storage of keys and values with which the model fits although it does not with the one that was
+/// asked for; both sides alike.
+pub fn smaller_kv_that_fits(model: &Model, machines: &Machines, demand: &Demand) -> Option<KvType> {
+    let bytes = |profile: &ModelProfile| profile.kv_bytes_per_token.iter().sum::<u64>();
+    KvType::ALL.into_iter().find(|ty| {
+        let smaller = model.with_kv(KvTypes::both(*ty)).filter(|smaller| bytes(smaller) < bytes(&model.profile));
+        // Whether it fits is no question of speed.
+        let demand = Demand { optimize: Optimize::Memory, spread: false, ..demand.clone() };
+        let place =
+            |model: ModelProfile| placed(&model, &machines.nodes, &machines.links, &demand, machines.coordinator);
+        smaller.is_some_and(|smaller| place(smaller).is_some())
+    })
+}
+
 /// The same model with fewer bits, the largest first; none of a model that is a file.
 fn smaller(model: &Model) -> impl Iterator<Item = (Model, Quant)> {
     let now = match model.origin {
@@ -67,7 +82,7 @@ fn smaller(model: &Model) -> impl Iterator<Item = (Model, Quant)> {
         Origin::File(_) | Origin::Header(_) => None,
     };
     let quants = std::iter::successors(now, |quant| quant.smaller()).skip(1);
-    quants.filter_map(|quant| Some((Model::by_name(&model.name, quant).ok()?, quant)))
+    quants.filter_map(|quant| Some((Model::by_name(&model.name, quant, model.kv).ok()?, quant)))
 }
 
 fn placed(

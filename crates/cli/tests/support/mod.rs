@@ -9,6 +9,7 @@
 #![allow(dead_code, unused_imports, reason = "each test binary uses a part")]
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+pub mod encoder;
 pub mod fake;
 pub mod http;
 pub mod metrics;

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use brigade_base::Token;
+use brigade_base::{KvTypes, Token};
 use brigade_engine::{Input, Row, Sampler, Sampling, Stage, StageOptions, Vocabulary};
 use brigade_gguf::{ModelFile, vocabulary_header};
 
@@ -64,6 +64,11 @@ pub fn conversation(turns: &[&str]) -> String {
 impl Oracle {
     /// An oracle of another model file.
     pub fn of(model: &Path) -> Self {
+        Self::with(model, &[], KvTypes::default())
+    }
+
+    /// An oracle of a model with adapters and their scales, and its keys and values stored so.
+    pub fn with(model: &Path, adapters: &[(&Path, f32)], kv: KvTypes) -> Self {
         brigade_engine::init();
         let options = StageOptions {
             n_ctx: CONTEXT,
@@ -74,9 +79,12 @@ impl Oracle {
             n_embd: 0,
             n_vocab: 0,
             input_node: None,
+            looks_up_rows: false,
             stop_node: None,
+            pooling: None,
+            kv,
         };
-        let stage = Stage::load_file(model, options).unwrap();
+        let stage = Stage::load_file_adapted(model, adapters, options).unwrap();
         let header = vocabulary_header(ModelFile::open(model).unwrap().catalog());
         let n_bytes = header.len() as u64;
         let vocabulary = Vocabulary::load(Box::new(std::io::Cursor::new(header)), n_bytes).unwrap();

@@ -42,6 +42,8 @@ struct Network {
 #[derive(Default)]
 struct State {
     is_silent: bool,
+    /// Bytes after which it falls silent by itself.
+    budget: Option<u64>,
     connections: Vec<Weak<Connection>>,
 }
 
@@ -91,8 +93,15 @@ impl Proxy {
 
     /// Lets nothing through from now on, or everything again, also what was held back.
     pub fn set_silent(&self, is_silent: bool) {
-        self.network.state().is_silent = is_silent;
+        let mut state = self.network.state();
+        (state.is_silent, state.budget) = (is_silent, None);
+        drop(state);
         self.network.speaks.notify_all();
+    }
+
+    /// Falls silent once so many bytes more have come, both ways together.
+    pub fn silence_after(&self, n_bytes: u64) {
+        self.network.state().budget = Some(n_bytes);
     }
 
     /// Ends all connections that there are.
@@ -114,6 +123,15 @@ impl Network {
         let mut state = self.state();
         while state.is_silent && !is_reset() {
             state = self.speaks.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Falls silent if these bytes are more than may pass.
+    fn spend(&self, n_bytes: u64) {
+        let mut state = self.state();
+        if let Some(budget) = &mut state.budget {
+            *budget = budget.saturating_sub(n_bytes);
+            state.is_silent |= state.budget == Some(0);
         }
     }
 
@@ -147,6 +165,7 @@ impl Network {
                 Err(error) if is_pause(&error) => continue,
                 Err(_) => return connection.reset(),
             };
+            self.spend(n as u64);
             self.wait_for_speech(|| connection.is_reset());
             if connection.is_reset() {
                 return;

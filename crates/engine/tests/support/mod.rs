@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use brigade_base::Token;
 use brigade_engine::{Input, Row, RunError, Stage, StageOptions};
 
+pub mod recurrent;
 pub mod synthetic;
 
 /// A small but real model: 8 layers, 1024 tokens.
@@ -26,7 +27,10 @@ pub fn options() -> StageOptions {
         n_embd: 0,
         n_vocab: 0,
         input_node: None,
+        looks_up_rows: false,
         stop_node: None,
+        pooling: None,
+        kv: brigade_base::KvTypes::default(),
     }
 }
 

@@ -7,9 +7,10 @@ use brigade_engine::{Stage, StageOptions, quantize_rows};
 pub const N_VOCAB: usize = 96;
 const N_HEAD: u64 = 4;
 const N_HEAD_KV: u64 = 2;
-const N_HEAD_DIM: u64 = 32;
 const N_FF: u64 = 160;
 const N_EXPERT: u64 = 4;
+/// Tokens of a session, and learned positions.
+const N_CTX: u64 = 512;
 
 const F32: u32 = 0;
 const F16: u32 = 1;
@@ -33,10 +34,24 @@ pub struct Synthetic {
     pub window: u32,
     /// Storage type of matrices; of those whose rows are no whole blocks of Q4_K, Q8_0.
     pub ty: u32,
+    /// What its metadata says of pooling; 0 for nothing.
+    pub pooling: u32,
+    /// Width of a head.
+    pub head_dim: u64,
 }
 
-const BASE: Synthetic =
-    Synthetic { name: "", arch: "llama", n_layers: 4, n_embd: 128, tied: false, experts: false, window: 0, ty: F16 };
+const BASE: Synthetic = Synthetic {
+    name: "",
+    arch: "llama",
+    n_layers: 4,
+    n_embd: 128,
+    tied: false,
+    experts: false,
+    window: 0,
+    ty: F16,
+    pooling: 0,
+    head_dim: 32,
+};
 
 /// A model for each stage rule.
 pub const ALL: [Synthetic; 11] = [
@@ -54,6 +69,28 @@ pub const ALL: [Synthetic; 11] = [
     Synthetic { name: "phi3", arch: "phi3", ..BASE },
 ];
 
+/// Models that embed texts, and such that rank them, which have a classifier.
+pub const EMBEDDERS: [Synthetic; 7] = [
+    Synthetic { name: "qwen3-embedding", arch: "qwen3", tied: true, pooling: 3, ..BASE },
+    Synthetic { name: "qwen3-reranker", arch: "qwen3", tied: true, pooling: RANK, ..BASE },
+    Synthetic { name: "bert", arch: "bert", pooling: 1, ..BASE },
+    Synthetic { name: "bert-reranker", arch: "bert", pooling: RANK, ..BASE },
+    Synthetic { name: "eurobert", arch: "eurobert", pooling: 2, ..BASE },
+    Synthetic { name: "modern-bert", arch: "modern-bert", n_layers: 7, window: 12, pooling: 1, ..BASE },
+    Synthetic {
+        name: "gemma-embedding",
+        arch: "gemma-embedding",
+        tied: true,
+        n_layers: 13,
+        window: 12,
+        pooling: 1,
+        ..BASE
+    },
+];
+
+/// libllama's number for the pooling of a model with a classifier.
+const RANK: u32 = 4;
+
 /// The same model in each kind of storage whose kernels differ.
 pub const TYPES: [Synthetic; 4] = [
     Synthetic { name: "f16", n_embd: 256, ..BASE },
@@ -62,9 +99,9 @@ pub const TYPES: [Synthetic; 4] = [
     Synthetic { name: "q4_k", n_embd: 256, ty: Q4_K, ..BASE },
 ];
 
-/// The model of [`ALL`] with this name.
+/// The model of [`ALL`] or [`EMBEDDERS`] with this name.
 pub fn named(name: &str) -> Synthetic {
-    *ALL.iter().find(|model| model.name == name).unwrap()
+    *ALL.iter().chain(&EMBEDDERS).find(|model| model.name == name).unwrap()
 }
 
 struct Tensor {
@@ -114,15 +151,18 @@ impl Synthetic {
             ("general.architecture".to_owned(), string(self.arch)),
             ("tokenizer.ggml.model".to_owned(), string("no_vocab")),
             (key("vocab_size"), u32_value(N_VOCAB as u64)),
-            (key("context_length"), u32_value(512)),
+            (key("context_length"), u32_value(N_CTX)),
             (key("embedding_length"), u32_value(self.n_embd)),
             (key("block_count"), u32_value(self.n_layers)),
             (key("feed_forward_length"), u32_value(N_FF)),
             (key("attention.head_count"), u32_value(N_HEAD)),
-            (key("attention.head_count_kv"), u32_value(N_HEAD_KV)),
-            (key("attention.key_length"), u32_value(N_HEAD_DIM)),
-            (key("attention.value_length"), u32_value(N_HEAD_DIM)),
-            (key("rope.dimension_count"), u32_value(N_HEAD_DIM)),
+            (
+                key("attention.head_count_kv"),
+                u32_value(if matches!(self.arch, "bert" | "modern-bert") { N_HEAD } else { N_HEAD_KV }),
+            ),
+            (key("attention.key_length"), u32_value(self.head_dim)),
+            (key("attention.value_length"), u32_value(self.head_dim)),
+            (key("rope.dimension_count"), u32_value(self.head_dim)),
             (key("attention.layer_norm_rms_epsilon"), f32_value(1e-5)),
         ];
         if self.experts {
@@ -132,6 +172,14 @@ impl Synthetic {
         }
         if self.window > 0 {
             all.push((key("attention.sliding_window"), u32_value(self.window.into())));
+        }
+        if self.pooling > 0 {
+            all.push((key("pooling_type"), u32_value(self.pooling.into())));
+        }
+        if self.arch.ends_with("bert") {
+            all.push((key("attention.layer_norm_epsilon"), f32_value(1e-5)));
+            all.push((key("attention.causal"), [7u32.to_le_bytes().as_slice(), &[0]].concat()));
+            all.push(("tokenizer.ggml.token_type_count".to_owned(), u32_value(2)));
         }
         if self.arch == "gemma2" {
             all.push((key("attn_logit_softcapping"), f32_value(50.0)));
@@ -145,20 +193,30 @@ impl Synthetic {
         let mut all = Vec::new();
         let mut add = |name: String, dims: &[u64]| {
             let ty = match self.ty {
-                _ if dims.len() == 1 || name.contains("gate_inp") => F32,
+                _ if dims.len() == 1
+                    || ["gate_inp", "token_types", "position_embd"].iter().any(|n| name.contains(n)) =>
+                {
+                    F32
+                }
                 Q4_K if !dims[0].is_multiple_of(256) => Q8_0,
                 ty => ty,
             };
             all.push(Tensor { name, dims: dims.to_vec(), ty });
         };
-        let (n_q, n_kv) = (N_HEAD * N_HEAD_DIM, N_HEAD_KV * N_HEAD_DIM);
+        let (n_q, n_kv) = (N_HEAD * self.head_dim, N_HEAD_KV * self.head_dim);
+        add("token_embd.weight".to_owned(), &[n_embd, N_VOCAB as u64]);
+        if self.arch == "bert" {
+            self.bert(&mut add);
+            return all;
+        }
         let (qwen2, phi3) = (self.arch == "qwen2", self.arch == "phi3");
         let gemma = self.arch.starts_with("gemma");
-        add("token_embd.weight".to_owned(), &[n_embd, N_VOCAB as u64]);
         for layer in 0..self.n_layers {
             let mut add = |name: &str, dims: &[u64]| add(format!("blk.{layer}.{name}"), dims);
             add("attn_norm.weight", &[n_embd]);
-            if phi3 {
+            if self.arch == "modern-bert" {
+                add("attn_qkv.weight", &[n_embd, 3 * n_q]);
+            } else if phi3 {
                 add("attn_qkv.weight", &[n_embd, n_q + 2 * n_kv]);
             } else {
                 for (name, n) in [("attn_q", n_q), ("attn_k", n_kv), ("attn_v", n_kv)] {
@@ -169,9 +227,9 @@ impl Synthetic {
                 }
             }
             add("attn_output.weight", &[n_q, n_embd]);
-            if matches!(self.arch, "qwen3" | "qwen3moe" | "gemma3") {
-                add("attn_q_norm.weight", &[N_HEAD_DIM]);
-                add("attn_k_norm.weight", &[N_HEAD_DIM]);
+            if matches!(self.arch, "qwen3" | "qwen3moe" | "gemma3" | "gemma-embedding") {
+                add("attn_q_norm.weight", &[self.head_dim]);
+                add("attn_k_norm.weight", &[self.head_dim]);
             }
             add("ffn_norm.weight", &[n_embd]);
             if gemma {
@@ -183,7 +241,7 @@ impl Synthetic {
                 add("ffn_gate_exps.weight", &[n_embd, N_FF, N_EXPERT]);
                 add("ffn_up_exps.weight", &[n_embd, N_FF, N_EXPERT]);
                 add("ffn_down_exps.weight", &[N_FF, n_embd, N_EXPERT]);
-            } else if phi3 {
+            } else if phi3 || self.arch == "modern-bert" {
                 add("ffn_up.weight", &[n_embd, 2 * N_FF]);
                 add("ffn_down.weight", &[N_FF, n_embd]);
             } else {
@@ -193,10 +251,42 @@ impl Synthetic {
             }
         }
         add("output_norm.weight".to_owned(), &[n_embd]);
-        if !self.tied {
+        if self.arch == "modern-bert" {
+            add("token_embd_norm.weight".to_owned(), &[n_embd]);
+        }
+        if !self.tied && !self.arch.ends_with("bert") {
             add("output.weight".to_owned(), &[n_embd, N_VOCAB as u64]);
         }
+        if self.pooling == RANK {
+            add("cls.output.weight".to_owned(), &[n_embd, 1]);
+        }
         all
+    }
+
+    /// The tensors of an encoder with learned positions, which norms behind each part of a layer.
+    fn bert(&self, add: &mut dyn FnMut(String, &[u64])) {
+        let n_embd = self.n_embd;
+        let mut with_bias = |name: &str, dims: &[u64]| {
+            add(format!("{name}.weight"), dims);
+            add(format!("{name}.bias"), &dims[dims.len() - 1..]);
+        };
+        with_bias("token_embd_norm", &[n_embd]);
+        for layer in 0..self.n_layers {
+            let mut with_bias = |name: &str, dims: &[u64]| with_bias(&format!("blk.{layer}.{name}"), dims);
+            for name in ["attn_q", "attn_k", "attn_v", "attn_output"] {
+                with_bias(name, &[n_embd, n_embd]);
+            }
+            with_bias("attn_output_norm", &[n_embd]);
+            with_bias("ffn_up", &[n_embd, N_FF]);
+            with_bias("ffn_down", &[N_FF, n_embd]);
+            with_bias("layer_output_norm", &[n_embd]);
+        }
+        if self.pooling == RANK {
+            with_bias("cls", &[n_embd, n_embd]);
+            with_bias("cls.output", &[n_embd, 1]);
+        }
+        add("token_types.weight".to_owned(), &[n_embd, 2]);
+        add("position_embd.weight".to_owned(), &[n_embd, N_CTX]);
     }
 }
 
@@ -207,6 +297,7 @@ impl Tensor {
         let mut state =
             self.name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
         let (middle, spread) = match self.name.as_str() {
+            name if name.ends_with("norm.bias") => (0.0, 0.1),
             name if name.contains("norm") => (1.0, 0.3),
             _ => (0.0, 1.7 / (self.dims[0] as f32).sqrt()),
         };

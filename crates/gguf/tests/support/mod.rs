@@ -54,7 +54,7 @@ fn fill(name: &str, offset: u64, buf: &mut [u8]) -> io::Result<()> {
 pub const ALWAYS_TIED: [&str; 7] = ["gemma", "gemma2", "cohere2", "command-r", "openelm", "bitnet", "plm"];
 
 /// Architectures that look up tokens themselves.
-pub const TAKES_TOKENS: [&str; 2] = ["gemma3n", "gemma4"];
+pub const TAKES_TOKENS: [&str; 3] = ["gemma3n", "qwen4exp", "cogvlm"];
 
 /// What a synthetic model is like.
 pub struct Recipe {

@@ -13,8 +13,8 @@ use crate::gateway::{Coordinating, serve_requests};
 use crate::handle::Shared;
 use crate::model::LocalModel;
 use crate::probe::Seats;
+use crate::share::Shelf;
 use crate::threads::{lock, seconds_since_1970};
-use crate::weights::serve_weights;
 
 /// Lets in workers that are members or bring a ticket, the data link of the last worker, and members that want weights,
 /// have requests, or measure their link to this node.
@@ -28,6 +28,7 @@ pub(super) struct Door {
     pub(super) vocabulary: OnceLock<Vec<u8>>,
     pub(super) requests: Arc<RequestLinks>,
     pub(super) seats: Seats,
+    pub(super) shelf: Arc<Shelf>,
 }
 
 /// The links of gateways while this node coordinates.
@@ -64,6 +65,7 @@ impl Doorkeeper for Door {
                 admitted.map(drop).map_err(|error| Refusal::NotExpected(error.to_string()))
             }
             Purpose::Probe if members.contains(&peer) => self.seats.check(peer),
+            Purpose::Weights if members.contains(&peer) => self.shelf.check(peer),
             _ if members.contains(&peer) => Ok(()),
             _ => Err(Refusal::NotAMember),
         }
@@ -82,7 +84,7 @@ impl Doorkeeper for Door {
                     None => link.close(),
                 }
             }
-            Purpose::Weights => serve_weights(&*link, self.model.file()),
+            Purpose::Weights => self.shelf.serve(&link),
             Purpose::Requests if !self.requests.add(&link) => link.close(),
             Purpose::Requests => {
                 let header = || brigade_gguf::vocabulary_header(self.model.file().catalog());

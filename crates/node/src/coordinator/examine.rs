@@ -55,7 +55,7 @@ impl Owner {
         Known {
             asked: self.workers.keys().copied().collect(),
             model: self.settings.model.clone(),
-            header_hash: self.model.header_hash(),
+            header_hash: self.model.served_hash(),
             nodes: self.cluster.nodes(),
             links: self.cluster.links().clone(),
             demand: self.settings.demand.clone(),

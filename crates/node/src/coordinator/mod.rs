@@ -19,10 +19,10 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use brigade_base::ByteSize;
-use brigade_gguf::StageViewError;
+use brigade_base::{ByteSize, KvTypes};
+use brigade_gguf::{StageViewError, TensorSource};
 use brigade_net::{Members, TicketBook};
-use brigade_plan::{Demand, NodeProfile, Optimize, check_split};
+use brigade_plan::{Demand, ModelProfile, NodeProfile, Optimize, check_split};
 use brigade_protocol::cluster::{Cluster, Settings};
 use brigade_protocol::council::Charter;
 use brigade_protocol::frame::{FrameHead, RowSet};
@@ -33,14 +33,19 @@ use self::muster::{Muster, Voters};
 use self::owner::{Event, Owner, Tail};
 use self::pace::Pace;
 pub(crate) use self::settings::DeploymentSettings;
+use self::sharing::Claims;
+use crate::adapters::Adapters;
 use crate::doctor::{Rounds, Subject};
 use crate::gateway::Coordinating;
 use crate::handle::{Handle, Shared};
 use crate::meter::Meter;
-use crate::model::{LocalModel, ModelError};
+use crate::model::{LocalModel, ModelError, check_kv};
 use crate::probe::Seats;
+use crate::purpose::{PoolingChoice, PurposeError, Work};
 use crate::ring::{Ring, RingOptions, Submissions, Watch};
+use crate::share::{DirectFetch, Shelf, Stock, Tally};
 use crate::site::Site;
+use crate::sizes::rehearse_model;
 use crate::threads::seconds_since_1970;
 
 mod connector;
@@ -50,6 +55,7 @@ mod muster;
 mod owner;
 mod pace;
 mod settings;
+mod sharing;
 mod status;
 mod worker_link;
 
@@ -79,6 +85,8 @@ pub struct CoordinatorOptions {
     pub context: Option<u32>,
     /// Sessions at once.
     pub parallel: u32,
+    /// How keys and values are stored.
+    pub kv: KvTypes,
     /// Nodes, this one among them, that must be here before the model is placed.
     pub nodes_wanted: usize,
     /// Use every node, even where fewer would do.
@@ -99,6 +107,10 @@ pub struct CoordinatorOptions {
     pub shadow: bool,
     /// How long answers and requests wait for the model to have a place again.
     pub wait_for_capacity: Duration,
+    /// Whether it generates text or makes vectors, and how.
+    pub pooling: PoolingChoice,
+    /// Whether workers may fetch weights from where the model came from.
+    pub direct_fetch: DirectFetch,
     /// How long it waits to be relieved of its stages, where it works for another coordinator when it is to stop.
     pub drain_timeout: Duration,
 }
@@ -156,15 +168,26 @@ fn row_bytes(n_embd: u32) -> u64 {
 }
 
 /// Tokens of a session: what was asked for, or what the model and this program's default allow.
-fn context_of(model: &LocalModel, asked: Option<u32>) -> Result<u32, CoordinatorError> {
+fn context_of(model: &LocalModel, work: Work, asked: Option<u32>) -> Result<u32, CoordinatorError> {
     let trained = model.architecture().n_ctx_train;
     match asked {
         Some(context) if trained > 0 && context > trained => Err(CoordinatorError::Setting(format!(
             "--context {context} is more than the {trained} tokens that this model was trained for"
         ))),
         Some(context) => Ok(context),
-        None if trained > 0 => Ok(trained.min(DEFAULT_CONTEXT_MAX)),
-        None => Ok(DEFAULT_CONTEXT_MAX),
+        None if trained > 0 => Ok(trained.min(work.default_context())),
+        None => Ok(work.default_context()),
+    }
+}
+
+/// The profile with what the buffers of the model's graphs take, where that can be found out.
+fn with_sizes(profile: ModelProfile, model: &LocalModel, demand: &Demand, kv: KvTypes) -> ModelProfile {
+    match rehearse_model(model.file().catalog(), demand, kv) {
+        Ok(rehearsed) => ModelProfile { rehearsed: Some(rehearsed), ..profile },
+        Err(error) => {
+            tracing::debug!(%error, "what stages take beside weights and KV cache is estimated");
+            profile
+        }
     }
 }
 
@@ -194,8 +217,12 @@ impl Coordinator {
             members.admit(node, &name, seconds_since_1970()).map_err(|e| state(e.to_string()))?;
         }
         let members = Arc::new(Mutex::new(members));
-        let context = context_of(&model, options.context)?;
-        let profile = model.profile();
+        let setting = |error: PurposeError| CoordinatorError::Setting(error.to_string());
+        let work = Work::of(model.file().catalog(), options.pooling).map_err(setting)?;
+        let context =
+            work.check_context(context_of(&model, work, options.context)?, options.parallel).map_err(setting)?;
+        check_kv(model.file().catalog(), model.architecture(), options.kv)?;
+        let profile = work.profile(model.profile(options.kv));
         if let Some(split) = &options.split {
             check_split(&profile, split).map_err(|error| CoordinatorError::Setting(error.to_string()))?;
         }
@@ -204,11 +231,12 @@ impl Coordinator {
         let demand = Demand {
             context,
             parallel: options.parallel,
-            max_rows: CHUNK + options.parallel,
+            max_rows: work.chunk(context) + options.parallel,
             spread: options.spread,
             split: options.split.clone(),
-            optimize: options.optimize,
+            optimize: work.optimize(options.optimize),
         };
+        let profile = with_sizes(profile, &model, &demand, options.kv);
         let settings = Settings {
             deployment: charter.deployment,
             coordinator: NodeProfile { id: me, name: options.name.clone(), memory: options.memory, speed: None },
@@ -222,12 +250,21 @@ impl Coordinator {
         let (happen, happenings) = channel();
         let submissions = Submissions::new(happen);
         let addresses = &site.link_addresses;
-        let shared = Shared::new(&model, &site.identity, &options, context, tickets, addresses, submissions);
+        let shared = Shared::new(&model, &site.identity, &options, (context, work), tickets, addresses, submissions);
         let shared = Arc::new(shared);
         let (subject, ask) = (Subject::coordinator(&options, &model, addresses), events.clone());
         let rounds = Rounds::new(me, subject, move |asker| ask.send(Event::Examine(asker)).is_ok());
         let handle = Arc::new(Handle::new(Arc::clone(&shared), Arc::clone(&model), Arc::clone(&meter), rounds));
         let requests = Arc::new(RequestLinks::default());
+        let (watch, tally) = (Arc::new(Watch::default()), Arc::<Tally>::default());
+        let is_busy = {
+            let watch = Arc::clone(&watch);
+            move || watch.awaited().is_some()
+        };
+        let source = Arc::clone(model.file()) as Arc<dyn TensorSource>;
+        let mut stocks = vec![Stock::new(source, model.file().catalog(), &model.manifest().tensors)];
+        stocks.extend(model.adapters().map(Adapters::stock));
+        let shelf = Arc::new(Shelf::new(stocks, None, Arc::default(), Arc::clone(&tally), is_busy));
         let keeper = site.keep(Arc::new(Door {
             members: Arc::clone(&members),
             shared: Arc::clone(&shared),
@@ -237,18 +274,20 @@ impl Coordinator {
             vocabulary: OnceLock::new(),
             requests: Arc::clone(&requests),
             seats: Seats::default(),
+            shelf,
         }));
         let settings_of_all = DeploymentSettings::of(&options, &model);
         let (connections, connected) = channel();
-        let watch = Arc::new(Watch::default());
         let mut owner = Owner {
             muster: Muster::new(&settings, charter),
             cluster: Cluster::new(settings.clone()),
             settings,
             voters: Voters::new(me, &options, addresses, charter, settings_of_all, members),
             requests,
+            tally,
             shadows: Vec::new(),
             pace: Pace::default(),
+            claims: Claims::default(),
             askers: Vec::new(),
             took_over,
             council: Arc::clone(&site.council),
@@ -258,6 +297,7 @@ impl Coordinator {
             identity: Arc::clone(&site.identity),
             options,
             context,
+            work,
             shared: Arc::clone(&shared),
             meter: Arc::clone(&meter),
             events: events.clone(),

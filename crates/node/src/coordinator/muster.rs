@@ -59,7 +59,7 @@ impl Voters {
 
     /// A worker is here.
     pub(super) fn came(&mut self, node: NodeId, offer: &Offer) {
-        let may_lead = offer.own_copy == Some(self.settings.header_hash);
+        let may_lead = offer.own_copy == Some(self.settings.served_hash);
         let voter = Voter { node, name: offer.name.clone(), addresses: offer.addresses.clone(), may_lead };
         let before = self.others.insert(node, (voter.clone(), None));
         self.changed |= before.is_none_or(|(before, _)| before != voter);

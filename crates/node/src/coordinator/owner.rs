@@ -20,19 +20,23 @@ use super::connector::{Connector, RingStopper};
 use super::door::RequestLinks;
 use super::muster::{Muster, Voters};
 use super::pace::Pace;
+use super::sharing::Claims;
 use super::worker_link::{Pulse, WorkerLink, read_worker, with_seen_address, write_worker};
-use super::{CHUNK, CoordinatorError, CoordinatorOptions};
+use super::{CoordinatorError, CoordinatorOptions};
+use crate::adapters::Adapters;
 use crate::council::CouncilHost;
 use crate::doctor::Report;
 use crate::handle::Shared;
 use crate::images::Images;
-use crate::loaded::{LoadedStage, StageKey, chain, load_stage};
+use crate::loaded::{LoadedStage, StageFiles, StageKey, chain, load_stage};
 use crate::meter::Meter;
 use crate::model::LocalModel;
 use crate::outgoing::Shadow;
+use crate::purpose::Work;
 use crate::reach::attach;
 use crate::ring::{Connection, Happening, News, RingEnd, Watch};
 use crate::serving::Failure;
+use crate::share::Tally;
 use crate::site::Keeping;
 use crate::threads::{lock, spawn};
 
@@ -107,12 +111,15 @@ pub(super) struct Owner {
     pub(super) muster: Muster,
     pub(super) voters: Voters,
     pub(super) pace: Pace,
+    pub(super) claims: Claims,
     /// Who waits for workers to examine themselves.
     pub(super) askers: Vec<Sender<Report>>,
     /// Another node coordinated before.
     pub(super) took_over: bool,
     /// The links of gateways, which end with this.
     pub(super) requests: Arc<RequestLinks>,
+    /// Weights that this node has sent.
+    pub(super) tally: Arc<Tally>,
     /// Who computes along in the present epoch: whose frames, and who.
     pub(super) shadows: Vec<(Epoch, u32, NodeId)>,
     pub(super) council: Arc<CouncilHost>,
@@ -123,6 +130,8 @@ pub(super) struct Owner {
     pub(super) identity: Arc<Identity>,
     pub(super) options: CoordinatorOptions,
     pub(super) context: u32,
+    /// What is done with the model.
+    pub(super) work: Work,
     pub(super) shared: Arc<Shared>,
     pub(super) meter: Arc<Meter>,
     pub(super) events: Sender<Event>,
@@ -279,6 +288,7 @@ impl Owner {
             Event::WorkerGone(id, generation, reason) if self.is_current(id, generation) => {
                 tracing::warn!(node = %id.short(), reason, "a worker is gone");
                 self.workers.remove(&id);
+                self.tell_fellows();
                 self.pace.forget(id);
                 self.voters.went(id, false);
                 if let Some(member) = self.cluster.members().iter().find(|m| m.id == id) {
@@ -406,6 +416,7 @@ impl Owner {
                 if let Some(worker) = self.workers.remove(&id) {
                     worker.link.close();
                 }
+                self.tell_fellows();
                 self.pace.forget(id);
                 self.voters.went(id, true);
                 self.feed(Input::Gone(id, reason))
@@ -428,6 +439,7 @@ impl Owner {
             match action {
                 Action::Assign { node, epoch, revision, orders } => match self.assign(epoch, revision, &orders) {
                     Ok(assign) => {
+                        self.claim(node, &orders);
                         self.note_shadows(epoch, &orders);
                         self.send(node, ToWorker::Assign(Box::new(assign)));
                     }
@@ -551,8 +563,16 @@ impl Owner {
         }
         self.tail_loading = self.tail_wanted.take();
         let catalog = self.model.file().catalog();
-        let view = match StageView::new(catalog, layers) {
+        let view = match self.work.pooling {
+            Some(_) => StageView::pooled(catalog, layers),
+            None => StageView::new(catalog, layers),
+        };
+        let view = match view {
             Ok(view) => view,
+            Err(error) => return drop(self.events.send(Event::TailLoaded(epoch, Err(error.to_string())))),
+        };
+        let adapter = match self.model.adapters().map(|adapters| adapters.cut(catalog, &view)).transpose() {
+            Ok(adapter) => adapter.flatten(),
             Err(error) => return drop(self.events.send(Event::TailLoaded(epoch, Err(error.to_string())))),
         };
         let hashes = &self.model.manifest().tensors;
@@ -562,7 +582,9 @@ impl Owner {
             layers,
             context: self.context,
             sessions: self.options.parallel,
-            max_rows: CHUNK + self.options.parallel,
+            max_rows: self.max_rows(),
+            kv: self.options.kv,
+            adapters: self.model.adapters().map(Adapters::id),
         };
         if let Tail::Loaded(mut tail) = std::mem::replace(&mut self.tail, Tail::Empty)
             && tail.key == key
@@ -576,14 +598,15 @@ impl Owner {
         let (cancelled, events, threads) = (Arc::clone(&cancel), self.events.clone(), self.options.threads);
         let source = Arc::clone(self.model.file()) as Arc<dyn TensorSource>;
         let (state_dir, kv_spill) = (self.options.state_dir.clone(), self.options.kv_spill);
-        let throttle = self.options.throttle;
+        let (throttle, pooling) = (self.options.throttle, self.work.pooling);
         let load = move || {
             let mut progress = |share| {
                 let _ = events.send(Event::TailProgress(epoch, share));
                 !cancelled.load(Ordering::Relaxed)
             };
             let images = Images::of_node(&state_dir, kv_spill);
-            let result = load_stage(key, &view, source, threads, images, &mut progress);
+            let files = StageFiles { view: &view, source, adapter };
+            let result = load_stage(key, files, pooling, threads, images, &mut progress);
             let throttled = result.map(|mut stage| {
                 stage.runner.set_throttle(throttle);
                 Box::new(stage)
@@ -624,11 +647,13 @@ impl Owner {
                 return Err(CoordinatorError::Tail("the ring was to start without its tail".to_owned()));
             }
         };
-        let can_save = tail.runner.stage().can_save();
+        let (can_save, can_rewind) = (tail.runner.stage().can_save(), tail.runner.stage().can_rewind());
+        let limits = self.limits();
         let limits = Limits {
             n_stages: ends.n_stages,
             image_tokens: if can_save { self.image_tokens() } else { 0 },
-            ..self.limits()
+            can_rewind: limits.can_rewind && can_rewind,
+            ..limits
         };
         self.meter.placed(epoch, self.ring_names());
         self.meter.expect(self.expected());
@@ -665,11 +690,18 @@ impl Owner {
         Limits {
             n_slots: self.options.parallel,
             context: self.context,
-            chunk: CHUNK,
+            chunk: self.work.chunk(self.context),
             n_stages: 1,
             cache: self.options.prefix_cache,
             image_tokens: 0,
+            task: self.work.task,
+            can_rewind: !self.model.architecture().is_recurrent(),
         }
+    }
+
+    /// Most rows of a pass: a chunk, and a row of each session.
+    pub(super) fn max_rows(&self) -> u32 {
+        self.work.chunk(self.context) + self.options.parallel
     }
 
     /// Whether the pass that is awaited will not come: it is late, and for a second no stage has moved at all. One that
@@ -721,7 +753,7 @@ impl Owner {
 
     /// Tokens whose KV cache fits on the disk of every node, as far as each allows.
     fn image_tokens(&self) -> u64 {
-        let kv_bytes = self.model.profile().kv_bytes_per_token;
+        let kv_bytes = self.model.profile(self.options.kv).kv_bytes_per_token;
         let members = self.cluster.members();
         let tokens = self.stages().iter().map(|stage| {
             let room = members.iter().find(|m| m.id == stage.node).map_or(self.options.kv_spill, |m| m.offer.kv_spill);

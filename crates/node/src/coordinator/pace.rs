@@ -11,11 +11,11 @@ use std::time::{Duration, Instant};
 use brigade_base::NodeId;
 use brigade_plan::{LinkProfile, Optimize, Speed};
 use brigade_protocol::cluster::{Input, Phase};
-use brigade_protocol::control::{MAX_FELLOWS, ModelRef, Offer, ToWorker};
+use brigade_protocol::control::{ModelRef, Offer, ToWorker};
 use brigade_protocol::measure::{LinkReport, MAX_PEERS, Measure, Measured};
 
-use super::CHUNK;
 use super::owner::{Event, Owner};
+use crate::adapters::Adapters;
 use crate::measure::{self, MeasureOptions, MeasureRequest, ProfileKey, Profiles};
 use crate::meter::{Expected, ExpectedStage};
 use crate::probe::LinkBook;
@@ -144,7 +144,7 @@ impl Pace {
 
 impl Owner {
     fn is_measured(&self) -> bool {
-        self.options.optimize != Optimize::Memory
+        self.work.optimize(self.options.optimize) != Optimize::Memory
     }
 
     /// Begins to measure this node, unless speeds do not count. One that has taken over from another coordinator uses
@@ -159,7 +159,8 @@ impl Owner {
             catalog: file.catalog().clone(),
             context: self.context,
             sessions: self.options.parallel,
-            max_rows: CHUNK + self.options.parallel,
+            max_rows: self.max_rows(),
+            kv: self.options.kv,
         };
         let options = MeasureOptions::new(self.options.threads, self.options.throttle, Some(file));
         self.pace.cancel = Arc::clone(&options.cancel);
@@ -216,10 +217,13 @@ impl Owner {
     /// since another coordinator was lost.
     pub(super) fn offered(&mut self, id: NodeId, offer: Offer) -> Option<String> {
         if !self.is_measured() {
-            return self.feed(Input::Offer(id, offer));
+            // Told of before it is assigned anything, and of where it listens.
+            self.pace.waiting.insert(id, Waits { offer, since: Instant::now(), is_measured: false });
+            self.tell_fellows();
+            return self.admit(id);
         }
-        self.tell_fellows();
         self.pace.waiting.insert(id, Waits { offer, since: Instant::now(), is_measured: false });
+        self.tell_fellows();
         self.ask_to_measure(id, false);
         if self.took_over { self.admit(id) } else { None }
     }
@@ -234,15 +238,6 @@ impl Owner {
         self.send(id, ToWorker::Measure(Box::new(Measure { model, peers, again })));
     }
 
-    /// Lets all workers measure their links to each other.
-    fn tell_fellows(&self) {
-        let own = self.identity.node_id();
-        let all: Vec<NodeId> = std::iter::once(own).chain(self.workers.keys().copied()).take(MAX_FELLOWS).collect();
-        for id in self.workers.keys() {
-            self.send(*id, ToWorker::Fellows(all.clone()));
-        }
-    }
-
     /// What a stage's node needs to know of the model.
     pub(super) fn model_ref(&self) -> ModelRef {
         ModelRef {
@@ -251,7 +246,9 @@ impl Owner {
             header: self.header.clone(),
             context: self.context,
             sessions: self.options.parallel,
-            max_rows: CHUNK + self.options.parallel,
+            max_rows: self.max_rows(),
+            kv: self.options.kv,
+            adapters: self.model.adapters().map(Adapters::to_ref),
         }
     }
 

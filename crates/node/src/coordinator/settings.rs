@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use brigade_base::{Hash, NodeId};
+use brigade_base::{Hash, KvTypes, NodeId};
 use brigade_net::Members;
 use brigade_plan::Optimize;
 use brigade_protocol::schedule::PrefixCache;
@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::CoordinatorOptions;
 use crate::model::LocalModel;
+use crate::purpose::PoolingChoice;
 
 /// Most members that a charter names; with names they stay below its 64 KiB of settings. Others need a ticket after a
 /// takeover.
@@ -18,13 +19,14 @@ const MAX_MEMBERS: usize = 256;
 /// Travels as JSON in the charter.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct DeploymentSettings {
-    /// Hash of the model's header.
-    pub header_hash: Hash,
+    /// What the model with its adapters is known by.
+    pub served_hash: Hash,
     model_name: String,
     /// Nodes that may come in without a ticket, those too that have no vote, and their names.
     pub members: Vec<(NodeId, String)>,
     context: Option<u32>,
     parallel: u32,
+    kv: KvTypes,
     nodes_wanted: usize,
     spread: bool,
     split: Option<Vec<u32>>,
@@ -33,16 +35,19 @@ pub(crate) struct DeploymentSettings {
     redundancy: u32,
     shadow: bool,
     wait_for_capacity: Duration,
+    #[serde(default)]
+    pooling: PoolingChoice,
 }
 
 impl DeploymentSettings {
     pub(crate) fn of(options: &CoordinatorOptions, model: &LocalModel) -> Self {
         Self {
-            header_hash: model.header_hash(),
+            served_hash: model.served_hash(),
             model_name: options.model_name.clone().unwrap_or_else(|| model.name().to_owned()),
             members: Vec::new(),
             context: options.context,
             parallel: options.parallel,
+            kv: options.kv,
             nodes_wanted: options.nodes_wanted,
             spread: options.spread,
             split: options.split.clone(),
@@ -51,6 +56,7 @@ impl DeploymentSettings {
             redundancy: options.redundancy,
             shadow: options.shadow,
             wait_for_capacity: options.wait_for_capacity,
+            pooling: options.pooling,
         }
     }
 
@@ -78,6 +84,7 @@ impl DeploymentSettings {
             model_name: Some(self.model_name),
             context: self.context,
             parallel: self.parallel,
+            kv: self.kv,
             // One is lost, or there would be no next coordinator; those that come in time are waited for anyway.
             nodes_wanted: 1,
             spread: self.spread,
@@ -87,6 +94,7 @@ impl DeploymentSettings {
             redundancy: self.redundancy,
             shadow: self.shadow,
             wait_for_capacity: self.wait_for_capacity,
+            pooling: self.pooling,
             ..own
         }
     }

@@ -6,6 +6,7 @@ use brigade_protocol::cluster::{Member, MemberState, Phase, Settings, StageState
 use brigade_protocol::measure::LinkReport;
 
 use super::owner::{Owner, Tail};
+use super::worker_link::Pulse;
 use crate::ring::Happening;
 use crate::serving::{ClusterStatus, LinkStatus, NodeStatus};
 use crate::system::resident_memory;
@@ -61,6 +62,8 @@ impl Owner {
             hop_us: self.meter.hop_parts(),
             kv_tokens: load.kv_tokens,
             kv_capacity: u64::from(self.context) * u64::from(self.options.parallel),
+            kv: self.options.kv,
+            adapters: self.model.adapters().map(|adapters| adapters.names().to_vec()).unwrap_or_default(),
             uptime_s: self.started.elapsed().as_secs(),
             recoveries: self.meter.recoveries(),
             last_recovery: self.meter.last_recovery(),
@@ -118,10 +121,8 @@ impl Owner {
     fn worker_status(&self, member: &Member) -> NodeStatus {
         let place = self.stages().iter().position(|stage| stage.node == member.id);
         let link = self.workers.get(&member.id);
-        let (rtt_ms, memory_resident) = link.map_or((0.0, ByteSize(0)), |worker| {
-            let pulse = lock(&worker.pulse);
-            (pulse.rtt_ms, pulse.resident)
-        });
+        let pulse = link.map(|worker| *lock(&worker.pulse)).unwrap_or_default();
+        let Pulse { rtt_ms, resident: memory_resident, weights, .. } = pulse;
         if link.is_some() {
             self.meter.rtt(&member.offer.name, rtt_ms / 1000.0);
         }
@@ -159,6 +160,7 @@ impl Owner {
             memory_predicted: self.memory_predicted(member.id),
             speed: self.pace.speed(member.id).cloned(),
             pace: self.pace.factor(member.id),
+            weights,
         }
     }
 
@@ -191,6 +193,7 @@ impl Owner {
             memory_predicted: self.memory_predicted(self.identity.node_id()),
             speed: self.pace.speed(self.identity.node_id()).cloned(),
             pace: self.pace.factor(self.identity.node_id()),
+            weights: self.tally.read(),
         }
     }
 }

@@ -9,6 +9,7 @@ use brigade_base::ByteSize;
 use brigade_net::{Link, TcpLink};
 use brigade_protocol::control::{DEAD_AFTER_MS, HEARTBEAT_MS, MAX_ADDRESSES, Offer, Progress, ToCoordinator, ToWorker};
 use brigade_protocol::kind;
+use brigade_protocol::weights::WeightBytes;
 
 use crate::threads::lock;
 
@@ -29,6 +30,8 @@ pub(super) struct Pulse {
     pub(super) resident: ByteSize,
     /// What its stages have done.
     pub(super) progress: Progress,
+    /// Where it had its weights from.
+    pub(super) weights: WeightBytes,
     /// When that was more than before.
     pub(super) moved: Option<Instant>,
 }
@@ -61,8 +64,9 @@ pub(super) fn read_worker(
         }
         match received {
             Ok(kind::CONTROL) => match ToCoordinator::decode(&buf) {
-                Ok(ToCoordinator::Pong { nonce, resident, progress }) => {
+                Ok(ToCoordinator::Pong { nonce, resident, progress, weights }) => {
                     let mut pulse = lock(pulse);
+                    pulse.weights = weights;
                     pulse.resident = resident;
                     if pulse.progress.steps != progress.steps {
                         pulse.moved = Some(Instant::now());

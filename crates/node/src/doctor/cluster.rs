@@ -107,8 +107,8 @@ fn judge_note(note: &Note, header_hash: Hash, own_software: Option<&str>) -> Vec
         findings.push(warn("version", detail, cost, "install the same version on all nodes"));
     }
     if note.own_copy.is_some_and(|own| own != header_hash) {
-        let cost = "its weights come from the coordinator, and it cannot take over from it";
-        let fix = "give it the same file with --model, or leave --model away";
+        let cost = "it cannot take over from the coordinator, and may have its weights from there";
+        let fix = "give it the same file with --model, and the same adapters with --lora, or leave --model away";
         findings.push(warn("model file", "its own copy is of another model than the served one", cost, fix));
     }
     if let Some(trouble) = &note.trouble {
@@ -258,6 +258,7 @@ pub(super) mod tests {
     use super::*;
     use crate::handle::blank_status;
     use crate::serving::ModelCard;
+    use crate::serving::WeightBytes;
 
     const MIB: u64 = 1 << 20;
 
@@ -303,6 +304,8 @@ pub(super) mod tests {
             layer_bytes: vec![100 * MIB; n_layers as usize],
             kv_bytes_per_token: vec![1024; n_layers as usize],
             state_bytes: Vec::new(),
+            is_flash: false,
+            rehearsed: None,
             head_bytes: MIB,
             cut_points: (1..n_layers).collect(),
             n_embd: 4096,
@@ -351,6 +354,7 @@ pub(super) mod tests {
             memory_predicted: ByteSize(0),
             speed: None,
             pace: Some(1.0),
+            weights: WeightBytes::default(),
         }
     }
 

@@ -32,7 +32,7 @@ use self::dialer::{Dial, Dialer};
 use self::session::Session;
 use self::standing::{Lead, Shared};
 use crate::handle::blank_status;
-use crate::model::tokenize;
+use crate::model::{tokenize, tokenize_pair};
 use crate::serving::{
     ClusterStatus, Event, Examination, ModelCard, Readiness, Request, RequestTrace, Serving, SubmitError, TicketInfo,
 };
@@ -133,6 +133,14 @@ impl Drop for Gateway {
 /// What operators are told who ask this node for tickets. A member cannot admit others: that is for the coordinator.
 const ASK_COORDINATOR: &str = "tickets are made and revoked by the coordinator; run `brigade ticket` there";
 
+/// Why a text cannot be tokenized here.
+fn no_vocabulary(lead: &Lead) -> SubmitError {
+    SubmitError::NotReady(match lead {
+        Lead::Nobody { why } => why.clone(),
+        _ => "the model's vocabulary is not here yet".to_owned(),
+    })
+}
+
 impl Serving for Gateway {
     fn model(&self) -> &ModelCard {
         self.shared.known_card()
@@ -154,9 +162,16 @@ impl Serving for Gateway {
     fn tokenize(&self, text: &str, add_special: bool, parse_special: bool) -> Result<Vec<Token>, SubmitError> {
         match (self.shared.lead(), self.shared.vocabulary()) {
             (Lead::Here(coordinator), _) => coordinator.tokenize(text, add_special, parse_special),
-            (_, Some(vocabulary)) => tokenize(vocabulary, self.model().context, text, add_special, parse_special),
-            (Lead::Nobody { why }, None) => Err(SubmitError::NotReady(why)),
-            (_, None) => Err(SubmitError::NotReady("the model's vocabulary is not here yet".to_owned())),
+            (_, Some(vocabulary)) => tokenize(vocabulary, self.model(), text, add_special, parse_special),
+            (lead, None) => Err(no_vocabulary(&lead)),
+        }
+    }
+
+    fn tokenize_pair(&self, query: &str, document: &str) -> Result<Vec<Token>, SubmitError> {
+        match (self.shared.lead(), self.shared.vocabulary()) {
+            (Lead::Here(coordinator), _) => coordinator.tokenize_pair(query, document),
+            (_, Some(vocabulary)) => tokenize_pair(vocabulary, self.model(), query, document),
+            (lead, None) => Err(no_vocabulary(&lead)),
         }
     }
 

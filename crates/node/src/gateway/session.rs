@@ -159,6 +159,11 @@ impl Session {
                 self.tell(Event::Token { position, token, text, logprob });
             }
             Event::Text { text } => self.rest = Some(text),
+            // Where its end is lost it comes again, and is the same.
+            Event::Pooled { values } => {
+                self.resume();
+                self.tell(Event::Pooled { values });
+            }
             Event::Paused { why } => {
                 if !self.paused {
                     self.paused = true;

@@ -16,7 +16,7 @@ use super::MAX_OPEN;
 use super::remote::{Remote, Source};
 use super::server::Coordinating;
 use super::session::NEVER;
-use crate::serving::{ClusterStatus, ModelCard, Readiness, Request, SubmitError};
+use crate::serving::{ClusterStatus, ModelCard, Purpose, Readiness, Request, SubmitError};
 use crate::threads::lock;
 
 /// What callers, sessions and the gateway thread share.
@@ -327,5 +327,7 @@ pub(super) fn no_card() -> ModelCard {
         chat_template: None,
         bos_text: String::new(),
         eos_text: String::new(),
+        purpose: Purpose::Generate,
+        rank_template: None,
     }
 }

@@ -86,6 +86,10 @@ impl Serving for Fake {
         lock(&self.readiness).clone()
     }
 
+    fn tokenize_pair(&self, _query: &str, _document: &str) -> Result<Vec<Token>, SubmitError> {
+        Ok(vec![43])
+    }
+
     fn tokenize(&self, _text: &str, _add_special: bool, _parse_special: bool) -> Result<Vec<Token>, SubmitError> {
         Ok(vec![42])
     }
@@ -571,6 +575,8 @@ async fn a_silent_coordinator_is_left() {
         chat_template: None,
         bos_text: String::new(),
         eos_text: String::new(),
+        purpose: brigade_protocol::requests::Purpose::Generate,
+        rank_template: None,
         vocabulary: Hash::from_bytes(*blake3::hash(&vocabulary()).as_bytes()),
     };
     let host = Host::of(move |link| {

@@ -6,7 +6,7 @@ use brigade_base::{Hash, Token};
 use brigade_protocol::requests::{self, Card, Finish, Logprob, MAX_TIMEOUT_MS, Refusal, Submit, ToGateway};
 
 use crate::serving::{
-    Event, Failure, FinishReason, ModelCard, Readiness, Request, Sampling, SubmitError, TokenLogprob, Usage,
+    Event, Failure, FinishReason, ModelCard, Purpose, Readiness, Request, Sampling, SubmitError, TokenLogprob, Usage,
 };
 
 /// A request with the known part of its answer, to be sent under `number`.
@@ -78,6 +78,7 @@ pub(super) fn message(number: u64, event: Event) -> ToGateway {
             ToGateway::Token { number, position, token, text, logprob }
         }
         Event::Text { text } => ToGateway::Text { number, text },
+        Event::Pooled { values } => ToGateway::Pooled { number, values },
         Event::Paused { why } => ToGateway::Paused { number, why },
         Event::Resumed => ToGateway::Resumed { number },
         Event::Done { reason, usage: Usage { prompt_tokens, cached_tokens, completion_tokens } } => {
@@ -110,6 +111,7 @@ pub(super) fn event(message: ToGateway) -> Option<(u64, Event)> {
             (number, Event::Token { position, token, text, logprob })
         }
         ToGateway::Text { number, text } => (number, Event::Text { text }),
+        ToGateway::Pooled { number, values } => (number, Event::Pooled { values }),
         ToGateway::Paused { number, why } => (number, Event::Paused { why }),
         ToGateway::Resumed { number } => (number, Event::Resumed),
         ToGateway::Done { number, reason, usage } => {
@@ -142,6 +144,7 @@ fn refusal(error: SubmitError) -> Refusal {
         SubmitError::NotReady(why) => Refusal::NotReady(why),
         SubmitError::Busy { waiting } => Refusal::Busy { waiting: waiting as u64 },
         SubmitError::PromptTooLong { tokens, context } => Refusal::PromptTooLong { tokens: tokens as u64, context },
+        SubmitError::TextTooLong { tokens, most } => Refusal::TextTooLong { tokens: tokens as u64, most },
         SubmitError::PromptEmpty => Refusal::PromptEmpty,
         SubmitError::UnknownToken { token, n_vocab } => Refusal::UnknownToken { token, n_vocab },
         SubmitError::Invalid(why) => Refusal::Invalid(why),
@@ -154,6 +157,7 @@ fn submit_error(refusal: Refusal) -> SubmitError {
         Refusal::NotReady(why) => SubmitError::NotReady(why),
         Refusal::Busy { waiting } => SubmitError::Busy { waiting: waiting as usize },
         Refusal::PromptTooLong { tokens, context } => SubmitError::PromptTooLong { tokens: tokens as usize, context },
+        Refusal::TextTooLong { tokens, most } => SubmitError::TextTooLong { tokens: tokens as usize, most },
         Refusal::PromptEmpty => SubmitError::PromptEmpty,
         Refusal::UnknownToken { token, n_vocab } => SubmitError::UnknownToken { token, n_vocab },
         Refusal::Invalid(why) => SubmitError::Invalid(why),
@@ -171,6 +175,12 @@ pub(super) fn card(card: &ModelCard, vocabulary: Hash) -> Card {
         chat_template: card.chat_template.clone(),
         bos_text: card.bos_text.clone(),
         eos_text: card.eos_text.clone(),
+        purpose: match card.purpose {
+            Purpose::Generate => requests::Purpose::Generate,
+            Purpose::Embed => requests::Purpose::Embed,
+            Purpose::Rank => requests::Purpose::Rank,
+        },
+        rank_template: card.rank_template.clone(),
         vocabulary,
     }
 }
@@ -185,6 +195,12 @@ pub(super) fn model_card(card: Card) -> ModelCard {
         chat_template: card.chat_template,
         bos_text: card.bos_text,
         eos_text: card.eos_text,
+        purpose: match card.purpose {
+            requests::Purpose::Generate => Purpose::Generate,
+            requests::Purpose::Embed => Purpose::Embed,
+            requests::Purpose::Rank => Purpose::Rank,
+        },
+        rank_template: card.rank_template,
     }
 }
 
@@ -247,6 +263,7 @@ mod tests {
             SubmitError::NotReady("a".into()),
             SubmitError::Busy { waiting: 3 },
             SubmitError::PromptTooLong { tokens: 4, context: 5 },
+            SubmitError::TextTooLong { tokens: 7, most: 6 },
             SubmitError::PromptEmpty,
             SubmitError::UnknownToken { token: -1, n_vocab: 6 },
             SubmitError::Invalid("b".into()),
@@ -255,6 +272,7 @@ mod tests {
         let mut events = vec![
             Event::Token { position: 3, token: 4, text: "x".into(), logprob: Some(logprob) },
             Event::Text { text: "y".into() },
+            Event::Pooled { values: vec![0.5, -2.0] },
             Event::Paused { why: "z".into() },
             Event::Resumed,
             Event::Done {
@@ -282,6 +300,8 @@ mod tests {
             chat_template: Some("t".into()),
             bos_text: "b".into(),
             eos_text: "e".into(),
+            purpose: Purpose::Embed,
+            rank_template: Some("r".into()),
         };
         let after = model_card(card(&before, Hash::from_bytes([2; 32])));
         assert_eq!(format!("{after:?}"), format!("{before:?}"));

@@ -6,12 +6,13 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use brigade_base::LayerRange;
+use brigade_base::{KvTypes, LayerRange};
 use brigade_engine::{LoadError, Stage, StageOptions};
 use brigade_gguf::{StageView, TensorSource};
 use brigade_protocol::frame::RowSet;
 
 use crate::images::Images;
+use crate::sizes::{StageShape, stage_options};
 use crate::stage_pass::{PassError, PassRunner};
 
 /// Most runs of which the lower quartile is taken: enough that three that were disturbed do not count.
@@ -40,6 +41,15 @@ pub(super) struct Shape {
     pub(super) n_ctx: u32,
     pub(super) n_sessions: u32,
     pub(super) max_rows: u32,
+    pub(super) kv: KvTypes,
+}
+
+impl Shape {
+    /// The options with which it is loaded.
+    pub(super) fn options(&self, view: &StageView, n_threads: u32) -> StageOptions {
+        let &Self { n_ctx, n_sessions, max_rows, kv, .. } = self;
+        stage_options(view, StageShape { n_ctx, n_sessions, max_rows, kv, pooling: None }, n_threads)
+    }
 }
 
 impl Bench {
@@ -52,27 +62,20 @@ impl Bench {
         n_threads: u32,
         go_on: &mut dyn FnMut(f32) -> bool,
     ) -> Result<Self, LoadError> {
-        let options = StageOptions {
-            n_ctx: shape.n_ctx,
-            n_sessions: shape.n_sessions,
-            max_rows: shape.max_rows,
-            max_outputs: shape.n_sessions,
-            n_threads,
-            n_embd: view.n_embd(),
-            n_vocab: if view.is_final() { view.n_vocab() } else { 0 },
-            input_node: view.input_node(),
-            stop_node: view.stop_node(),
-        };
+        let options = shape.options(view, n_threads);
         let begin = Instant::now();
         let stage = Stage::load(Box::new(view.reader(source)), view.n_bytes(), options, go_on)?;
         let load_bytes_per_s = view.weight_bytes() as f64 / begin.elapsed().as_secs_f64().max(1e-6);
-        let runner = PassRunner::new(stage, view.input_scale(), shape.n_sessions, Images::off());
+        let mut runner = PassRunner::new(stage, view.input_scale(), shape.n_sessions, Images::off());
+        runner.set_takes_tokens(view.takes_tokens());
         let n_values = shape.max_rows as usize * view.n_embd() as usize;
+        // Zeros are rows of the first token.
+        let value = |index| if view.takes_tokens() { 0.0 } else { hidden_value(index) };
         Ok(Self {
             runner,
             work,
             n_ctx: shape.n_ctx,
-            template: (0..n_values as u32).map(hidden_value).collect(),
+            template: (0..n_values as u32).map(value).collect(),
             hidden: Vec::new(),
             out: Vec::new(),
             sets: Vec::new(),
@@ -88,6 +91,11 @@ impl Bench {
     /// Most sessions.
     pub(super) fn n_sessions(&self) -> u32 {
         self.runner.stage().options().n_sessions
+    }
+
+    /// Whether [`rows_behind`](Self::rows_behind) takes fewer tokens than the slot holds, but for none.
+    pub(super) fn can_rewind(&self) -> bool {
+        self.runner.stage().can_rewind()
     }
 
     /// Seconds of a run of `n_rows` decode rows, each in a slot of its own behind what the slot holds. A final stage

@@ -9,7 +9,7 @@ use std::sync::RwLock;
 use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
-use brigade_base::ByteSize;
+use brigade_base::{ByteSize, KvTypes};
 use brigade_gguf::{Builder, Catalog, GgmlType, Metadata, Value};
 use brigade_plan::ModelProfile;
 use serde::{Deserialize, Serialize};
@@ -144,8 +144,8 @@ fn measure_machine(state_dir: &Path, threads: u32, throttle: f32) -> Result<Mach
 
 fn type_speed(ty: GgmlType, threads: u32, throttle: f32, budget: Duration) -> Result<TypeSpeed, MeasureError> {
     let catalog = made_up(ty).map_err(|error| MeasureError::Run(error.to_string()))?;
-    let model = model_profile(&catalog).map_err(|error| MeasureError::Run(error.to_string()))?;
-    let request = MeasureRequest { catalog, context: 512, sessions: 1, max_rows: 64 };
+    let model = model_profile(&catalog, KvTypes::default()).map_err(|error| MeasureError::Run(error.to_string()))?;
+    let request = MeasureRequest { catalog, context: 512, sessions: 1, max_rows: 64, kv: KvTypes::default() };
     let options = MeasureOptions { budget, ..MeasureOptions::new(threads, throttle, None) };
     let speed = measure(&request, &options)?;
     let gib = model.layer_bytes[0] as f64 / ByteSize::gib(1).0 as f64;
@@ -272,7 +272,7 @@ mod tests {
         for ty in TYPES {
             let catalog = made_up(ty).unwrap();
             assert_eq!(Architecture::of(&catalog).unwrap().cut_points().len(), 11, "{ty}");
-            assert!(flops_per_row(&model_profile(&catalog).unwrap()) > 1e8);
+            assert!(flops_per_row(&model_profile(&catalog, KvTypes::default()).unwrap()) > 1e8);
         }
     }
 

@@ -27,7 +27,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use brigade_base::ByteSize;
+use brigade_base::{ByteSize, KvTypes};
 use brigade_engine::LoadError;
 use brigade_gguf::{ArchitectureError, Catalog, HeaderError, ModelFile, StageViewError};
 use brigade_plan::Speed;
@@ -38,6 +38,7 @@ use self::session::Session;
 use crate::stage_pass::PassError;
 use crate::system::CpuTime;
 use crate::threads::lock;
+use crate::trial::TrialError;
 
 /// What a measurement takes in all, about: a node that joins is kept waiting for it.
 pub const BUDGET: Duration = Duration::from_secs(5);
@@ -64,6 +65,8 @@ pub struct MeasureRequest {
     pub sessions: u32,
     /// Most rows of one batch.
     pub max_rows: u32,
+    /// How keys and values are stored.
+    pub kv: KvTypes,
 }
 
 impl MeasureRequest {
@@ -73,7 +76,8 @@ impl MeasureRequest {
     /// If its header is none.
     pub fn of(model: &ModelRef) -> Result<Self, HeaderError> {
         let catalog = Catalog::parse_header(&model.header)?;
-        Ok(Self { catalog, context: model.context, sessions: model.sessions, max_rows: model.max_rows })
+        let ModelRef { context, sessions, max_rows, kv, .. } = *model;
+        Ok(Self { catalog, context, sessions, max_rows, kv })
     }
 }
 
@@ -124,6 +128,9 @@ pub enum MeasureError {
     /// The engine did not load the layers.
     #[error("the layers to measure could not be loaded")]
     Load(#[from] LoadError),
+    /// libllama cannot run the model.
+    #[error(transparent)]
+    Trial(#[from] TrialError),
     /// The engine did not run them.
     #[error("the layers to measure could not be run: {0}")]
     Run(String),

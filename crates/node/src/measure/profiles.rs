@@ -8,7 +8,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use brigade_base::Hash;
+use brigade_base::{Hash, KvTypes};
 use brigade_plan::{Speed, SpeedSource};
 use serde::{Deserialize, Serialize};
 
@@ -47,6 +47,10 @@ impl ProfileKey {
         let most_rows = decode_rows(request.sessions).into_iter().max().unwrap_or(1);
         for number in [METHOD, options.threads, request.context, most_rows, request.max_rows] {
             add(&number.to_le_bytes());
+        }
+        // Keys and values in blocks are attended to in another way.
+        if request.kv != KvTypes::default() {
+            add(request.kv.to_string().as_bytes());
         }
         add(&options.throttle.to_le_bytes());
         let is_own = options.own.as_ref().is_some_and(|file| has_tensors_of(file.catalog(), &request.catalog));

@@ -14,6 +14,7 @@ use super::{FRAME_S, MEMORY_DIVISOR, MeasureError, MeasureOptions, MeasureReques
 use crate::model::profile_of;
 use crate::system;
 use crate::throttle::Throttle;
+use crate::trial;
 
 /// Most bytes of a thick stage: more than any processor's cache, so that what is measured is memory.
 const MAX_THICK_BYTES: u64 = 768 << 20;
@@ -172,13 +173,15 @@ impl<'a> Session<'a> {
     pub(super) fn memory(&self, view: &StageView, shape: Shape) -> u64 {
         let cells = u64::from(shape.n_ctx).next_multiple_of(256) * u64::from(shape.n_sessions);
         let kv: u64 = shape.layers.iter().map(|layer| self.architecture.kv_bytes_per_token(layer, shape.kv)).sum();
+        let states: u64 = shape.layers.iter().map(|layer| self.architecture.state_bytes(layer)).sum();
         let per_row = (4 * u64::from(self.profile.n_heads)).saturating_mul(shape.n_ctx.into());
         let scores = per_row.saturating_mul(shape.max_rows.into());
         // The engine holds no more of them than this.
         let scores = if scores <= 512 << 20 { scores } else { 0 };
         let logits = if view.is_final() { 4 * u64::from(view.n_vocab()) * u64::from(shape.n_sessions) } else { 0 };
         let row = 4 * (6 * u64::from(self.profile.n_embd) + 3 * u64::from(self.profile.n_ff));
-        let others = scores + logits + row * u64::from(shape.max_rows);
+        let states = states.saturating_mul(shape.n_sessions.into());
+        let others = states.saturating_add(scores + logits + row * u64::from(shape.max_rows));
         view.weight_bytes().saturating_add(kv.saturating_mul(cells)).saturating_add(others)
     }
 
@@ -187,6 +190,7 @@ impl<'a> Session<'a> {
         self.room = self.room.saturating_sub(self.memory(view, shape));
         let work = self.profile.work(shape.layers);
         let n_threads = self.options.threads;
+        trial::stage(view, &shape.options(view, n_threads))?;
         if self.is_own {
             let most = self.options.budget.mul_f64(OWN_LOAD_SHARE);
             let (begin, cancel) = (Instant::now(), &self.options.cancel);
@@ -344,7 +348,9 @@ impl<'a> Session<'a> {
         let depth = DEPTH.min(thin.n_ctx / 2);
         // Rows of the chunk that is timed behind them.
         let at = chunk.iter().find(|(rows, _)| *rows == CHUNK_ROWS[0]).or_else(|| chunk.last());
-        let (Some(&(rows, flat_s)), true) = (at, depth >= 64) else { return Ok(estimate) };
+        // Each run would be deeper than the one before where none can be taken back.
+        let can_measure = depth >= 64 && thin.can_rewind();
+        let (Some(&(rows, flat_s)), true) = (at, can_measure) else { return Ok(estimate) };
         if flat_s / f64::from(rows) * f64::from(depth) * 1.5 > self.until(self.shares().context).as_secs_f64() {
             return Ok(estimate);
         }

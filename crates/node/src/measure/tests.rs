@@ -2,6 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
+use brigade_base::KvType;
 use brigade_engine::dequantize_rows;
 use brigade_gguf::{Builder, GgmlType, Metadata, SyntheticTensors, TensorSource};
 use brigade_plan::{Curve, SpeedSource};
@@ -16,7 +17,13 @@ fn file() -> Arc<ModelFile> {
 }
 
 fn request(sessions: u32) -> MeasureRequest {
-    MeasureRequest { catalog: file().catalog().clone(), context: 256, sessions, max_rows: 64 + sessions }
+    MeasureRequest {
+        catalog: file().catalog().clone(),
+        context: 256,
+        sessions,
+        max_rows: 64 + sessions,
+        kv: KvTypes::default(),
+    }
 }
 
 /// With time for every point, however busy the machine is; the model is small, so that it is not needed.
@@ -68,6 +75,7 @@ fn what_was_measured_is_not_measured_again() {
     for other in [
         MeasureRequest { context: 255, ..request.clone() },
         MeasureRequest { max_rows: 64, ..request.clone() },
+        MeasureRequest { kv: KvTypes::both(KvType::Q8_0), ..request.clone() },
         MeasureRequest { sessions: 2, ..request.clone() },
     ] {
         assert_ne!(ProfileKey::of(&other, &options), key);

@@ -90,7 +90,13 @@ impl Answer {
         self.done(reason)
     }
 
-    fn done(&mut self, reason: FinishReason) -> End {
+    /// Tells the vector of the text, and the end.
+    pub(super) fn pooled(&self, values: Vec<f32>) -> End {
+        self.tell(Event::Pooled { values });
+        self.done(FinishReason::Stop)
+    }
+
+    fn done(&self, reason: FinishReason) -> End {
         self.tell(Event::Done { reason, usage: self.usage });
         match reason {
             FinishReason::Stop => End::Stop,

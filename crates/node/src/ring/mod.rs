@@ -25,7 +25,7 @@ use brigade_base::{DeploymentId, Epoch, PassId, SessionId};
 use brigade_engine::Sampler;
 use brigade_protocol::control::Held;
 use brigade_protocol::frame::{FrameHead, KvStep, RowSet};
-use brigade_protocol::schedule::{Arrival, Limits, Notice, Output, Pass, Scheduler};
+use brigade_protocol::schedule::{Arrival, Limits, Notice, Output, Pass, Scheduler, Task};
 
 use self::answer::{Answer, Chosen, Wishes};
 pub use self::inbox::{Happening, Open, Submission, Submissions};
@@ -67,7 +67,8 @@ pub trait Tail {
     /// If the stage does not hold what a step builds on.
     fn apply(&mut self, steps: &mut [(KvStep, bool)]) -> Result<(), PassError>;
 
-    /// Computes the rows of a pass: `hidden` is `[n_rows, n_embd]`, `logits` becomes `[n_outputs, n_vocab]`.
+    /// Computes the rows of a pass: `hidden` is `[n_rows, n_embd]`, `logits` becomes `[n_outputs, n_vocab]`, or the
+    /// pooled vectors of a model that embeds or ranks.
     ///
     /// # Errors
     /// If the stage does not hold what the pass builds on, or the engine fails.
@@ -218,6 +219,7 @@ pub struct Ring<T> {
     lost: Option<Lost>,
     /// What another ring would take; empty while nothing is missing.
     missing: String,
+    task: Task,
     scheduler: Scheduler,
     sent: VecDeque<Sent>,
     answers: HashMap<SessionId, Answer>,
@@ -262,6 +264,7 @@ impl<T: Tail> Ring<T> {
             drains: false,
             lost: None,
             missing: String::new(),
+            task: limits.task,
             scheduler: Scheduler::new(limits),
             sent: VecDeque::new(),
             answers: HashMap::new(),
@@ -662,7 +665,7 @@ impl<T: Tail> Ring<T> {
         connection.tail.run(pass.id, &pass.sets, &mut self.hidden, &mut self.logits).map_err(failed)
     }
 
-    /// Chooses a token for every session whose logits are here.
+    /// Chooses a token for every session whose logits are here, or tells it its vector.
     fn postprocess(&mut self, back: &Back, tail_begin: Instant, tail_end: Instant) -> Outcome {
         let pass = &back.sent.pass;
         let tail_us = micros(tail_end - tail_begin);
@@ -688,10 +691,27 @@ impl<T: Tail> Ring<T> {
             timings: &self.head.timings,
             alone: back.sent.alone,
         });
-        let n_vocab = self.model.architecture().n_vocab as usize;
+        let n_outputs: u32 = pass.sets.iter().map(|set| set.n_outputs).sum();
+        let width = match self.task {
+            Task::Generate => self.model.architecture().n_vocab as usize,
+            Task::Pool { .. } => self.logits.len() / (n_outputs as usize).max(1),
+        };
         for output in outputs {
-            self.choose(output, n_vocab)?;
+            match self.task {
+                Task::Generate => self.choose(output, width)?,
+                Task::Pool { .. } => self.hand_over(output, width)?,
+            }
         }
+        Ok(())
+    }
+
+    /// Tells a caller the vector of its text, which is all that it wants.
+    fn hand_over(&mut self, output: Output, width: usize) -> Outcome {
+        let Some(answer) = self.answers.get(&output.session) else { return Ok(()) };
+        let values = self.logits.get(output.row * width..(output.row + 1) * width).filter(|values| !values.is_empty());
+        let Some(values) = values else { return Err(broke("the last stage pooled fewer texts than were asked for")) };
+        let end = answer.pooled(values.to_vec());
+        self.end(output.session, end);
         Ok(())
     }
 

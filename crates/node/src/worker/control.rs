@@ -14,6 +14,7 @@ use crate::activity::WorkerActivity;
 use crate::council::CouncilHost;
 use crate::known::KnownCoordinator;
 use crate::reach::{ReachError, while_wanted};
+use crate::share::Tally;
 use crate::system::resident_memory;
 use crate::threads::lock;
 
@@ -33,6 +34,7 @@ pub(super) struct Control {
     pub(super) offer: Offer,
     pub(super) events: Sender<Event>,
     pub(super) activity: Arc<WorkerActivity>,
+    pub(super) tally: Arc<Tally>,
     pub(super) stopping: Arc<AtomicBool>,
 }
 
@@ -118,7 +120,8 @@ impl Control {
                 // Answered here, so that a busy owner loop is not taken for a dead node.
                 Ok(ToWorker::Ping { nonce }) => {
                     let progress = self.activity.progress();
-                    let pong = ToCoordinator::Pong { nonce, resident: resident_memory(), progress };
+                    let (resident, weights) = (resident_memory(), self.tally.read());
+                    let pong = ToCoordinator::Pong { nonce, resident, progress, weights };
                     if let Err(error) = link.send(kind::CONTROL, &[&pong.encode()]) {
                         return error.to_string();
                     }

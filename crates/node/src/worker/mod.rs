@@ -20,9 +20,9 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use brigade_base::{ByteSize, LayerRange, NodeId};
-use brigade_gguf::ModelFile;
 use brigade_net::{Ticket, TicketSecret};
 use brigade_protocol::control::Offer;
+use brigade_protocol::weights::WeightBytes;
 use brigade_protocol::worker::Stages;
 use serde::Serialize;
 
@@ -35,6 +35,7 @@ use crate::cache::Cache;
 use crate::known::KnownCoordinator;
 use crate::probe::Seats;
 use crate::reach::ReachError;
+use crate::share::{DirectFetch, OwnCopy, Shelf, Stock, Tally, Trees};
 use crate::site::Site;
 use crate::threads::{lock, spawn};
 
@@ -65,6 +66,8 @@ pub struct WorkerOptions {
     pub throttle: f32,
     /// Most bytes of cached weights.
     pub cache_limit: ByteSize,
+    /// Whether weights may come from where the model was downloaded from, where the coordinator wants that.
+    pub direct_fetch: DirectFetch,
     /// Most bytes of idle sessions that are kept on disk; 0 keeps none.
     pub kv_spill: ByteSize,
     /// How long it waits, when it is asked to end, until its stages are elsewhere.
@@ -117,6 +120,8 @@ pub struct WorkerStatus {
     pub state: String,
     /// Bytes of weights that are here, and in all.
     pub weights: (u64, u64),
+    /// Bytes of weights since it started, by where it had them from, and what it sent to other nodes.
+    pub weights_from: WeightBytes,
     /// The last thing that went wrong.
     pub trouble: Option<String>,
 }
@@ -149,7 +154,7 @@ impl Worker {
     /// If its cache cannot be used or the system gives no threads.
     pub(crate) fn start(
         options: &WorkerOptions,
-        own: Option<Arc<ModelFile>>,
+        own: Option<OwnCopy>,
         site: &Site,
         known: KnownCoordinator,
         secret: Option<TicketSecret>,
@@ -160,10 +165,21 @@ impl Worker {
         let (events, inbox) = channel();
         let peers = Arc::new(Mutex::new(Vec::new()));
         let fellows = Arc::new(Mutex::new(Vec::new()));
+        let (trees, tally) = (Arc::<Trees>::default(), Arc::<Tally>::default());
+        let activity = Arc::new(WorkerActivity::default());
+        let is_busy = {
+            let activity = Arc::clone(&activity);
+            move || activity.moved_lately()
+        };
+        let stocks = own.iter().map(Stock::from).collect();
+        let shelf = Shelf::new(stocks, Some(Arc::clone(&cache)), Arc::clone(&trees), Arc::clone(&tally), is_busy);
+        let served_hash = own.as_ref().map(|own| own.served_hash);
+        let own = own.map(|own| own.file);
         let keeper = site.keep(Arc::new(WorkerDoor {
             peers: Arc::clone(&peers),
             fellows: Arc::clone(&fellows),
             seats: Seats::default(),
+            shelf: Arc::new(shelf),
             events: events.clone(),
         }));
         let status = Arc::new(Mutex::new(WorkerStatus {
@@ -176,11 +192,11 @@ impl Worker {
             standby: Vec::new(),
             state: "waiting".to_owned(),
             weights: (0, 0),
+            weights_from: WeightBytes::default(),
             trouble: None,
         }));
         let own_hash = own.as_ref().map(|file| file.catalog().header_hash());
         let stopping = Arc::new(AtomicBool::new(false));
-        let activity = Arc::new(WorkerActivity::default());
         let known = Arc::new(Mutex::new(known));
         let measuring = Measuring::new(Measurable {
             identity: Arc::clone(&site.identity),
@@ -199,8 +215,13 @@ impl Worker {
             own,
             own_hash,
             cache,
+            trees,
+            tally: Arc::clone(&tally),
+            sources: Arc::default(),
+            direct_fetch: options.direct_fetch,
             threads: options.threads,
             throttle: options.throttle,
+            memory: options.memory,
             measuring,
             kv_spill: options.kv_spill,
             spilled: Arc::default(),
@@ -227,7 +248,7 @@ impl Worker {
             threads: options.threads,
             addresses,
             software: env!("CARGO_PKG_VERSION").to_owned(),
-            own_copy: own_hash,
+            own_copy: served_hash,
         };
         let control = Control {
             identity: Arc::clone(&site.identity),
@@ -237,6 +258,7 @@ impl Worker {
             offer,
             events: events.clone(),
             activity,
+            tally,
             stopping,
         };
         spawn("control", move || control.run())?;

@@ -17,6 +17,7 @@ use brigade_net::{Identity, Link};
 use brigade_protocol::control::{Held, Peer, StageRole, ToCoordinator, ToWorker};
 use brigade_protocol::frame::Attach;
 use brigade_protocol::kind;
+use brigade_protocol::weights::Sources;
 use brigade_protocol::worker::{Action, DialId, End, HoldId, Input, LinkId, Load, Stages};
 
 use super::loader::{Leash, Loader};
@@ -31,6 +32,7 @@ use crate::loaded::LoadedStage;
 use crate::measure;
 use crate::reach::attach;
 use crate::shadow::ShadowSlot;
+use crate::share::{DirectFetch, Tally, Trees};
 use crate::site::Keeping;
 use crate::stage_pass::PassRunner;
 use crate::stage_thread::{Route, RunningStage, StageEnd};
@@ -83,8 +85,15 @@ pub(super) struct Owner {
     pub(super) own: Option<Arc<ModelFile>>,
     pub(super) own_hash: Option<Hash>,
     pub(super) cache: Arc<Cache>,
+    pub(super) trees: Arc<Trees>,
+    pub(super) tally: Arc<Tally>,
+    /// Who else may have weights; shared with loaders.
+    pub(super) sources: Arc<Mutex<Sources>>,
+    pub(super) direct_fetch: DirectFetch,
     pub(super) threads: u32,
     pub(super) throttle: f32,
+    /// What this node gives.
+    pub(super) memory: ByteSize,
     pub(super) measuring: Measuring,
     pub(super) kv_spill: ByteSize,
     /// Bytes of idle sessions on disk, of all stages.
@@ -251,6 +260,10 @@ impl Owner {
                 *lock(&self.fellows) = nodes;
                 Ok(())
             }
+            ToWorker::Sources(sources) => {
+                *lock(&self.sources) = *sources;
+                Ok(())
+            }
             ToWorker::Assign(assign) => {
                 if !assign.stages.is_empty() {
                     self.measuring.cut_short();
@@ -367,10 +380,15 @@ impl Owner {
             own: self.own.clone().filter(|_| self.own_hash == Some(header_hash)),
             differs: self.own_hash.is_some_and(|hash| hash != header_hash),
             cache: Arc::clone(&self.cache),
+            trees: Arc::clone(&self.trees),
+            tally: Arc::clone(&self.tally),
+            sources: Arc::clone(&self.sources),
+            direct_fetch: self.direct_fetch,
             identity: Arc::clone(&self.identity),
             known: Arc::clone(&self.known),
             threads: self.threads,
             throttle: self.throttle,
+            room: ByteSize(self.memory.0.saturating_sub(self.stages.memory().0)),
             state_dir: self.state_dir.clone(),
             kv_spill: self.kv_spill,
             spilled: Arc::clone(&self.spilled),
@@ -498,6 +516,7 @@ impl Owner {
         let serving = || views.iter().filter(|view| !view.is_standby);
         let mut status = lock(&self.status);
         status.connected = self.control.is_some();
+        status.weights_from = self.tally.read();
         status.layers = serving().map(|view| view.layers).next();
         status.standby = views.iter().filter(|view| view.is_standby).map(|view| view.layers).collect();
         status.model.clone_from(&self.model);

@@ -4,8 +4,8 @@ use std::path::Path;
 use std::sync::mpsc::Receiver;
 use std::time::Instant;
 
-use brigade_base::{DeploymentId, Epoch, Hash, PassId};
-use brigade_gguf::{Manifest, StageView};
+use brigade_base::{DeploymentId, Epoch, Hash, KvTypes, PassId};
+use brigade_gguf::{Manifest, ModelFile, StageView};
 use brigade_net::{Hello, Identity, Link, Listener, Purpose, Refusal, TcpLink};
 use brigade_protocol::control::{
     Assign, HEARTBEAT_MS, Held, MAX_CONTROL_BYTES, ModelRef, Peer, Progress, StageOrder, StageRole, ToCoordinator,
@@ -20,6 +20,8 @@ use crate::doorway::{Doorkeeper, Doorway, receive_attach};
 use crate::images::Images;
 use crate::reach::reach;
 use crate::test_stage::{self, set};
+
+mod sharing;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 const DEPLOYMENT: DeploymentId = DeploymentId(5);
@@ -95,8 +97,14 @@ impl Coordinator {
             kv_spill: ByteSize(0),
             drain_timeout: PATIENCE,
             wait_for_capacity: PATIENCE,
+            direct_fetch: DirectFetch::Auto,
         };
         let own_copy = own.as_ref().map(|file| file.catalog().header_hash());
+        let own = own.map(|file| OwnCopy {
+            served_hash: file.catalog().header_hash(),
+            file,
+            hashes: self.hashes.clone(),
+        });
         let worker = Worker::start(&options, own, &site, known, None).unwrap();
         let control = self.link(Purpose::Control);
         control.set_frame_limit(MAX_CONTROL_BYTES);
@@ -123,6 +131,8 @@ impl Coordinator {
             context: 64,
             sessions: test_stage::N_SLOTS,
             max_rows: test_stage::MAX_ROWS,
+            kv: KvTypes::default(),
+            adapters: None,
         }
     }
 
@@ -317,7 +327,7 @@ fn weights_that_a_lost_coordinator_owes_come_from_the_next_one() {
     };
     assert_eq!(weights.peer(), node.it.node);
     let mut buf = Vec::new();
-    assert_eq!(weights.recv(&mut buf, Some(deadline)).unwrap(), kind::FETCH);
+    assert_eq!(weights.recv(&mut buf, Some(deadline)).unwrap(), kind::HAVE);
     while hangs.recv(&mut buf, Some(deadline)).is_ok() {}
 }
 

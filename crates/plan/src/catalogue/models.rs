@@ -8,7 +8,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::LazyLock;
 
-use brigade_base::KvTypes;
+use brigade_base::{KvType, KvTypes};
 use serde::Deserialize;
 
 use super::{nearest, same_name};
@@ -240,6 +240,8 @@ impl Shape {
         ModelProfile {
             kv_bytes_per_token: vec![self.kv_bytes_per_token(kv); layer_bytes.len()],
             state_bytes: Vec::new(),
+            is_flash: kv.v != KvType::F16,
+            rehearsed: None,
             layer_bytes,
             head_bytes: bytes(matrix, bits.head),
             embedding_bytes: bytes(embedding, bits.embedding),

@@ -64,6 +64,8 @@ fn case(
             let model = ModelProfile {
                 kv_bytes_per_token: vec![1024; layer_bytes.len()],
                 state_bytes: Vec::new(),
+                is_flash: false,
+                rehearsed: None,
                 layer_bytes,
                 head_bytes: 150 * MIB,
                 cut_points: (1..n_layers).filter(|at| at % step == 0).collect(),
@@ -300,6 +302,8 @@ fn cluster(nodes: &[(&str, f64, u64)], n_layers: u32) -> Case {
         layer_bytes: vec![100 * MIB; n_layers as usize],
         kv_bytes_per_token: vec![1024; n_layers as usize],
         state_bytes: Vec::new(),
+        is_flash: false,
+        rehearsed: None,
         head_bytes: 100 * MIB,
         cut_points: (1..n_layers).collect(),
         n_embd: 1024,

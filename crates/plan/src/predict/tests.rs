@@ -21,6 +21,8 @@ impl Ring {
             layer_bytes: vec![1 << 20; n],
             kv_bytes_per_token: vec![1024; n],
             state_bytes: Vec::new(),
+            is_flash: false,
+            rehearsed: None,
             cut_points: (1..n as u32).collect(),
             n_embd: 1000,
             ..ModelProfile::default()

@@ -97,7 +97,7 @@ impl<'a> Group<'a> {
             let whole = stage_memory(model, demand, all, rank == 0);
             let head = if rank == 0 { model.head_bytes } else { 0 };
             let layers = (whole.weights.0.saturating_sub(head) + whole.kv.0) / self.ranks.len() as u64;
-            layers.saturating_add(head).saturating_add(whole.compute.0) <= usable(node.memory).0
+            layers.saturating_add(head).saturating_add(whole.fixed()) <= usable(node.memory).0
         })
     }
 

@@ -10,6 +10,8 @@ fn model() -> ModelProfile {
         layer_bytes: vec![100 * MIB; 16],
         kv_bytes_per_token: vec![1024; 16],
         state_bytes: Vec::new(),
+        is_flash: false,
+        rehearsed: None,
         head_bytes: 100 * MIB,
         cut_points: (1..16).collect(),
         n_embd: 1024,

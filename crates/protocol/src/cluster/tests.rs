@@ -31,6 +31,8 @@ pub(super) fn settings(mib: u64, nodes_wanted: usize) -> Settings {
         layer_bytes: vec![100 << 20; 9],
         kv_bytes_per_token: vec![16; 9],
         state_bytes: Vec::new(),
+            is_flash: false,
+            rehearsed: None,
         head_bytes: 1 << 20,
         cut_points: (1..9).collect(),
         n_embd: 8,

@@ -68,6 +68,13 @@ impl Kept {
         self.has_surplus = true;
     }
 
+    /// The same of a slot that cannot be cut back: either all is there and nothing else, or nothing of use.
+    pub(super) fn lose_unless_whole(&mut self, n_valid: u32) {
+        if self.has_surplus || n_valid != self.len() {
+            self.lose_all_but(0);
+        }
+    }
+
     /// Whether it begins with the same tokens, computed in the same way.
     fn covers(&self, other: &Self) -> bool {
         self.tenant == other.tenant

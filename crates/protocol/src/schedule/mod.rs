@@ -12,12 +12,15 @@
 //!   allow (`budget.rs`); prompts take turns.
 //! - **Nothing is computed twice.** A slot keeps its tokens when its session ends. A session takes over the slot with
 //!   the longest common beginning, copies from a slot that others need, waits for a session that is just computing the
-//!   same beginning, or has a saved image loaded (`kv.rs`).
+//!   same beginning, or has a saved image loaded (`kv.rs`). Where layers keep a state that each token changes for good
+//!   ([`Limits::can_rewind`]), a session takes over all that a slot holds, or begins anew.
 //! - **Order.** Waiting sessions come by priority, then tenants take turns (`session.rs`). A session with a higher
 //!   priority takes the slot of one with a lower, which goes on later: from what its slot still holds, from its image,
 //!   or by computing its tokens again.
 //! - **The same bits.** Prompt rows are computed at least two at a time, all others one at a time, also when they are
 //!   computed again: libllama's kernels give a row of either kind the same bits in any company, but not both kinds.
+//! - **Vectors.** Where prompts are computed for a vector each ([`Task::Pool`]) no session decodes; those that need all
+//!   their rows in one pass have them there.
 //! - **Rings come and go.** When one is lost, its sessions go on in the next: [`Scheduler::recover`] (`recover.rs`).
 //!
 //! A slot holds a whole context on every stage. So who has a slot can always finish, and nobody who runs is ever
@@ -49,7 +52,7 @@ mod tests;
 mod world;
 
 pub use kv::PrefixCache;
-pub use pass::{AdmitError, Limits, Notice, Output, Pass, PassRows};
+pub use pass::{AdmitError, Limits, Notice, Output, Pass, PassRows, Task};
 pub use recover::MAX_SHADOW_LAG;
 pub use session::Arrival;
 
@@ -122,8 +125,7 @@ pub struct Scheduler {
 impl Scheduler {
     /// No sessions yet.
     pub fn new(limits: Limits) -> Self {
-        // A chunk of one row would be computed in another way.
-        let limits = Limits { chunk: limits.chunk.max(2), ..limits };
+        let limits = limits.sound();
         Self {
             limits,
             slots: (0..limits.n_slots).map(|_| Slot::Kept(Kept::default())).collect(),
@@ -154,7 +156,7 @@ impl Scheduler {
         if arrival.prompt.is_empty() {
             return Err(AdmitError::Empty);
         }
-        if tokens >= self.limits.context as usize {
+        if tokens > self.limits.most_tokens() {
             return Err(AdmitError::TooLong { tokens, context: self.limits.context });
         }
         self.n_arrived += 1;
@@ -193,7 +195,7 @@ impl Scheduler {
 
     /// Whether anybody sends tokens one by one.
     fn decodes(&self) -> bool {
-        self.held().any(|(_, session)| session.is_decoding())
+        self.limits.task == Task::Generate && self.held().any(|(_, session)| session.is_decoding())
     }
 
     fn held(&self) -> impl Iterator<Item = (usize, &Session)> {
@@ -281,7 +283,7 @@ impl Scheduler {
                 true => self.budget.beside_decode(sent.n_decode, chunk_back, n_stages, chunk),
                 false => self.budget.alone(session.n_prompt, n_stages, chunk),
             });
-            let n_rows = session.chunk(budget);
+            let n_rows = if self.limits.is_at_once() { session.n_unsent() } else { session.chunk(budget) };
             if n_rows == 0 {
                 // Its whole prompt was copied; the answer that it had goes on in the next pass.
                 continue;
@@ -306,7 +308,7 @@ impl Scheduler {
             Slot::Held(session) => {
                 session.has_prompt_left()
                     && pass.sets.iter().all(|set| set.slot as usize != *slot)
-                    && (session.started || !self.has_leader(session))
+                    && (session.started || !self.limits.can_rewind || !self.has_leader(session))
             }
             Slot::Kept(_) => false,
         };

@@ -5,6 +5,20 @@ use brigade_base::{PassId, SessionId, Token};
 use super::PrefixCache;
 use crate::frame::{KvStep, RowSet};
 
+/// What prompts are computed for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Task {
+    /// To be continued, token by token.
+    #[default]
+    Generate,
+    /// For one vector each, with which the session is done.
+    Pool {
+        /// All rows of a prompt travel in one pass, and nothing that a slot holds can be built on: rows see those
+        /// behind them, or all of them count for the vector.
+        at_once: bool,
+    },
+}
+
 /// What bounds the passes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
@@ -12,7 +26,7 @@ pub struct Limits {
     pub n_slots: u32,
     /// Tokens of one session.
     pub context: u32,
-    /// Most prompt tokens of one pass.
+    /// Most prompt tokens of one pass, unless a single prompt that travels whole has more.
     pub chunk: u32,
     /// Stages of the ring.
     pub n_stages: u32,
@@ -20,6 +34,34 @@ pub struct Limits {
     pub cache: PrefixCache,
     /// Tokens of all saved images together; 0 saves none.
     pub image_tokens: u64,
+    /// What all prompts are computed for.
+    pub task: Task,
+    /// Whether a slot can be cut back to its first tokens. Where layers keep a state that each token changes for good,
+    /// it can only go on from all that it holds, or begin anew; and its state is neither copied nor saved.
+    pub can_rewind: bool,
+}
+
+impl Limits {
+    /// The same without what its task and its slots rule out.
+    pub(super) fn sound(self) -> Self {
+        let image_tokens = if self.can_rewind { self.image_tokens } else { 0 };
+        let (cache, image_tokens) = match self.task {
+            Task::Pool { at_once: true } => (PrefixCache::Off, 0),
+            Task::Generate | Task::Pool { .. } => (self.cache, image_tokens),
+        };
+        // A chunk of one row would be computed in another way.
+        Self { chunk: self.chunk.max(2), cache, image_tokens, ..self }
+    }
+
+    /// Whether prompts travel whole.
+    pub(super) fn is_at_once(&self) -> bool {
+        self.task == Task::Pool { at_once: true }
+    }
+
+    /// Most tokens of a prompt. One that is to be continued needs room for a token.
+    pub(super) fn most_tokens(&self) -> usize {
+        (self.context as usize).saturating_sub(usize::from(self.task == Task::Generate))
+    }
 }
 
 /// A pass to send.

@@ -33,11 +33,18 @@ impl Scheduler {
                 Slot::Held(_) => None,
             })
         };
-        let usable = |kept: &Kept| kept.usable(session.wanted(), self.limits.cache);
-        let fitting = kept().map(|(at, kept)| (at, usable(kept), kept.len()));
+        let fitting = kept().map(|(at, kept)| (at, self.usable(kept, session), kept.len()));
         let fitting = fitting.filter(|(_, n, len)| *n >= MIN_SHARED && 2 * n >= *len).max_by_key(|(_, n, _)| *n);
         let oldest = || kept().min_by_key(|(at, kept)| (!kept.tokens.is_empty(), kept.used, *at)).map(|(at, _)| at);
         fitting.map(|(at, ..)| at).or_else(oldest)
+    }
+
+    /// How many tokens of a slot a session may take over where they are. What it does not want of them is cut off;
+    /// where that cannot be done it takes all or none.
+    fn usable(&self, kept: &Kept, session: &Session) -> u32 {
+        let n = kept.usable(session.wanted(), self.limits.cache);
+        let is_whole = n == kept.len() && !kept.has_surplus;
+        if self.limits.can_rewind || is_whole { n } else { 0 }
     }
 
     /// Makes a slot a session's own.
@@ -45,7 +52,7 @@ impl Scheduler {
         let used = self.tick();
         self.served.note(session.tenant, used);
         let Slot::Kept(kept) = std::mem::replace(&mut self.slots[slot], Slot::Kept(Kept::default())) else { return };
-        let here = Some(kept.usable(session.wanted(), self.limits.cache)).filter(|n| *n >= MIN_SHARED).unwrap_or(0);
+        let here = Some(self.usable(&kept, &session)).filter(|n| *n >= MIN_SHARED).unwrap_or(0);
         // Copying is cheaper than loading, and cannot fail.
         let copied = self.best_source(&session, slot, pass).map_or(0, |(_, n, _)| n);
         let image = self.images.best(session.wanted(), self.limits.cache);
@@ -119,6 +126,9 @@ impl Scheduler {
     /// The slot beside its own from which a session could copy most, how many tokens, and how many of these were
     /// computed in chunks.
     fn best_source(&self, session: &Session, slot: usize, pass: &Pass) -> Option<(usize, u32, u32)> {
+        if !self.limits.can_rewind {
+            return None;
+        }
         let (wanted, cache) = (session.wanted(), self.limits.cache);
         // Steps come before rows, so what this very pass computes is not there yet.
         let n_there = |at: usize, n_sent: u32| {

@@ -4,6 +4,9 @@
 //! passes that were on their way, so the scheduler remembers of the last passes which tokens of which slots they left
 //! alone: these are the same on every stage, whether it has applied a pass or not. Everything behind them is computed
 //! again, each row in the way in which it was computed before.
+//!
+//! Slots that cannot be cut back go on only if none of those passes had rows of them, so that all stages hold the same
+//! and nothing but that. All others begin anew.
 
 use std::collections::VecDeque;
 
@@ -44,7 +47,8 @@ impl Touched {
         self.0.push_back((pass.id, slots));
     }
 
-    /// How many of the first tokens of `slot` no pass after `applied` has changed, as far as is remembered.
+    /// How many of the first tokens of `slot` no pass after `applied` has changed, as far as is remembered; `u32::MAX`
+    /// if none had rows or steps of it.
     fn untouched(&self, slot: u32, applied: PassId) -> u32 {
         let forgotten = self.0.front().is_some_and(|(oldest, _)| *oldest > applied.next());
         if forgotten {
@@ -65,7 +69,9 @@ impl Scheduler {
     pub fn recover(&mut self, limits: Limits, held: Option<&Held>) {
         // Slots and their size are those of the deployment.
         let Limits { n_slots, context, chunk, .. } = self.limits;
-        self.limits = Limits { n_slots, context, chunk, ..limits };
+        let can_rewind = self.limits.can_rewind && limits.can_rewind;
+        let limits = Limits { n_slots, context, chunk, can_rewind, ..limits }.sound();
+        self.limits = limits;
         self.in_flight.clear();
         // What was sent after that counts no more: no slot is taken to hold anything of it.
         self.last_pass = held.map_or(PassId(0), |held| held.applied);
@@ -74,21 +80,31 @@ impl Scheduler {
         self.images.clear(limits.image_tokens);
         self.to_drop.clear();
         for slot in 0..self.slots.len() {
-            let valid = held.map_or(0, |held| {
-                let here = held.tokens.get(slot).copied().unwrap_or(0);
-                here.min(self.touched.untouched(slot as u32, held.applied))
-            });
+            let valid = held.map_or(0, |held| self.valid(slot, held));
             match &mut self.slots[slot] {
-                Slot::Held(session) => {
-                    session.lose_all_but(valid);
-                    self.vacate_if_due(slot);
-                }
-                Slot::Kept(kept) => kept.lose_all_but(valid),
+                Slot::Held(session) if can_rewind => session.lose_all_but(valid),
+                Slot::Held(session) => session.lose_unless_whole(valid),
+                Slot::Kept(kept) if can_rewind => kept.lose_all_but(valid),
+                Slot::Kept(kept) => kept.lose_unless_whole(valid),
             }
+            self.vacate_if_due(slot);
         }
         // Whoever came first has the first chunk.
         let first = self.held().min_by_key(|(_, session)| session.arrived).map_or(0, |(slot, _)| slot);
         (self.prompt_turn, self.decode_turn) = (first, 0);
+    }
+
+    /// How many of the first tokens of a slot are the same on all stages; of one that cannot be cut back, all or none.
+    fn valid(&self, slot: usize, held: &Held) -> u32 {
+        let here = held.tokens.get(slot).copied().unwrap_or(0);
+        let untouched = self.touched.untouched(slot as u32, held.applied);
+        match self.limits {
+            limits if limits.is_at_once() => 0,
+            Limits { can_rewind: true, .. } => here.min(untouched),
+            // Some stage may have applied a pass that another one has not.
+            _ if untouched < u32::MAX => 0,
+            _ => here,
+        }
     }
 
     /// Forgets what is cached of sessions that have ended, so that those that come begin with their first token: a node

@@ -140,6 +140,15 @@ impl Session {
         (self.in_flight, self.started) = (0, false);
     }
 
+    /// The same of a slot that cannot be cut back: it goes on if all stages hold just what was sent, so that no row is
+    /// on its way and none must be computed again.
+    pub(super) fn lose_unless_whole(&mut self, n_valid: u32) {
+        let n_sent = self.n_sent;
+        self.lose_all_but(n_valid);
+        let is_whole = n_valid == n_sent && self.n_sent == n_sent;
+        self.take_over(if is_whole { n_sent } else { 0 }, self.n_chunked, !is_whole);
+    }
+
     /// How many of its first `n_there` tokens, of which `n_chunked` were computed in chunks, another session may take
     /// over.
     pub(super) fn usable(&self, n_there: u32, n_chunked: u32, wanted: Wanted<'_>, cache: PrefixCache) -> u32 {

@@ -7,11 +7,22 @@ use super::world::{Cost, Outcome, World};
 use super::*;
 use crate::control::Held;
 
+mod one_way;
+
 /// Chunks of 32 tokens are what the budget gives with these costs, whoever decodes.
 const COST: Cost = Cost { decode_us: 10_000, decode_row_us: 100, chunk_least_us: 1_000, chunk_row_us: 100 };
 
 fn limits(n_slots: u32) -> Limits {
-    Limits { n_slots, context: 256, chunk: 32, n_stages: 0, cache: PrefixCache::Full, image_tokens: 0 }
+    Limits {
+        n_slots,
+        context: 256,
+        chunk: 32,
+        n_stages: 0,
+        cache: PrefixCache::Full,
+        image_tokens: 0,
+        task: Task::Generate,
+        can_rewind: true,
+    }
 }
 
 fn world(n_slots: u32, n_stages: usize) -> World {
@@ -427,6 +438,56 @@ fn a_full_context_ends_an_answer() {
     world.drain();
     let caller = &world.callers[&id];
     assert_eq!((caller.told_us.len(), caller.outcome), (5, Some(Outcome::ContextFull)));
+}
+
+/// A scheduler of texts with so many tokens, which are named from 1.
+fn pooling(at_once: bool, n_slots: u32, texts: &[usize]) -> Scheduler {
+    let mut scheduler = Scheduler::new(Limits { task: Task::Pool { at_once }, n_stages: 2, ..limits(n_slots) });
+    for (id, &n) in (1..).zip(texts) {
+        let (tenant, at) = (TenantId(0), Instant::now());
+        let prompt = vec![7; n];
+        let arrival = Arrival { id: SessionId(id), prompt, answer: vec![], tenant, priority: 0, at, deadline: None };
+        scheduler.admit(arrival).unwrap();
+    }
+    scheduler
+}
+
+#[test]
+fn texts_that_must_be_whole_travel_whole_and_leave_nothing() {
+    let mut scheduler = pooling(true, 4, &[200, 5, 20, 256]);
+    let first = scheduler.next_pass().unwrap();
+    assert_eq!(sets(&first), [[0, 0, 200, 1]], "longer than a chunk, and so alone");
+    let second = scheduler.next_pass().unwrap();
+    assert_eq!(sets(&second), [[1, 0, 5, 1], [2, 0, 20, 1]]);
+    let outputs = scheduler.complete(first.id, &[10, 10], &[]).unwrap();
+    assert_eq!(outputs.iter().map(|output| (output.session, output.row)).collect::<Vec<_>>(), [(SessionId(1), 0)]);
+    scheduler.end(SessionId(1));
+    let third = scheduler.next_pass().unwrap();
+    assert_eq!(sets(&third), [[3, 0, 256, 1]], "it may be as long as the context, as nothing follows it");
+    let outputs = scheduler.complete(second.id, &[10, 10], &[]).unwrap();
+    assert_eq!(
+        outputs.iter().map(|output| (output.session, output.row)).collect::<Vec<_>>(),
+        [(SessionId(2), 0), (SessionId(3), 1)]
+    );
+    [2, 3].into_iter().for_each(|id| scheduler.end(SessionId(id)));
+    assert_eq!(scheduler.next_pass(), None, "none of them decodes");
+    // The ring is lost: what is held does not count, the text is sent again whole.
+    let held = Held { applied: third.id, tokens: vec![200, 5, 20, 256] };
+    scheduler.recover(Limits { task: Task::Pool { at_once: true }, n_stages: 1, ..limits(4) }, Some(&held));
+    assert_eq!(sets(&scheduler.next_pass().unwrap()), [[3, 0, 256, 1]]);
+}
+
+#[test]
+fn texts_of_which_the_last_row_counts_travel_in_chunks() {
+    let mut scheduler = pooling(false, 1, &[80]);
+    let mut rows = Vec::new();
+    while let Some(pass) = scheduler.next_pass() {
+        rows.extend(sets(&pass));
+        scheduler.complete(pass.id, &[10, 10], &[]).unwrap();
+    }
+    assert!(rows.len() > 1 && rows.iter().all(|set| set[2] >= 2), "{rows:?}");
+    assert_eq!(rows.iter().map(|set| set[2]).sum::<u32>(), 80);
+    assert!(rows.iter().all(|set| (set[3] == 1) == (set[1] + set[2] == 80)), "only the last row is wanted: {rows:?}");
 }
 
 #[test]

@@ -80,6 +80,8 @@ struct Cell {
 #[derive(Debug, Default)]
 struct Stage {
     slots: Vec<Vec<Cell>>,
+    /// Slots can be cut back and copied.
+    can_rewind: bool,
     images: HashMap<ImageId, Vec<Cell>>,
     /// What it could not save.
     unsaved: HashSet<ImageId>,
@@ -95,11 +97,12 @@ impl Stage {
     fn step(&mut self, step: KvStep, fails: bool) -> bool {
         match step {
             KvStep::Copy { slot, from, n_tokens } => {
-                assert_ne!(slot, from);
+                assert!(slot != from && self.can_rewind);
                 self.slots[slot as usize] = self.slots[from as usize][..n_tokens as usize].to_vec();
             }
             KvStep::Save { slot, n_tokens, image } => {
                 let cells = self.slots[slot as usize].clone();
+                assert!(self.can_rewind, "a state is not saved");
                 assert_eq!(cells.len(), n_tokens as usize, "a save is of all that the slot holds");
                 if fails {
                     assert!(self.unsaved.insert(image));
@@ -125,6 +128,8 @@ impl Stage {
     fn compute(&mut self, set: RowSet, tenant: TenantId, tokens: &[Token], rows: &mut [u64], minds_way: bool) {
         let slot = &mut self.slots[set.slot as usize];
         assert!(set.keep as usize <= slot.len(), "{set:?}, but the slot holds {}", slot.len());
+        let is_whole = set.keep == 0 || set.keep as usize == slot.len();
+        assert!(is_whole || self.can_rewind, "{set:?}, but the slot holds {} and cannot be cut", slot.len());
         slot.truncate(set.keep as usize);
         for (token, row) in tokens.iter().zip(rows) {
             let before = slot.last().map_or(0, |cell| cell.value);
@@ -203,7 +208,8 @@ impl World {
     pub(super) fn new(limits: Limits, costs: &[Cost], seed: u64) -> Self {
         let limits = Limits { n_stages: costs.len() as u32, ..limits };
         let slots = vec![Vec::new(); limits.n_slots as usize];
-        let stage = |cost: &Cost| Stage { slots: slots.clone(), cost: *cost, ..Stage::default() };
+        let can_rewind = limits.can_rewind;
+        let stage = |cost: &Cost| Stage { slots: slots.clone(), can_rewind, cost: *cost, ..Stage::default() };
         Self {
             scheduler: Scheduler::new(limits),
             callers: BTreeMap::new(),
@@ -337,12 +343,25 @@ impl World {
                 *least = (*least).min(slot.len() as u32);
             }
         }
-        self.ring.clear();
-        self.forget_positions();
+        self.cut_off();
         let limits = self.scheduler.limits;
         self.scheduler.recover(limits, (!is_fresh).then_some(&held));
         self.hear();
         self.check_book();
+    }
+
+    /// No pass comes back any more.
+    pub(super) fn cut_off(&mut self) {
+        self.ring.clear();
+        self.forget_positions();
+    }
+
+    /// Tokens of each slot, of which all stages hold the same number.
+    pub(super) fn held(&self) -> Vec<u32> {
+        let tokens = |stage: &Stage| stage.slots.iter().map(|slot| slot.len() as u32).collect::<Vec<_>>();
+        let held = tokens(&self.stages[0]);
+        assert!(self.stages.iter().all(|stage| tokens(stage) == held));
+        held
     }
 
     /// Callers may see rows again that they have seen, since another ring begins.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use brigade_base::{ByteSize, DeploymentId, Epoch, Hash, LayerRange, NodeId};
+use brigade_base::{ByteSize, DeploymentId, Epoch, Hash, KvTypes, LayerRange, NodeId};
 
 use crate::control::{Assign, Held, ModelRef, Peer, StageOrder, ToCoordinator};
 use crate::frame::Attach;
@@ -35,6 +35,10 @@ pub struct StageKey {
     pub sessions: u32,
     /// Most rows of one batch.
     pub max_rows: u32,
+    /// How keys and values are stored.
+    pub kv: KvTypes,
+    /// What its adapters are, if it has some.
+    pub adapters: Option<Hash>,
 }
 
 impl StageKey {
@@ -47,6 +51,8 @@ impl StageKey {
             context: model.context,
             sessions: model.sessions,
             max_rows: model.max_rows,
+            kv: model.kv,
+            adapters: model.adapters.as_ref().map(|adapters| adapters.id),
         }
     }
 }

@@ -116,6 +116,11 @@ impl Stages {
         views
     }
 
+    /// Memory of the stages that are loaded.
+    pub fn memory(&self) -> ByteSize {
+        ByteSize(self.holds.iter().map(|hold| hold.memory.0).sum())
+    }
+
     /// Whether the node waits for its stages to be placed elsewhere.
     pub fn is_leaving(&self) -> bool {
         self.leave_until.is_some()

@@ -1,4 +1,4 @@
-use brigade_base::{Hash, LayerRange, PassId};
+use brigade_base::{Hash, KvTypes, LayerRange, PassId};
 use proptest::prelude::*;
 
 use super::*;
@@ -74,6 +74,8 @@ fn assign(epoch: u64, revision: u32, stages: Vec<StageOrder>) -> Assign {
         context: 64,
         sessions: 2,
         max_rows: 16,
+        kv: KvTypes::default(),
+        adapters: None,
     };
     let model = Some(model).filter(|_| !stages.is_empty());
     Assign { deployment: DEPLOYMENT, epoch: Epoch(epoch), revision, model, stages }

@@ -11,6 +11,7 @@ use brigade_protocol::control::{DEAD_AFTER_MS, Offer, Peer, Progress, ToCoordina
 use brigade_protocol::frame::{Attach, FrameHead};
 use brigade_protocol::handover::Intake;
 use brigade_protocol::kind;
+use brigade_protocol::weights::WeightBytes;
 use brigade_protocol::worker::{Action, DialId, End as StageEnd, HoldId, Input, LinkId, Load, Stages};
 
 use crate::coordinator::Note;
@@ -278,7 +279,8 @@ impl Worker {
         match message {
             ToWorker::Ping { nonce } => {
                 let progress = self.progress(host);
-                self.tell(host, &ToCoordinator::Pong { nonce, resident: ByteSize::mib(1), progress });
+                let (resident, weights) = (ByteSize::mib(1), WeightBytes::default());
+                self.tell(host, &ToCoordinator::Pong { nonce, resident, progress, weights });
             }
             ToWorker::Assign(assign) => self.feed(host, Input::Assign(assign)),
             ToWorker::Join { deployment, epoch } => self.feed(host, Input::Join { deployment, epoch }),
@@ -286,7 +288,11 @@ impl Worker {
             ToWorker::Accept { deployment, .. } => {
                 self.notes.push(Note::Accepted(self.coordinator.node, deployment));
             }
-            ToWorker::Measure(_) | ToWorker::Fellows(_) | ToWorker::Examine | ToWorker::Goodbye { .. } => {}
+            ToWorker::Measure(_)
+            | ToWorker::Fellows(_)
+            | ToWorker::Sources(_)
+            | ToWorker::Examine
+            | ToWorker::Goodbye { .. } => {}
         }
     }
 

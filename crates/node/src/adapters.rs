@@ -1,0 +1,141 @@
+//! LoRA adapters of the served model: opened, checked and hashed where it is coordinated, and cut for each stage.
+//!
+//! The adapters of a deployment and their scales are one *bundle* (see [`brigade_gguf::AdapterView`]). Its header goes to
+//! workers with the model's, and its tensors are had as the model's are, by their hashes. Its identity is a part of a
+//! stage's and of the deployment's: stages with other adapters are loaded anew, and only who has the same may take over.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use brigade_base::Hash;
+use brigade_engine::AdapterSource;
+use brigade_gguf::{
+    AdapterError, AdapterView, Catalog, Manifest, ModelFile, StageView, TensorSource, adapter_bytes, bundle_adapters,
+    check_adapter, model_id,
+};
+use brigade_plan::ModelProfile;
+use brigade_protocol::control::AdapterRef;
+
+use crate::model::{ModelError, manifest};
+use crate::share::Stock;
+
+/// Keeps the identity of a model with adapters apart from every other use of BLAKE3.
+const SERVED_CONTEXT: &str = "brigade 2025 model with adapters v1";
+
+/// An adapter that a user wants.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AdapterFile {
+    /// Its GGUF.
+    pub path: PathBuf,
+    /// What it is multiplied by.
+    pub scale: f32,
+}
+
+/// The adapters of a model.
+pub(crate) struct Adapters {
+    bundle: Catalog,
+    hashes: Vec<Hash>,
+    files: Arc<Files>,
+    id: Hash,
+    names: Vec<String>,
+}
+
+/// The files of a bundle, whose tensors follow each other.
+struct Files(Vec<Arc<ModelFile>>);
+
+impl TensorSource for Files {
+    fn read_tensor(&self, tensor_idx: usize, offset: u64, buf: &mut [u8]) -> std::io::Result<()> {
+        let mut idx = tensor_idx;
+        for file in &self.0 {
+            let n_tensors = file.catalog().tensors().len();
+            if idx < n_tensors {
+                return file.read_at(idx, offset, buf);
+            }
+            idx -= n_tensors;
+        }
+        Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, "the adapters have no such tensor"))
+    }
+}
+
+impl Adapters {
+    /// Opens adapters of `model` and hashes them; the hashes are kept in `state_dir`.
+    ///
+    /// # Errors
+    /// If one is no adapter for the model.
+    pub(crate) fn open(model: &Catalog, adapters: &[AdapterFile], state_dir: &Path) -> Result<Self, ModelError> {
+        let (mut files, mut hashes, mut names) = (Vec::new(), Vec::new(), Vec::new());
+        for AdapterFile { path, scale } in adapters {
+            let file = Arc::new(ModelFile::open(path)?);
+            let catalog = file.catalog();
+            check_adapter(model, catalog).map_err(|source| ModelError::Adapter { path: path.clone(), source })?;
+            let manifest = manifest(&file, &catalog.header_hash(), state_dir, &|_, _| {});
+            let manifest = manifest.map_err(|source| ModelError::Read { path: path.clone(), source })?;
+            hashes.extend(manifest.tensors);
+            let name = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
+            names.push(if *scale == 1.0 { name } else { format!("{name}:{scale}") });
+            files.push(file);
+        }
+        let given: Vec<_> = files.iter().zip(adapters).map(|(file, wanted)| (file.catalog(), wanted.scale)).collect();
+        let bundle = bundle_adapters(model, &given).map_err(ModelError::Adapters)?;
+        let manifest = Manifest { tensors: hashes };
+        let id = Hash::from_bytes(*model_id(&bundle.header_hash(), &manifest).as_bytes());
+        Ok(Self { bundle, hashes: manifest.tensors, files: Arc::new(Files(files)), id, names })
+    }
+
+    /// What they are, scales and bytes.
+    pub(crate) fn id(&self) -> Hash {
+        self.id
+    }
+
+    /// Their names for people, with the scale of those that are scaled.
+    pub(crate) fn names(&self) -> &[String] {
+        &self.names
+    }
+
+    /// What workers need to know of them.
+    pub(crate) fn to_ref(&self) -> AdapterRef {
+        AdapterRef { id: self.id, header: self.bundle.header_bytes(true), tensors: self.hashes.clone() }
+    }
+
+    /// Their tensors, for those who ask for them.
+    pub(crate) fn stock(&self) -> Stock {
+        Stock::new(Arc::clone(&self.files) as Arc<dyn TensorSource>, &self.bundle, &self.hashes)
+    }
+
+    /// What of them a stage of the model needs; `None` if nothing.
+    ///
+    /// # Errors
+    /// As [`AdapterView::new`].
+    pub(crate) fn cut(&self, model: &Catalog, stage: &StageView) -> Result<Option<AdapterSource>, AdapterError> {
+        let view = AdapterView::new(&self.bundle, model, stage)?;
+        let source = Arc::clone(&self.files) as Arc<dyn TensorSource>;
+        Ok(view.map(|view| adapter_source(&view, source)))
+    }
+
+    /// Adds what they take to what the model costs.
+    pub(crate) fn add_to(&self, profile: &mut ModelProfile, model: &Catalog) {
+        // They were checked when they were opened.
+        let Ok((layers, head)) = adapter_bytes(&self.bundle, model, profile.n_layers()) else { return };
+        profile.layer_bytes.iter_mut().zip(layers).for_each(|(all, own)| *all += own);
+        profile.head_bytes += head;
+    }
+}
+
+/// An adapter for the engine, whose tensors are those of `source`.
+pub(crate) fn adapter_source(view: &AdapterView, source: Arc<dyn TensorSource>) -> AdapterSource {
+    AdapterSource {
+        reader: Box::new(view.reader(source)),
+        n_bytes: view.n_bytes(),
+        weight_bytes: view.weight_bytes(),
+        scale: view.scale(),
+    }
+}
+
+/// What a model with these adapters is known by where it is served: the hash of its header if there are none.
+pub(crate) fn served_hash(header_hash: Hash, adapters: Option<&Adapters>) -> Hash {
+    let Some(adapters) = adapters else { return header_hash };
+    let mut hasher = blake3::Hasher::new_derive_key(SERVED_CONTEXT);
+    hasher.update(header_hash.as_bytes());
+    hasher.update(adapters.id.as_bytes());
+    Hash::from_bytes(*hasher.finalize().as_bytes())
+}

@@ -1,0 +1,255 @@
+//! What a deployment does with its model: go on with texts, or make one vector of each.
+//!
+//! The model's metadata decides, unless the operator does ([`PoolingChoice`]). [`Work`] is the outcome, which the
+//! schedule, the last stage and the model's card are made by.
+
+use std::fmt;
+use std::str::FromStr;
+
+use brigade_base::{Pooling, UnknownPooling};
+use brigade_gguf::{Catalog, PLACEHOLDER_VOCAB, Value};
+use brigade_plan::{ModelProfile, Optimize};
+use brigade_protocol::control::MAX_BATCH_ROWS;
+use brigade_protocol::schedule::Task;
+use serde::{Deserialize, Serialize};
+
+use crate::coordinator::{CHUNK, DEFAULT_CONTEXT_MAX};
+use crate::serving::Purpose;
+
+/// Most tokens of a text that travels whole, unless more are asked for. The buffers of every stage are as large as its
+/// rows need: a kilobyte of hidden state takes some twenty there.
+const DEFAULT_TEXT_MAX: u32 = 2048;
+
+/// Models that keep no KV cache: they see a text from both ends.
+const ENCODERS: [&str; 10] = [
+    "bert",
+    "eurobert",
+    "gemma-embedding",
+    "jina-bert-v2",
+    "jina-bert-v3",
+    "llama-embed",
+    "modern-bert",
+    "neo-bert",
+    "nomic-bert",
+    "nomic-bert-moe",
+];
+
+/// What the operator wants of a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PoolingChoice {
+    /// What its metadata says.
+    #[default]
+    Model,
+    /// Text, whatever its metadata says.
+    None,
+    /// Vectors, pooled like this.
+    As(Pooling),
+}
+
+impl fmt::Display for PoolingChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Model => f.write_str("model"),
+            Self::None => f.write_str("none"),
+            Self::As(pooling) => pooling.fmt(f),
+        }
+    }
+}
+
+impl FromStr for PoolingChoice {
+    type Err = UnknownPooling;
+
+    fn from_str(text: &str) -> Result<Self, UnknownPooling> {
+        match text.to_ascii_lowercase().as_str() {
+            "model" => Ok(Self::Model),
+            "none" => Ok(Self::None),
+            other => other.parse().map(Self::As),
+        }
+    }
+}
+
+/// What a deployment does with its model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Work {
+    /// How the last stage pools; `None` where it generates text.
+    pub pooling: Option<Pooling>,
+    /// What prompts are computed for.
+    pub task: Task,
+}
+
+/// A model cannot do what it is asked.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PurposeError {
+    /// It embeds texts, and nothing else.
+    #[error("this {0} model generates no text, it embeds texts; leave --pooling none out")]
+    NoText(String),
+    /// It has no classifier.
+    #[error("this model has no classifier, so it ranks nothing; embed texts with --pooling mean, cls or last")]
+    NoClassifier,
+    /// More tokens are asked for than travel at once.
+    #[error(
+        "--context {asked} is too long: this model takes all of a text at once, and a batch has {most} rows beside one \
+         for each of --parallel; give it {most} or less"
+    )]
+    TooLong {
+        /// Tokens asked for.
+        asked: u32,
+        /// Most tokens.
+        most: u32,
+    },
+}
+
+impl Work {
+    /// What is done with the model of this header.
+    ///
+    /// # Errors
+    /// If the model cannot do what was chosen.
+    pub fn of(catalog: &Catalog, choice: PoolingChoice) -> Result<Self, PurposeError> {
+        let metadata = catalog.metadata();
+        let architecture = metadata.str("general.architecture").unwrap_or_default();
+        let get = |key: &str| metadata.get(&format!("{architecture}.{key}"));
+        let number = |key| get(key).and_then(|value| value.as_u64()).and_then(Pooling::of_gguf);
+        let is_encoder = ENCODERS.contains(&architecture);
+        let is_causal = !is_encoder && !matches!(get("attention.causal"), Some(Value::Bool(false)));
+        let pooling = match choice {
+            PoolingChoice::As(pooling) => Some(pooling),
+            PoolingChoice::None if !is_causal => return Err(PurposeError::NoText(architecture.to_owned())),
+            PoolingChoice::None => None,
+            // A model that sees both ends of a text embeds it, whether it says how or not.
+            PoolingChoice::Model => number("pooling_type").or((!is_causal).then_some(Pooling::Mean)),
+        };
+        let has = |name| catalog.tensor_idx(name).is_some();
+        let has_classifier = has("cls.output.weight") || (architecture == "jina-bert-v2" && has("cls.weight"));
+        if pooling == Some(Pooling::Rank) && !has_classifier {
+            return Err(PurposeError::NoClassifier);
+        }
+        let Some(pooling) = pooling else { return Ok(Self::default()) };
+        // Of a decoder that looks at the last row the others may come before, in chunks.
+        let by_last_row = match pooling {
+            Pooling::Last => true,
+            Pooling::Rank => number("classifier.pooling_type") != Some(Pooling::Mean),
+            Pooling::Mean | Pooling::Cls => false,
+        };
+        Ok(Self { pooling: Some(pooling), task: Task::Pool { at_once: !is_causal || !by_last_row } })
+    }
+
+    /// What requests can ask of it.
+    pub fn purpose(self) -> Purpose {
+        match self.pooling {
+            None => Purpose::Generate,
+            Some(Pooling::Rank) => Purpose::Rank,
+            Some(_) => Purpose::Embed,
+        }
+    }
+
+    fn is_at_once(self) -> bool {
+        self.task == Task::Pool { at_once: true }
+    }
+
+    /// Tokens of a session if nobody asks for more or less.
+    pub fn default_context(self) -> u32 {
+        if self.is_at_once() { DEFAULT_TEXT_MAX } else { DEFAULT_CONTEXT_MAX }
+    }
+
+    /// Checks what is asked for against what travels at once.
+    ///
+    /// # Errors
+    /// If it is more.
+    pub fn check_context(self, asked: u32, parallel: u32) -> Result<u32, PurposeError> {
+        let most = MAX_BATCH_ROWS.saturating_sub(parallel);
+        if self.is_at_once() && asked > most { Err(PurposeError::TooLong { asked, most }) } else { Ok(asked) }
+    }
+
+    /// What the model costs, where it does this: a stage that pools has no head.
+    pub fn profile(self, model: ModelProfile) -> ModelProfile {
+        match self.pooling {
+            None => model,
+            Some(_) => ModelProfile { head_bytes: 0, embedding_bytes: 0, n_vocab: PLACEHOLDER_VOCAB, ..model },
+        }
+    }
+
+    /// What placements are to be best at. What is measured of a model are rows behind others, and a text that travels
+    /// whole has none.
+    pub fn optimize(self, asked: Optimize) -> Optimize {
+        if self.is_at_once() { Optimize::Memory } else { asked }
+    }
+
+    /// Prompt rows of one pass.
+    pub fn chunk(self, context: u32) -> u32 {
+        if self.is_at_once() { context } else { CHUNK }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use brigade_gguf::{Builder, GgmlType, Metadata};
+
+    use super::*;
+
+    fn catalog(architecture: &str, keys: &[(&str, Value)], tensors: &[&str]) -> Catalog {
+        let mut metadata = Metadata::default();
+        metadata.set("general.architecture".to_owned(), Value::String(architecture.to_owned()));
+        for (key, value) in keys {
+            metadata.set(format!("{architecture}.{key}"), value.clone());
+        }
+        let mut builder = Builder::new(&metadata);
+        for name in tensors {
+            builder.tensor(*name, &[32], GgmlType::F32).unwrap();
+        }
+        Catalog::parse_header(&builder.header_bytes()).unwrap()
+    }
+
+    const WHOLE: Task = Task::Pool { at_once: true };
+    const IN_CHUNKS: Task = Task::Pool { at_once: false };
+
+    #[track_caller]
+    fn check(catalog: &Catalog, choice: &str, expected: Result<(Option<Pooling>, Task), &str>) {
+        match (Work::of(catalog, choice.parse().unwrap()), expected) {
+            (Ok(work), Ok(expected)) => assert_eq!((work.pooling, work.task), expected, "{choice}"),
+            (Err(error), Err(expected)) => assert!(error.to_string().contains(expected), "{choice}: {error}"),
+            (found, expected) => panic!("{choice}: {found:?} instead of {expected:?}"),
+        }
+    }
+
+    #[test]
+    fn a_text_model_pools_when_it_is_told() {
+        let llama = catalog("llama", &[], &[]);
+        check(&llama, "model", Ok((None, Task::Generate)));
+        check(&llama, "none", Ok((None, Task::Generate)));
+        check(&llama, "last", Ok((Some(Pooling::Last), IN_CHUNKS)));
+        check(&llama, "mean", Ok((Some(Pooling::Mean), WHOLE)));
+        check(&llama, "rank", Err("no classifier"));
+    }
+
+    #[test]
+    fn metadata_makes_a_model_embed_or_rank() {
+        let last = [("pooling_type", Value::U32(3))];
+        let embedding = catalog("qwen3", &last, &[]);
+        check(&embedding, "model", Ok((Some(Pooling::Last), IN_CHUNKS)));
+        check(&embedding, "none", Ok((None, Task::Generate)));
+        let rank = [("pooling_type", Value::U32(4))];
+        check(&catalog("qwen3", &rank, &["cls.output.weight"]), "model", Ok((Some(Pooling::Rank), IN_CHUNKS)));
+        check(&catalog("bert", &rank, &["cls.output.weight"]), "model", Ok((Some(Pooling::Rank), WHOLE)));
+        check(&catalog("jina-bert-v2", &rank, &["cls.weight"]), "model", Ok((Some(Pooling::Rank), WHOLE)));
+        check(&catalog("bert", &rank, &["cls.weight"]), "model", Err("no classifier"));
+    }
+
+    #[test]
+    fn a_model_that_sees_both_ends_takes_texts_whole() {
+        check(&catalog("bert", &[], &[]), "model", Ok((Some(Pooling::Mean), WHOLE)));
+        check(&catalog("bert", &[], &[]), "cls", Ok((Some(Pooling::Cls), WHOLE)));
+        check(&catalog("bert", &[], &[]), "none", Err("generates no text"));
+        let both_ends = catalog("qwen2", &[("attention.causal", Value::Bool(false))], &[]);
+        check(&both_ends, "last", Ok((Some(Pooling::Last), WHOLE)));
+    }
+
+    #[test]
+    fn texts_that_travel_whole_are_as_long_as_a_batch_at_most() {
+        let work = Work { pooling: Some(Pooling::Mean), task: WHOLE };
+        assert_eq!(work.check_context(MAX_BATCH_ROWS - 4, 4), Ok(MAX_BATCH_ROWS - 4));
+        assert!(work.check_context(MAX_BATCH_ROWS, 4).is_err());
+        assert!(Work::default().check_context(MAX_BATCH_ROWS, 4).is_ok());
+        assert_eq!((work.chunk(512), Work::default().chunk(512)), (512, CHUNK));
+    }
+}

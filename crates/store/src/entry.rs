@@ -1,0 +1,338 @@
+//! What is noted of a model on disk: where it came from, and what its files are.
+//!
+//! ```text
+//! DIR/                        the models directory, <state-dir>/models unless told otherwise
+//!   NAME-KEY/                 one model; KEY tells contents and origins of one name apart
+//!     model.json              its entry
+//!     FILE.gguf ...           its files; with .part and .part.json while they are not complete
+//!   .locks/NAME-KEY           locked by whoever fetches the model, and shared by whoever uses it; never removed
+//! ```
+
+use std::path::{Path, PathBuf};
+
+use ring::digest::{Context, SHA256};
+use serde::{Deserialize, Serialize};
+
+use crate::download::{hex, n_done};
+use crate::files;
+use crate::remote::{RemoteLocation, RemotePart};
+use crate::source::HubSource;
+use crate::split::SplitName;
+
+/// Name of an entry's file.
+const ENTRY: &str = "model.json";
+
+/// Longest entry: 512 files with 2 KB of names each.
+const MAX_ENTRY_BYTES: u64 = 1 << 20;
+
+/// Most revisions that are noted by name; the oldest go first.
+const MAX_REVISIONS: usize = 16;
+
+/// Longest name of a model, so that a folder's name is short enough for every file system.
+const MAX_NAME_BYTES: usize = 100;
+
+/// Longest name of a file: what file systems take, less what is put behind it.
+const MAX_FILE_NAME_BYTES: usize = 200;
+
+/// Digits of the key: 48 bits tell a million models apart.
+const KEY_DIGITS: usize = 12;
+
+/// What is noted of a model.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Entry {
+    /// The name of its folder, made from what was known of it before it was fetched.
+    pub id: String,
+    pub name: String,
+    pub origin: Origin,
+    /// Whether everybody may read it where it came from.
+    pub is_public: bool,
+    pub files: Vec<FileEntry>,
+    /// When it was first asked for, in seconds since 1970.
+    pub added: u64,
+    /// When it was last used, in seconds since 1970.
+    pub last_used: u64,
+}
+
+/// Where a model came from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Origin {
+    /// A repository of the hub.
+    Hub {
+        repository: String,
+        commit: String,
+        /// As what it was asked for, the last one last.
+        revisions: Vec<String>,
+    },
+    /// An address, without what may be a key.
+    Web { url: String },
+}
+
+/// A file of a model.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct FileEntry {
+    /// Its name here.
+    pub name: String,
+    /// Its path in the repository, or its name on the server.
+    pub path: String,
+    /// Where it came from, without what may be a key.
+    pub url: String,
+    pub n_bytes: Option<u64>,
+    pub sha256: Option<String>,
+    pub etag: Option<String>,
+}
+
+impl Entry {
+    /// The entry in a model's folder, if there is one that makes sense.
+    pub fn read(dir: &Path) -> Option<Self> {
+        let entry: Self = files::read_json(&dir.join(ENTRY), MAX_ENTRY_BYTES)?;
+        // Names are joined to the folder, wherever the entry came from.
+        let is_sound = !entry.files.is_empty() && entry.files.iter().all(|file| file.name == local_name(&file.name));
+        is_sound.then_some(entry)
+    }
+
+    pub fn write(&self, dir: &Path) -> std::io::Result<()> {
+        files::write_json(&dir.join(ENTRY), self)
+    }
+
+    /// What is to be fetched; noted as used at `now`, in seconds since 1970.
+    pub fn new(origin: Origin, is_public: bool, files: Vec<FileEntry>, now: u64) -> Self {
+        let name = files.first().map_or_else(|| "model".to_owned(), |file| model_name(&file.path));
+        let mut entry = Self { id: String::new(), name, origin, is_public, files, added: now, last_used: now };
+        entry.id = entry.make_id();
+        entry
+    }
+
+    fn make_id(&self) -> String {
+        let mut context = Context::new(&SHA256);
+        let mut add = |text: &str| {
+            context.update(&(text.len() as u64).to_le_bytes());
+            context.update(text.as_bytes());
+        };
+        match &self.origin {
+            Origin::Hub { repository, .. } => add(&repository.to_ascii_lowercase()),
+            Origin::Web { url } => add(url),
+        }
+        for file in &self.files {
+            add(&file.path);
+            let length = file.n_bytes.map(|n| n.to_string()).unwrap_or_default();
+            match (&self.origin, &file.sha256) {
+                (_, Some(sha256)) => add(sha256),
+                (Origin::Hub { commit, .. }, None) => add(&format!("{commit} {length}")),
+                (Origin::Web { .. }, None) => add(&format!("{} {length}", file.etag.as_deref().unwrap_or(""))),
+            }
+        }
+        format!("{}-{}", self.name, &hex(context.finish().as_ref())[..KEY_DIGITS])
+    }
+
+    /// As it could be asked for.
+    pub fn source(&self) -> String {
+        match (&self.origin, self.files.first()) {
+            (Origin::Hub { repository, revisions, .. }, Some(file)) => {
+                let revision = revisions.last().filter(|revision| *revision != "main");
+                let revision = revision.map(|revision| format!("@{revision}")).unwrap_or_default();
+                format!("hf:{repository}:{}{revision}", file.path)
+            }
+            (Origin::Hub { repository, .. }, None) => format!("hf:{repository}"),
+            (Origin::Web { url }, _) => url.clone(),
+        }
+    }
+
+    /// The commit of its repository.
+    pub fn commit(&self) -> Option<String> {
+        match &self.origin {
+            Origin::Hub { commit, .. } => Some(commit.clone()),
+            Origin::Web { .. } => None,
+        }
+    }
+
+    /// Whether it is of this repository and revision.
+    pub fn is_of(&self, source: &HubSource) -> bool {
+        match &self.origin {
+            Origin::Hub { repository, commit, revisions } => {
+                let revision = source.revision();
+                repository.eq_ignore_ascii_case(&source.repository)
+                    && (commit == revision || revisions.iter().any(|known| known == revision))
+            }
+            Origin::Web { .. } => false,
+        }
+    }
+
+    /// Takes over what another entry of the same model knows besides.
+    pub fn merge(&mut self, older: Self) {
+        self.added = older.added;
+        if let (Origin::Hub { revisions, .. }, Origin::Hub { revisions: known, .. }) = (&mut self.origin, older.origin)
+        {
+            let new = std::mem::replace(revisions, known);
+            revisions.retain(|revision| !new.contains(revision));
+            revisions.extend(new);
+            let n_too_many = revisions.len().saturating_sub(MAX_REVISIONS);
+            revisions.drain(..n_too_many);
+        }
+        for (file, old) in self.files.iter_mut().zip(older.files) {
+            file.sha256 = file.sha256.take().or(old.sha256);
+            file.etag = file.etag.take().or(old.etag);
+            file.n_bytes = file.n_bytes.or(old.n_bytes);
+        }
+    }
+
+    /// Bytes of all files, where all are known.
+    pub fn n_bytes(&self) -> Option<u64> {
+        self.files.iter().map(|file| file.n_bytes).sum()
+    }
+
+    /// Bytes of each file that are in its folder.
+    pub fn n_done(&self, dir: &Path) -> Vec<u64> {
+        self.files.iter().map(|file| file.n_done(dir)).collect()
+    }
+
+    /// Whether all files are there and verified.
+    pub fn is_complete(&self, dir: &Path) -> bool {
+        self.files.iter().all(|file| file.is_complete(dir))
+    }
+
+    /// Where workers could fetch it.
+    pub fn location(&self) -> Option<RemoteLocation> {
+        let part = |file: &FileEntry| {
+            let n_bytes = file.n_bytes?;
+            Some(RemotePart { url: file.url.clone(), n_bytes, sha256: file.sha256.clone(), etag: file.etag.clone() })
+        };
+        let parts = self.files.iter().map(part).collect::<Option<Vec<_>>>()?;
+        Some(RemoteLocation { parts, is_public: self.is_public })
+    }
+}
+
+impl FileEntry {
+    pub fn local(&self, dir: &Path) -> PathBuf {
+        dir.join(&self.name)
+    }
+
+    /// A file gets its name only when it has been verified; its length tells whether it was cut since.
+    pub fn is_complete(&self, dir: &Path) -> bool {
+        let length = std::fs::metadata(self.local(dir)).ok().filter(std::fs::Metadata::is_file).map(|meta| meta.len());
+        length.is_some() && (self.n_bytes.is_none() || length == self.n_bytes)
+    }
+
+    fn n_done(&self, dir: &Path) -> u64 {
+        let path = self.local(dir);
+        std::fs::metadata(&path).map(|meta| meta.len()).unwrap_or_else(|_| n_done(&path))
+    }
+}
+
+/// The name of a model whose first file is called so.
+pub(crate) fn model_name(path: &str) -> String {
+    let name = local_name(path.rsplit('/').next().unwrap_or(path));
+    let stem = match SplitName::parse(&name) {
+        Some(split) => split.prefix.to_owned(),
+        None => name.strip_suffix(".gguf").unwrap_or(&name).to_owned(),
+    };
+    let end = stem.len().min(MAX_NAME_BYTES);
+    if stem.is_empty() { "model".to_owned() } else { stem[..end].to_owned() }
+}
+
+/// A file's name as it is here: plain characters, no beginning that hides it, and an ending that tells what it is.
+pub(crate) fn local_name(name: &str) -> String {
+    let plain = |c: char| if c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '+') { c } else { '_' };
+    let name: String = name.chars().map(plain).collect();
+    let name = name.trim_start_matches(['.', '-']);
+    let stem = match name.len().checked_sub(5).map(|at| name.split_at(at)) {
+        Some((stem, ending)) if ending.eq_ignore_ascii_case(".gguf") => stem,
+        _ => name,
+    };
+    // The end of a long name tells parts apart.
+    let stem = &stem[stem.len().saturating_sub(MAX_FILE_NAME_BYTES)..];
+    let stem = stem.trim_start_matches(['.', '-']);
+    if stem.is_empty() { "model.gguf".to_owned() } else { format!("{stem}.gguf") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry() -> Entry {
+        let file = FileEntry {
+            name: "m-q8_0.gguf".to_owned(),
+            path: "d/m-q8_0.gguf".to_owned(),
+            url: "https://hub/o/r/resolve/c/d/m-q8_0.gguf".to_owned(),
+            n_bytes: Some(4),
+            sha256: None,
+            etag: None,
+        };
+        let origin =
+            Origin::Hub { repository: "o/r".to_owned(), commit: "c".to_owned(), revisions: vec!["main".to_owned()] };
+        Entry::new(origin, true, vec![file], 1)
+    }
+
+    #[test]
+    fn an_entry_is_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(Entry::read(dir.path()), None);
+        entry().write(dir.path()).unwrap();
+        assert_eq!(Entry::read(dir.path()), Some(entry()));
+        assert!(!entry().is_complete(dir.path()));
+        std::fs::write(dir.path().join("m-q8_0.gguf"), "GGU").unwrap();
+        assert!(!entry().is_complete(dir.path()), "a file that was cut");
+        std::fs::write(dir.path().join("m-q8_0.gguf"), "GGUF").unwrap();
+        assert!(entry().is_complete(dir.path()));
+        for (what, bad) in [("above", "../../x.gguf"), ("hidden", ".x.gguf"), ("deep", "a/b.gguf")] {
+            let mut evil = entry();
+            evil.files[0].name = bad.to_owned();
+            evil.write(dir.path()).unwrap();
+            assert_eq!(Entry::read(dir.path()), None, "{what}");
+        }
+        std::fs::write(dir.path().join(ENTRY), "{").unwrap();
+        assert_eq!(Entry::read(dir.path()), None);
+    }
+
+    #[test]
+    fn folders_tell_contents_and_origins_apart() {
+        let id = entry().id;
+        assert!(id.starts_with("m-q8_0-") && id.len() == "m-q8_0-".len() + KEY_DIGITS, "{id}");
+        let change = |change: &dyn Fn(&mut Entry)| {
+            let mut changed = entry();
+            change(&mut changed);
+            changed.make_id()
+        };
+        assert_ne!(change(&|entry| entry.files[0].sha256 = Some("ab".repeat(32))), id);
+        assert_ne!(change(&|entry| entry.files[0].n_bytes = Some(5)), id);
+        assert_ne!(change(&|entry| entry.origin = Origin::Web { url: "https://h/m".to_owned() }), id);
+        assert_eq!(change(&|entry| entry.last_used = 99), id);
+    }
+
+    #[test]
+    fn revisions_gather() {
+        let mut newer = entry();
+        newer.origin =
+            Origin::Hub { repository: "o/r".to_owned(), commit: "c".to_owned(), revisions: vec!["v1".to_owned()] };
+        newer.added = 9;
+        newer.merge(entry());
+        assert_eq!((newer.added, newer.source().as_str()), (1, "hf:o/r:d/m-q8_0.gguf@v1"));
+        let source = |revision: &str| HubSource {
+            repository: "O/R".to_owned(),
+            pick: crate::source::Pick::Any,
+            revision: Some(revision.to_owned()),
+        };
+        assert!(["main", "v1", "c"].iter().all(|revision| newer.is_of(&source(revision))));
+        assert!(!newer.is_of(&source("v2")));
+    }
+
+    #[test]
+    fn names_are_plain() {
+        assert_eq!(model_name("a/b/Q-00001-of-00002.gguf"), "Q");
+        assert_eq!(model_name("m b.GGUF"), "m_b");
+        for (name, expected) in [
+            ("m.gguf", "m.gguf"),
+            ("../../etc/passwd", "_.._etc_passwd.gguf"),
+            (".hidden.gguf", "hidden.gguf"),
+            ("-rf.gguf", "rf.gguf"),
+            ("", "model.gguf"),
+            (".gguf", "gguf.gguf"),
+            ("ä", "_.gguf"),
+        ] {
+            assert_eq!(local_name(name), expected, "{name}");
+            assert_eq!(local_name(expected), expected);
+        }
+        let long = local_name(&format!("{}-00002-of-00003.gguf", "x".repeat(5000)));
+        assert!(long.len() < 210 && long.ends_with("-00002-of-00003.gguf") && local_name(&long) == long);
+    }
+}

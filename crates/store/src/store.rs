@@ -1,0 +1,472 @@
+//! Models on disk, and how they get there.
+//!
+//! ```text
+//! source -> resolve: which files, how long, which hashes (the hub, or the web server)
+//!        -> the folder for them; if all is there, used at once
+//!        -> else locked and downloaded, or waited for while another process does
+//!        -> Opened: the path, held so that nobody removes it
+//! ```
+//!
+//! Without a network (or with `is_offline`) the folder is looked for by what was asked for before.
+
+use std::fs::{self, File, TryLockError};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use brigade_base::ByteSize;
+use brigade_gguf::{Catalog, ModelFile, OpenError};
+
+use crate::choose::{ChoiceError, HubFile, choose};
+use crate::client::Client;
+use crate::download::{DownloadError, Wanted, Watch, download};
+use crate::entry::{Entry, FileEntry, Origin, local_name, model_name};
+use crate::error::FetchError;
+use crate::files;
+use crate::hub;
+use crate::progress::{Event, Listener};
+use crate::remote::{RemoteLocation, RemoteModel};
+use crate::source::{HubSource, ModelSource, SourceError};
+use crate::url::{file_name, part_urls, without_query};
+
+/// How often it is looked whether another process has fetched what this one wants, too.
+const POLL: Duration = Duration::from_millis(100);
+
+/// How often it is looked whether a complete model is locked no more: a listing looks at it for less than a second.
+const MAX_POLLS: u32 = 20;
+
+/// Bytes by which a web server's file is recognised.
+const PROBE_BYTES: u64 = 4;
+
+/// A model could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The text names none.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// It could not be fetched.
+    #[error(transparent)]
+    Fetch(#[from] FetchError),
+    /// A file of it could not be downloaded.
+    #[error(transparent)]
+    Download(#[from] DownloadError),
+    /// It is not clear which files it is.
+    #[error("{repository} at {revision} {source}")]
+    Choice {
+        /// `OWNER/REPOSITORY`.
+        repository: String,
+        /// Branch, tag or commit.
+        revision: String,
+        /// Why.
+        source: ChoiceError,
+    },
+    /// It is not on disk, and servers are not to be asked.
+    #[error(
+        "{source_text} is not among the models in {}, and this runs offline; pull it first: brigade pull {source_text}",
+        dir.display()
+    )]
+    NotHere {
+        /// What was asked for.
+        source_text: String,
+        /// The models directory.
+        dir: PathBuf,
+    },
+    /// The disk is too full.
+    #[error(
+        "{name} needs {} more, and {} are to stay free, but {} has {}; remove something (`brigade models prune`), or \
+         name another disk with --models-dir",
+        ByteSize(*needed), ByteSize(*reserve), dir.display(), ByteSize(*free)
+    )]
+    NoSpace {
+        /// The model.
+        name: String,
+        /// Bytes that are to come.
+        needed: u64,
+        /// Bytes that stay free.
+        reserve: u64,
+        /// Bytes that are free.
+        free: u64,
+        /// Where.
+        dir: PathBuf,
+    },
+    /// What came has no hash to compare with, and is damaged.
+    #[error("what came is damaged and was removed, try again: {source}")]
+    Damaged {
+        /// What is wrong.
+        source: Box<OpenError>,
+    },
+    /// A file is no sound model.
+    #[error(transparent)]
+    File {
+        /// Why.
+        source: Box<OpenError>,
+    },
+    /// The models directory cannot be used.
+    #[error("{} cannot be used: {source}", path.display())]
+    Io {
+        /// What.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// No model is called so.
+    #[error("no model here is called {name:?}; `brigade models` lists them")]
+    UnknownName {
+        /// What was asked for.
+        name: String,
+    },
+}
+
+/// A models directory.
+pub struct Store {
+    dir: PathBuf,
+    client: Client,
+}
+
+/// A model that is on disk. As long as it is held, nobody prunes it.
+#[derive(Debug)]
+pub struct Opened {
+    /// Its first file; the other parts are beside it.
+    pub path: PathBuf,
+    /// Where it came from, for those who fetch parts of it. Only to be handed on if it says `is_public`.
+    pub location: Option<RemoteLocation>,
+    _held: Option<File>,
+}
+
+/// What is in a model's folder.
+enum Found {
+    /// All of it.
+    Here(Opened),
+    /// Not all of it.
+    Incomplete,
+    /// Somebody fetches, removes or looks at it.
+    Locked,
+}
+
+impl Store {
+    /// The directory `dir`, filled by `client`. It is made when something is put there.
+    pub fn new(dir: PathBuf, client: Client) -> Self {
+        Self { dir, client }
+    }
+
+    /// Where it is.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The model at `source`, fetched if it is not here.
+    ///
+    /// # Errors
+    /// If it cannot be had.
+    pub fn open(&self, source: &ModelSource, listener: Listener) -> Result<Opened, StoreError> {
+        if let ModelSource::Local(path) = source {
+            return Ok(Opened { path: path.clone(), location: None, _held: None });
+        }
+        if self.client.settings().is_offline {
+            let not_here = || StoreError::NotHere { source_text: source.to_string(), dir: self.dir.clone() };
+            return self.open_here(source, listener)?.ok_or_else(not_here);
+        }
+        match self.resolve(source, listener) {
+            Ok((entry, wanted)) => self.fetch(entry, &wanted, listener),
+            Err(StoreError::Fetch(error)) if error.is_silence() => match self.open_here(source, listener)? {
+                Some(opened) => {
+                    listener(Event::Fallback { why: error.to_string() });
+                    Ok(opened)
+                }
+                None => Err(error.into()),
+            },
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Name and header of the model at `source`; of one that is not here only the header is read.
+    ///
+    /// # Errors
+    /// If it cannot be had, or is unsound.
+    pub fn look(&self, source: &ModelSource, listener: Listener) -> Result<(String, Catalog), StoreError> {
+        let remote = match source {
+            ModelSource::Local(path) => return look_at(path),
+            _ if self.client.settings().is_offline => return look_at(&self.open(source, listener)?.path),
+            ModelSource::Hub(hub) => {
+                self.resolve_hub(hub, listener).and_then(|(entry, _)| self.look_at(&entry, listener))
+            }
+            ModelSource::Web { url } => {
+                let is_public = without_query(url) == url;
+                let found = RemoteModel::open_urls(self.client.clone(), &part_urls(url), is_public);
+                found.map(|model| (model_name(file_name(url)), model.catalog().clone())).map_err(StoreError::from)
+            }
+        };
+        match remote {
+            Err(StoreError::Fetch(error)) if error.is_silence() => match self.open_here(source, listener)? {
+                Some(opened) => look_at(&opened.path),
+                None => Err(error.into()),
+            },
+            other => other,
+        }
+    }
+
+    fn look_at(&self, entry: &Entry, listener: Listener) -> Result<(String, Catalog), StoreError> {
+        if let Found::Here(opened) = self.use_complete(entry, false, listener)? {
+            return look_at(&opened.path);
+        }
+        let location = entry.location().unwrap_or(RemoteLocation { parts: Vec::new(), is_public: false });
+        let model = RemoteModel::open(self.client.clone(), location)?;
+        Ok((entry.name.clone(), model.catalog().clone()))
+    }
+
+    /// The model that was fetched from `source` before, if it is complete.
+    fn open_here(&self, source: &ModelSource, listener: Listener) -> Result<Option<Opened>, StoreError> {
+        let mut entries: Vec<Entry> = self.entries().into_iter().map(|(_, entry)| entry).collect();
+        // The one that was fetched last wins.
+        entries.sort_by_key(|entry| std::cmp::Reverse(entry.added));
+        entries.retain(|entry| entry.is_complete(&self.dir.join(&entry.id)));
+        let found = match source {
+            ModelSource::Local(_) => None,
+            ModelSource::Web { url } => {
+                let path = without_query(url);
+                entries.iter().find(|entry| entry.files.iter().any(|file| file.url == path))
+            }
+            ModelSource::Hub(source) => {
+                entries.retain(|entry| entry.is_of(source));
+                let file = |file: &FileEntry| HubFile {
+                    path: file.path.clone(),
+                    n_bytes: file.n_bytes.unwrap_or(0),
+                    sha256: file.sha256.clone(),
+                };
+                let files: Vec<_> = entries.iter().flat_map(|entry| entry.files.iter().map(file)).collect();
+                match choose(&files, &source.pick) {
+                    Ok(chosen) => {
+                        let path = chosen.first().map(|file| &file.path);
+                        entries.iter().find(|entry| entry.files.first().map(|file| &file.path) == path)
+                    }
+                    Err(ChoiceError::NoModel | ChoiceError::NoSuch { .. }) => None,
+                    Err(error) => return Err(choice_error(source, error)),
+                }
+            }
+        };
+        let Some(entry) = found else { return Ok(None) };
+        // It is complete, so whoever has it locked looks at it only for a moment.
+        for _ in 0..MAX_POLLS {
+            match self.use_complete(entry, false, listener)? {
+                Found::Here(opened) => return Ok(Some(opened)),
+                Found::Incomplete => return Ok(None),
+                Found::Locked => std::thread::sleep(POLL),
+            }
+        }
+        Ok(None)
+    }
+
+    /// All entries, with their folders.
+    pub(crate) fn entries(&self) -> Vec<(PathBuf, Entry)> {
+        let dirs = fs::read_dir(&self.dir).into_iter().flatten().flatten().map(|dir| dir.path());
+        dirs.filter_map(|dir| Entry::read(&dir).map(|entry| (dir, entry)))
+            // Whoever renames a folder by hand makes it unknown, not wrong.
+            .filter(|(dir, entry)| dir.file_name().is_some_and(|name| name.to_str() == Some(&entry.id)))
+            .collect()
+    }
+
+    /// What `source` is now, by its server.
+    fn resolve(&self, source: &ModelSource, listener: Listener) -> Result<(Entry, Vec<Wanted>), StoreError> {
+        match source {
+            ModelSource::Hub(source) => self.resolve_hub(source, listener),
+            ModelSource::Web { url } => self.resolve_web(url, listener),
+            ModelSource::Local(path) => {
+                let source = io::Error::new(io::ErrorKind::InvalidInput, "this file needs not be fetched");
+                Err(StoreError::Io { path: path.clone(), source })
+            }
+        }
+    }
+
+    fn resolve_hub(&self, source: &HubSource, listener: Listener) -> Result<(Entry, Vec<Wanted>), StoreError> {
+        let (client, repository) = (&self.client, &source.repository);
+        let on_retry = |error: &FetchError, pause| listener(Event::Retrying { why: error.to_string(), pause });
+        let revision = hub::revision(client, repository, source.revision(), &on_retry)?;
+        let listed = hub::files(client, repository, &revision.commit, &on_retry)?;
+        let chosen = choose(&listed, &source.pick).map_err(|error| choice_error(source, error))?;
+        let origin = Origin::Hub {
+            repository: repository.clone(),
+            commit: revision.commit.clone(),
+            revisions: vec![source.revision().to_owned()],
+        };
+        let file = |file: HubFile| FileEntry {
+            name: local_name(file.path.rsplit('/').next().unwrap_or(&file.path)),
+            url: hub::file_url(client, repository, &revision.commit, &file.path),
+            path: file.path,
+            n_bytes: Some(file.n_bytes),
+            sha256: file.sha256,
+            etag: None,
+        };
+        let files: Vec<_> = chosen.into_iter().map(file).collect();
+        let wanted = files.iter().map(|file| file.wanted(file.url.clone())).collect();
+        Ok((Entry::new(origin, revision.is_public, files, now()), wanted))
+    }
+
+    fn resolve_web(&self, url: &str, listener: Listener) -> Result<(Entry, Vec<Wanted>), StoreError> {
+        let on_retry = |error: &FetchError, pause| listener(Event::Retrying { why: error.to_string(), pause });
+        let urls = part_urls(url);
+        let mut files = Vec::new();
+        for url in &urls {
+            let mut beginning = Vec::new();
+            let (target, _) = self.client.probe(url, PROBE_BYTES, &mut beginning, &on_retry)?;
+            let name = file_name(url);
+            files.push(FileEntry {
+                name: local_name(name),
+                path: name.to_owned(),
+                url: without_query(url).to_owned(),
+                n_bytes: target.n_bytes,
+                sha256: None,
+                etag: target.etag,
+            });
+        }
+        let wanted = files.iter().zip(&urls).map(|(file, url)| file.wanted(url.clone())).collect();
+        let shown = urls.first().map_or(url, |first| without_query(first)).to_owned();
+        // What stands behind the path may be a key.
+        let is_public = without_query(url) == url;
+        Ok((Entry::new(Origin::Web { url: shown }, is_public, files, now()), wanted))
+    }
+
+    /// Sees to it that all files of an entry are here.
+    fn fetch(&self, entry: Entry, wanted: &[Wanted], listener: Listener) -> Result<Opened, StoreError> {
+        let id = entry.id.clone();
+        let dir = self.dir.join(&id);
+        self.io(&dir, files::create_private_dir(&dir))?;
+        let mut is_new = false;
+        loop {
+            if let Found::Here(opened) = self.use_complete(&entry, is_new, listener)? {
+                return Ok(opened);
+            }
+            let lock = self.lock_file(&id)?;
+            match lock.try_lock() {
+                Ok(()) => {
+                    is_new = true;
+                    self.download(entry.clone(), &dir, wanted, listener)?;
+                }
+                Err(TryLockError::WouldBlock) => {
+                    let (name, n_bytes) = (entry.name.clone(), entry.n_bytes());
+                    listener(Event::Waiting { name, n_done: entry.n_done(&dir).iter().sum(), n_bytes });
+                    std::thread::sleep(POLL);
+                }
+                Err(TryLockError::Error(error)) => return self.io(&dir, Err(error)),
+            }
+        }
+    }
+
+    /// The model of this entry, if it is complete and nobody changes it.
+    fn use_complete(&self, entry: &Entry, is_new: bool, listener: Listener) -> Result<Found, StoreError> {
+        let id = entry.id.clone();
+        let dir = self.dir.join(&id);
+        let lock = self.lock_file(&id)?;
+        match lock.try_lock_shared() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Ok(Found::Locked),
+            Err(TryLockError::Error(error)) => return self.io(&dir, Err(error)),
+        }
+        let Some(known) = Entry::read(&dir).filter(|known| known.is_complete(&dir)) else {
+            return Ok(Found::Incomplete);
+        };
+        let mut noted = Entry { last_used: now(), ..entry.clone() };
+        noted.merge(known);
+        // A disk that is full or read-only keeps nobody from using what is there.
+        if let Err(error) = noted.write(&dir) {
+            tracing::info!(%error, "the use of a model is not noted");
+        }
+        let path = noted.files.first().map(|file| file.local(&dir)).unwrap_or_default();
+        let location = noted.location();
+        listener(Event::Ready { name: noted.name, is_new });
+        Ok(Found::Here(Opened { path, location, _held: Some(lock) }))
+    }
+
+    /// Downloads what is missing. The lock is held.
+    fn download(&self, mut entry: Entry, dir: &Path, wanted: &[Wanted], listener: Listener) -> Result<(), StoreError> {
+        if let Some(known) = Entry::read(dir) {
+            entry.merge(known);
+        }
+        self.io(dir, entry.write(dir))?;
+        let (n_bytes, mut done) = (entry.n_bytes(), entry.n_done(dir));
+        self.check_space(&entry, dir, &done)?;
+        let (name, n_files) = (entry.name.clone(), wanted.len());
+        listener(Event::Fetching { name, n_files, n_bytes, n_done: done.iter().sum() });
+        let on_retry = |error: &FetchError, pause| listener(Event::Retrying { why: error.to_string(), pause });
+        for (i, wanted) in wanted.iter().enumerate() {
+            let file = &mut entry.files[i];
+            if file.is_complete(dir) {
+                continue;
+            }
+            let before: u64 = done.iter().enumerate().filter(|(other, _)| *other != i).map(|(_, done)| done).sum();
+            let tell = |n_done: u64| listener(Event::Moved { n_done: before + n_done, n_bytes });
+            let found = download(&self.client, wanted, &file.local(dir), Watch { done: &tell, on_retry: &on_retry })?;
+            done[i] = found.n_bytes;
+            file.n_bytes = Some(found.n_bytes);
+            file.etag = found.etag.or(file.etag.take());
+            // Without a hash of the server's the next check is whether it is a whole model.
+            if wanted.sha256.is_none() {
+                tracing::info!(file = file.name, sha256 = found.sha256, "the server tells no hash to compare with");
+            }
+            self.io(dir, entry.write(dir))?;
+        }
+        self.check_model(&entry, dir, wanted)
+    }
+
+    /// Files without a hash are checked by what their headers say of their lengths.
+    fn check_model(&self, entry: &Entry, dir: &Path, wanted: &[Wanted]) -> Result<(), StoreError> {
+        let Some(first) = entry.files.first().filter(|_| wanted.iter().any(|wanted| wanted.sha256.is_none())) else {
+            return Ok(());
+        };
+        let Err(error) = ModelFile::open(first.local(dir)) else { return Ok(()) };
+        for file in &entry.files {
+            self.io(dir, files::remove(&file.local(dir)))?;
+        }
+        Err(StoreError::Damaged { source: Box::new(error) })
+    }
+
+    fn check_space(&self, entry: &Entry, dir: &Path, done: &[u64]) -> Result<(), StoreError> {
+        let (Some(n_bytes), Some(free)) = (entry.n_bytes(), files::free_bytes(dir)) else { return Ok(()) };
+        let needed = n_bytes.saturating_sub(done.iter().sum());
+        let reserve = self.client.limits().reserve_bytes;
+        if needed.saturating_add(reserve) <= free {
+            return Ok(());
+        }
+        let name = entry.name.clone();
+        Err(StoreError::NoSpace { name, needed, reserve, free, dir: self.dir.clone() })
+    }
+
+    /// What is locked by those who fetch, use or remove a model.
+    pub(crate) fn lock_file(&self, id: &str) -> Result<File, StoreError> {
+        let dir = self.dir.join(".locks");
+        self.io(&dir, files::create_private_dir(&dir))?;
+        let path = dir.join(id);
+        self.io(&path, File::options().create(true).truncate(false).write(true).open(&path))
+    }
+
+    pub(crate) fn io<T>(&self, path: &Path, result: io::Result<T>) -> Result<T, StoreError> {
+        result.map_err(|source| StoreError::Io { path: path.to_owned(), source })
+    }
+
+    /// Removes what is in a model's folder. The lock is held.
+    pub(crate) fn remove(&self, dir: &Path) -> Result<(), StoreError> {
+        self.io(dir, fs::remove_dir_all(dir))
+    }
+}
+
+impl FileEntry {
+    fn wanted(&self, url: String) -> Wanted {
+        Wanted { url, n_bytes: self.n_bytes, sha256: self.sha256.clone() }
+    }
+}
+
+/// Name and header of the model in a file.
+fn look_at(path: &Path) -> Result<(String, Catalog), StoreError> {
+    let file = ModelFile::open(path).map_err(|source| StoreError::File { source: Box::new(source) })?;
+    let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    Ok((model_name(&name), file.catalog().clone()))
+}
+
+fn choice_error(source: &HubSource, error: ChoiceError) -> StoreError {
+    let (repository, revision) = (source.repository.clone(), source.revision().to_owned());
+    StoreError::Choice { repository, revision, source: error }
+}
+
+/// Seconds since 1970.
+pub(crate) fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
