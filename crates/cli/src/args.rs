@@ -15,8 +15,8 @@ use crate::models::ModelsArgs;
 use crate::pull::PullArgs;
 use crate::sources::SourceArgs;
 use crate::values::{
-    NamedNode, adapter, direct_fetch, listen_address, named_node, node_name, optimize, prefix_cache, price, request_timeout,
-    temperature, throttle, ticket_ttl, wait,
+    NamedNode, adapter, direct_fetch, listen_address, named_node, node_name, optimize, prefix_cache, price,
+    request_timeout, temperature, throttle, ticket_ttl, wait,
 };
 
 /// Pools the machines you own and serves one language model that none of them can hold.

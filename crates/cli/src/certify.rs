@@ -108,7 +108,11 @@ pub fn run(args: &CertifyArgs) -> Result<(), Failure> {
         Err(CertifyError::Refused(reason)) => refused(&opened.path, &file, reason),
         Err(error) => return Err(Failure::run(error)),
     };
-    if args.json { output::json(&answer)? } else { print(&answer)? }
+    if args.json {
+        output::json(&answer)?
+    } else {
+        print(&answer)?
+    }
     end(&answer, result.as_ref().ok().map(Report::verdict))
 }
 
@@ -190,7 +194,10 @@ fn found(path: &Path, report: &Report) -> Answer {
 }
 
 fn print(answer: &Answer) -> Result<(), Failure> {
-    output::line(format_args!("{} ({}, {} layers): {}", answer.model, answer.architecture, answer.layers, answer.verdict))?;
+    output::line(format_args!(
+        "{} ({}, {} layers): {}",
+        answer.model, answer.architecture, answer.layers, answer.verdict
+    ))?;
     if let Some(reason) = &answer.reason {
         output::line(format_args!("  {reason}"))?;
     }

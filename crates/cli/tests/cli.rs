@@ -17,7 +17,8 @@ fn parsed(args: &[&str]) -> Value {
 
 #[test]
 fn every_verb_explains_itself() {
-    for verb in ["serve", "join", "leave", "chat", "status", "inspect", "plan", "ticket", "doctor", "bench"] {
+    for verb in ["serve", "join", "leave", "chat", "status", "inspect", "certify", "plan", "ticket", "doctor", "bench"]
+    {
         for help in ["--help", "-h"] {
             assert!(run(&[verb, help]).ok().contains(&format!("Usage: brigade {verb}")), "{verb}");
         }

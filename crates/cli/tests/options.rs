@@ -42,7 +42,8 @@ fn write_adapter(path: &Path, targets: &[&str], seed: u64) {
     let model = ModelFile::open(abacus()).unwrap();
     let mut metadata = Metadata::new();
     let architecture = model.catalog().metadata().str("general.architecture").unwrap();
-    for (key, value) in [("general.architecture", architecture), ("general.type", "adapter"), ("adapter.type", "lora")] {
+    for (key, value) in [("general.architecture", architecture), ("general.type", "adapter"), ("adapter.type", "lora")]
+    {
         metadata.set(key, value);
     }
     metadata.set("adapter.lora.alpha", 8.0f32);

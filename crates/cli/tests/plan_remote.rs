@@ -265,7 +265,7 @@ fn servers_that_misbehave_are_told_apart() {
         ("empty.gguf".to_owned(), whole(Vec::new())),
         ("endless.gguf".to_owned(), (endless, 1 << 40)),
     ]));
-    for (path, expected) in [
+    let cases = [
         ("ok/missing.gguf", &["is not there (404)", "repository"][..]),
         ("whole/abacus.gguf", &["knows no ranges", "download it"]),
         ("private/abacus.gguf", &["401", "HF_TOKEN goes to the hub alone", "download the file"]),
@@ -280,10 +280,15 @@ fn servers_that_misbehave_are_told_apart() {
         ("ok/short.gguf", &["ends inside its header", "download it again"]),
         ("ok/empty.gguf", &["ends inside its header"]),
         ("ok/endless.gguf", &["more than the limit", "no model file"]),
-    ] {
-        check_error(&format!("{}/{path}", server.url), expected);
-    }
-    check_error("http://127.0.0.1:1/m.gguf", &["cannot be reached"]);
+    ];
+    // At once, since some are asked for again for seconds.
+    std::thread::scope(|scope| {
+        for (path, expected) in cases {
+            let url = format!("{}/{path}", server.url);
+            scope.spawn(move || check_error(&url, expected));
+        }
+        scope.spawn(|| check_error("http://127.0.0.1:1/m.gguf", &["cannot be reached"]));
+    });
     let ended = run(&["plan", "hf:file.gguf"]);
     assert!(ended.code == Some(2) && ended.stderr.contains("hf:OWNER/REPOSITORY:FILE.gguf"), "{ended:?}");
 }

@@ -171,7 +171,8 @@ mod tests {
             append(sys::GGML_LOG_LEVEL_INFO, "sched_reserve:        CPU compute buffer size =    2.00 MiB\n");
             append(sys::GGML_LOG_LEVEL_INFO, "llama_context:        CPU  output buffer size =     1.00 MiB\n");
             append(sys::GGML_LOG_LEVEL_INFO, "load_tensors:         CPU model buffer size =    64.00 MiB\n");
-            let cells = "llama_kv_cache: size =    1.25 MiB (   512 cells,   8 layers,  4/4 seqs), K (f16):    0.75 MiB\n";
+            let cells =
+                "llama_kv_cache: size =    1.25 MiB (   512 cells,   8 layers,  4/4 seqs), K (f16):    0.75 MiB\n";
             append(sys::GGML_LOG_LEVEL_INFO, cells);
         });
         assert_eq!((captured.kv_bytes, captured.compute_bytes), (3 << 19, 3 << 20));

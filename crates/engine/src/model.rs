@@ -13,8 +13,7 @@ use crate::backend::{self, Captured, capture};
 use crate::source::{ReadSeek, Source};
 
 /// Whether this build computes on devices beside the CPU.
-pub const HAS_DEVICES: bool =
-    cfg!(any(feature = "cuda", feature = "metal", feature = "rocm", feature = "vulkan"));
+pub const HAS_DEVICES: bool = cfg!(any(feature = "cuda", feature = "metal", feature = "rocm", feature = "vulkan"));
 
 /// A model was not loaded.
 #[derive(Debug, thiserror::Error)]
@@ -88,9 +87,6 @@ pub enum LoadError {
     #[error("the pooling {0} is not possible: {1}")]
     Pooling(brigade_base::Pooling, &'static str),
 }
-
-/// Longest name of an architecture, with room for the zero byte; the longest known has 16 bytes.
-const MAX_ARCHITECTURE_BYTES: usize = 64;
 
 /// Makes llama.cpp load a model; `None` if no file could be opened.
 type LoadFn<'a> = &'a mut dyn FnMut(sys::llama_model_params) -> Option<*mut sys::llama_model>;
@@ -195,15 +191,15 @@ impl Model {
 
     /// Calls `load` with the parameters that all loads share. It returns `None` if no file could be opened.
     ///
-    /// With AMX it is called twice. llama.cpp then puts matrices into buffers of their own, after a look at each
-    /// matrix alone; latent attention multiplies one by a permuted input, which these buffers do not bear, and the
-    /// process ends. So the metadata is read first, and such a model gets plain buffers.
+    /// With AMX it is called twice. llama.cpp then puts matrices into buffers of their own, after a look at each matrix
+    /// alone, and computes wrongly what some graphs do with them ([`Model::breaks_amx`]). So the metadata is read first,
+    /// and such a model gets plain buffers.
     fn load(content: Content, progress: &mut dyn FnMut(f32) -> bool, load: LoadFn<'_>) -> Result<Self, LoadError> {
         // SAFETY: the function only tells how ggml was compiled.
         let has_amx = unsafe { sys::ggml_cpu_has_amx_int8() } != 0;
         let may_repack = content == Content::Vocabulary || !has_amx || {
             let model = Self::load_once(Content::Vocabulary, true, &mut |_| true, load)?;
-            !model.attends_to_latents()
+            !model.breaks_amx()
         };
         Self::load_once(content, may_repack, progress, load)
     }
@@ -240,19 +236,21 @@ impl Model {
         }
     }
 
-    /// Whether its metadata tells of latent attention (MLA).
-    fn attends_to_latents(&self) -> bool {
-        let value = |key: &str| {
-            let key = CString::new(key).ok()?;
-            let mut text = [0u8; MAX_ARCHITECTURE_BYTES];
-            // SAFETY: the model is loaded, the key is a C string, and the buffer has the length that is told.
-            let n = unsafe {
-                sys::llama_model_meta_val_str(self.raw.as_ptr(), key.as_ptr(), text.as_mut_ptr().cast(), text.len())
-            };
-            (n >= 0).then(|| CStr::from_bytes_until_nul(&text).unwrap_or_default().to_string_lossy().into_owned())
-        };
-        let Some(architecture) = value("general.architecture") else { return false };
-        value(&format!("{architecture}.attention.key_length_mla")).is_some_and(|length| length != "0")
+    /// Whether its graph multiplies matrices by inputs that buffers for AMX do not bear:
+    ///
+    /// - inputs with more than two dimensions, as the layers of recurrent models have them (a text is a plane), gemma3n,
+    ///   and models with several hidden states for a token: the matrix for the second plane is read from behind the
+    ///   only one there is, so the second text of a batch gets nonsense;
+    /// - permuted ones, as latent attention has them: the process ends.
+    fn breaks_amx(&self) -> bool {
+        if self.is_recurrent() {
+            return true;
+        }
+        let is_set = |key| self.number(key).is_some_and(|value| value != 0);
+        let architecture = self.metadata(c"general.architecture");
+        architecture.is_some_and(|name| name == "gemma3n")
+            || is_set("attention.key_length_mla")
+            || is_set("hyper_connection.count")
     }
 
     /// The model for calls of llama.cpp; valid as long as `self`.

@@ -213,11 +213,7 @@ impl Stage {
     ///
     /// # Errors
     /// As [`Stage::load_adapted`].
-    pub fn load_file_adapted(
-        path: &Path,
-        adapters: &[(&Path, f32)],
-        options: StageOptions,
-    ) -> Result<Self, LoadError> {
+    pub fn load_file_adapted(path: &Path, adapters: &[(&Path, f32)], options: StageOptions) -> Result<Self, LoadError> {
         options.check()?;
         let model = Model::from_file(path)?;
         let load = |(path, scale): &(&Path, f32)| Adapter::load_file(&model, path, *scale);

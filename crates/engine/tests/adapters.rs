@@ -10,7 +10,8 @@ use std::sync::Arc;
 use brigade_base::{LayerRange, Token};
 use brigade_engine::{AdapterSource, Input, LoadError, Row, Stage, StageOptions, dequantize_rows};
 use brigade_gguf::{
-    AdapterView, Architecture, Builder, Catalog, GgmlType, Metadata, ModelFile, StageView, TensorSource, bundle_adapters,
+    AdapterView, Architecture, Builder, Catalog, GgmlType, Metadata, ModelFile, StageView, TensorSource,
+    bundle_adapters,
 };
 use support::synthetic::{N_VOCAB, Synthetic, named};
 use support::{abacus, difference, generate, options, tokens};
@@ -63,8 +64,8 @@ impl Lora {
                 for element in bytes.chunks_exact_mut(if is_half { 2 } else { 4 }) {
                     let value = value();
                     // Half precision of a number between 2^-14 and 1, cut off.
-                    let half = (value.to_bits() >> 16 & 0x8000)
-                        | ((value.to_bits() >> 13).wrapping_sub(112 << 10) & 0x7fff);
+                    let half =
+                        (value.to_bits() >> 16 & 0x8000) | ((value.to_bits() >> 13).wrapping_sub(112 << 10) & 0x7fff);
                     match is_half {
                         true if value.abs() < 1e-4 => element.fill(0),
                         true => element.copy_from_slice(&(half as u16).to_le_bytes()),
@@ -128,12 +129,13 @@ impl Adapted {
     }
 
     fn stage(&self, view: &StageView) -> Stage {
-        let adapter = AdapterView::new(&self.bundle, self.model.catalog(), view).unwrap().map(|adapter| AdapterSource {
-            reader: Box::new(adapter.reader(self.files.clone())),
-            n_bytes: adapter.n_bytes(),
-            weight_bytes: adapter.weight_bytes(),
-            scale: adapter.scale(),
-        });
+        let adapter =
+            AdapterView::new(&self.bundle, self.model.catalog(), view).unwrap().map(|adapter| AdapterSource {
+                reader: Box::new(adapter.reader(self.files.clone())),
+                n_bytes: adapter.n_bytes(),
+                weight_bytes: adapter.weight_bytes(),
+                scale: adapter.scale(),
+            });
         let options = StageOptions {
             n_embd: view.n_embd(),
             n_vocab: view.n_vocab(),

@@ -54,7 +54,9 @@ pub enum AdapterError {
     Architecture { found: String, expected: String },
     #[error("its alpha is {alpha}, which is no finite number")]
     Alpha { alpha: f32 },
-    #[error("the scale {scale} is not between -{MAX_SCALE} and {MAX_SCALE}, or is 0; leave an adapter that is to do nothing out")]
+    #[error(
+        "the scale {scale} is not between -{MAX_SCALE} and {MAX_SCALE}, or is 0; leave an adapter that is to do nothing out"
+    )]
     Scale { scale: f32 },
     #[error("its tensor {name:?} is neither a lora_a nor a lora_b")]
     Unknown { name: String },
@@ -64,9 +66,13 @@ pub enum AdapterError {
     NoBase { name: String },
     #[error("it adapts {name:?}: {why}")]
     Unsupported { name: String, why: &'static str },
-    #[error("its pair for {name:?} has the shapes {a:?} and {b:?}, which do not fit {base:?}; it was made for another model")]
+    #[error(
+        "its pair for {name:?} has the shapes {a:?} and {b:?}, which do not fit {base:?}; it was made for another model"
+    )]
     Shape { name: String, a: Vec<u64>, b: Vec<u64>, base: Vec<u64> },
-    #[error("its tensor {name:?} is stored as {ty}; F32, F16, BF16 or Q8_0 would do, but not Q8_0 for several adapters at once")]
+    #[error(
+        "its tensor {name:?} is stored as {ty}; F32, F16, BF16 or Q8_0 would do, but not Q8_0 for several adapters at once"
+    )]
     Type { name: String, ty: GgmlType },
     #[error("it adapts nothing")]
     Empty,
@@ -689,7 +695,9 @@ mod tests {
         let pair = |a: &'static [u64], b: &'static [u64]| {
             of(&[("blk.1.ffn_down.weight.lora_a", a, f), ("blk.1.ffn_down.weight.lora_b", b, f)])
         };
-        for (a, b) in [(&[96, 4][..], &[5, 64][..]), (&[64, 4], &[4, 64]), (&[96, 4], &[4, 96]), (&[96, 4, 2], &[4, 64])] {
+        for (a, b) in
+            [(&[96, 4][..], &[5, 64][..]), (&[64, 4], &[4, 64]), (&[96, 4], &[4, 96]), (&[96, 4, 2], &[4, 64])]
+        {
             assert!(pair(a, b).contains("do not fit"), "{a:?} {b:?}");
         }
         let named = |a: &'static str, b: &'static str| of(&[(a, &[64, 4], f), (b, &[4, 50], f)]);

@@ -45,7 +45,10 @@ pub(crate) fn cut_points(architecture: &Architecture, facts: &Facts) -> Vec<u32>
     let masked = architecture.sliding_window.as_ref().filter(|_| architecture.is_encoder());
     let slides: Vec<bool> = masked.map_or_else(Vec::new, |window| window.slides.clone());
     let sees_all: Vec<bool> = slides.iter().map(|slides| !slides).collect();
-    let cuts = with_kinds(cuts, &[&state, &kv, &facts.rotates, &facts.indexes, &slides, &sees_all]);
+    // The graph of llama4 has an input for layers that do not rotate, every fourth one.
+    let is_still = |layer: u32| architecture.name == "llama4" && (layer + 1).is_multiple_of(4);
+    let still: Vec<bool> = (0..n_layers).map(is_still).collect();
+    let cuts = with_kinds(cuts, &[&still, &state, &kv, &facts.rotates, &facts.indexes, &slides, &sees_all]);
     without_recognised(cuts, architecture)
 }
 

@@ -28,7 +28,8 @@ mod synthetic;
 mod value;
 
 pub use adapter::{
-    AdapterError, AdapterView, MAX_ADAPTER_BYTES, MAX_ADAPTERS, MAX_SCALE, adapter_bytes, bundle_adapters, check_adapter,
+    AdapterError, AdapterView, MAX_ADAPTER_BYTES, MAX_ADAPTERS, MAX_SCALE, adapter_bytes, bundle_adapters,
+    check_adapter,
 };
 pub use architecture::{Architecture, ArchitectureError, SlidingWindow};
 pub use builder::{BuildError, Builder, DATA_ALIGNMENT};

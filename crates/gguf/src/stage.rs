@@ -114,6 +114,7 @@ pub struct StageView {
     stop: Stop,
     looks_up_rows: bool,
     takes_tokens: bool,
+    max_positions: Option<u32>,
     tensors: Vec<usize>,
     weight_bytes: u64,
     file: Arc<VirtualFile>,
@@ -211,6 +212,12 @@ impl StageView {
     /// model is whole.
     pub fn takes_tokens(&self) -> bool {
         self.takes_tokens
+    }
+
+    /// Positions that the model has embeddings for, where it has learned them: libllama ends the process over a token
+    /// behind the last one.
+    pub fn max_positions(&self) -> Option<u32> {
+        self.max_positions
     }
 
     /// Width of a hidden state.
@@ -311,6 +318,7 @@ impl<'a> Draft<'a> {
             stop: self.architecture.rules.stop,
             looks_up_rows: self.architecture.looks_up_rows(),
             takes_tokens: self.architecture.takes_tokens(),
+            max_positions: max_positions(self.catalog),
             tensors,
             weight_bytes: segments.iter().map(|segment| segment.n_bytes).sum(),
             file: Arc::new(VirtualFile { header, segments, n_bytes: data_start + self.builder.n_data_bytes() }),
@@ -471,6 +479,11 @@ fn told_by_layers(source: &Metadata, architecture: &Architecture, layers: LayerR
         told.push(("expert_gating_func", Value::U32(if is_sigmoid { 2 } else { 1 })));
     }
     told
+}
+
+fn max_positions(catalog: &Catalog) -> Option<u32> {
+    let table = catalog.tensor("position_embd.weight")?;
+    Some(table.dims.get(1).and_then(|n| u32::try_from(*n).ok()).unwrap_or(0))
 }
 
 fn input_scale(architecture: &Architecture, layers: LayerRange) -> f32 {

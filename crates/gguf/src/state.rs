@@ -18,6 +18,8 @@ const MAX_SIZE: u64 = 1 << 24;
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Kv {
     layers: Vec<(u64, u64)>,
+    /// Elements of values in the layer with most.
+    widest_value: u64,
     /// Lengths of one head's key and value that occur.
     lengths: Vec<(u64, u64)>,
 }
@@ -59,10 +61,8 @@ impl Kv {
             let n_heads = n_heads * n_loops;
             (n_heads * u64::from(k) + index, if is_latent { 0 } else { n_heads * u64::from(v) })
         };
-        let mut layers: Vec<(u64, u64)> = (0..indexes.len() as u32).map(layer).collect();
-        // Values are stored transposed where attention is computed plainly, which takes as many rows in every layer.
-        let widest = layers.iter().map(|(_, v)| *v).max().unwrap_or(0);
-        layers.iter_mut().filter(|(k, v)| k + v > 0).for_each(|(_, v)| *v = widest);
+        let layers: Vec<(u64, u64)> = (0..indexes.len() as u32).map(layer).collect();
+        let widest_value = layers.iter().map(|(_, v)| *v).max().unwrap_or(0);
         let value = |length: u64| if is_latent { 0 } else { length };
         let mut lengths = vec![(heads.key_length.into(), value(heads.value_length.into()))];
         if rules.is_encoder {
@@ -71,11 +71,14 @@ impl Kv {
         if window.is_some() && !rules.is_encoder {
             lengths.push((key_swa.into(), value(value_swa.into())));
         }
-        Ok(Self { layers, lengths })
+        Ok(Self { layers, widest_value, lengths })
     }
 
     pub(crate) fn bytes_per_token(&self, layer: u32, types: KvTypes) -> u64 {
         let (k, v) = self.layers.get(layer as usize).copied().unwrap_or_default();
+        // Values in F16 are stored transposed, as long as attention is computed plainly, which takes as many rows in every
+        // layer.
+        let v = if types.v == KvType::F16 && k + v > 0 { self.widest_value } else { v };
         types.k.bytes(k).saturating_add(types.v.bytes(v))
     }
 
@@ -119,19 +122,20 @@ impl RecurrentState {
         let groups = if has_groups { key("ssm.group_count", 0)? } else { 0 };
         let size = key("ssm.state_size", 0)?;
         let shift = key("token_shift_count", 2)?;
-        let conv = |n: u64| kernel.saturating_sub(1) * n;
+        let times = |factors: &[u64]| factors.iter().fold(1u64, |product, factor| product.saturating_mul(*factor));
+        let rows = kernel.saturating_sub(1);
         let n_elements = if wkv > 0 {
-            shift * n_embd + n_embd * wkv
+            times(&[shift, n_embd]).saturating_add(times(&[n_embd, wkv]))
         } else if short > 0 {
-            n_embd * (short - 1)
+            times(&[n_embd, short - 1])
         } else if kda > 0 {
-            let rows = if kernel > 0 { kernel - 1 } else { 3 };
-            3 * rows * n_head * kda + kda * kda * n_head
+            let rows = if kernel > 0 { rows } else { 3 };
+            times(&[3, rows, n_head, kda]).saturating_add(times(&[kda, kda, n_head]))
         } else if inner > 0 {
-            conv(inner.saturating_add(groups.saturating_mul(size).saturating_mul(2))).saturating_add(size * inner)
+            let width = inner.saturating_add(times(&[2, groups, size]));
+            times(&[rows, width]).saturating_add(times(&[size, inner]))
         } else {
-            let head = u64::from(heads.key_length);
-            head * head * n_head
+            times(&[heads.key_length.into(), heads.key_length.into(), n_head])
         };
         Ok(Self { layers, n_elements })
     }

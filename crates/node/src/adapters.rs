@@ -139,3 +139,66 @@ pub(crate) fn served_hash(header_hash: Hash, adapters: Option<&Adapters>) -> Has
     hasher.update(adapters.id.as_bytes());
     Hash::from_bytes(*hasher.finalize().as_bytes())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use brigade_base::KvTypes;
+    use brigade_gguf::{Builder, GgmlType, Metadata};
+
+    use super::*;
+    use crate::LocalModel;
+
+    fn write(path: &Path, value: u8) {
+        let mut metadata = Metadata::new();
+        for (key, value) in [("general.architecture", "llama"), ("general.type", "adapter"), ("adapter.type", "lora")] {
+            metadata.set(key, value);
+        }
+        let mut builder = Builder::new(&metadata);
+        builder.tensor("blk.3.attn_q.weight.lora_a", &[256, 2], GgmlType::F32).unwrap();
+        builder.tensor("blk.3.attn_q.weight.lora_b", &[2, 256], GgmlType::F32).unwrap();
+        let fill = |_: usize, _: u64, bytes: &mut [u8]| {
+            bytes.fill(value);
+            Ok(())
+        };
+        builder.write(&mut File::create(path).unwrap(), fill).unwrap();
+    }
+
+    #[test]
+    fn a_model_is_another_one_with_other_adapters_or_scales() {
+        let dir = tempfile::tempdir().unwrap();
+        let [one, other] = ["one.gguf", "other.gguf"].map(|name| dir.path().join(name));
+        write(&one, 1);
+        write(&other, 2);
+        let abacus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/abacus-f16.gguf");
+        let open = |adapters: &[(&PathBuf, f32)]| {
+            let model = LocalModel::open(&abacus, dir.path(), &|_, _| {}).unwrap();
+            let files: Vec<_> =
+                adapters.iter().map(|(path, scale)| AdapterFile { path: (*path).clone(), scale: *scale }).collect();
+            model.with_adapters(&files, dir.path())
+        };
+        let plain = open(&[]).unwrap();
+        assert_eq!(plain.served_hash(), plain.header_hash());
+        let sets: [&[(&PathBuf, f32)]; 5] =
+            [&[], &[(&one, 1.0)], &[(&one, 0.5)], &[(&other, 1.0)], &[(&one, 1.0), (&other, 1.0)]];
+        let hashes = sets.map(|adapters| open(adapters).unwrap().served_hash());
+        for (i, hash) in hashes.iter().enumerate() {
+            assert!(!hashes[..i].contains(hash), "set {i}");
+        }
+        assert_eq!(open(sets[1]).unwrap().served_hash(), hashes[1]);
+
+        let adapted = open(sets[2]).unwrap();
+        let kv = KvTypes::default();
+        let more = adapted.profile(kv).layer_bytes[3] - plain.profile(kv).layer_bytes[3];
+        assert_eq!(more, 2 * 4 * 2 * 256);
+        let adapters = adapted.adapters().unwrap();
+        assert_eq!(adapters.names(), ["one:0.5"]);
+        let told = adapters.to_ref();
+        assert_eq!(told.tensors.len(), Catalog::parse_header(&told.header).unwrap().tensors().len());
+        let missing = open(&[(&dir.path().join("missing.gguf"), 1.0)]);
+        assert!(matches!(missing, Err(ModelError::File(_))));
+        let wrong = open(&[(&abacus, 1.0)]);
+        assert!(matches!(wrong, Err(ModelError::Adapter { source: AdapterError::NotAnAdapter { .. }, .. })));
+    }
+}

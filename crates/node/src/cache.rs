@@ -5,6 +5,7 @@
 //! the middle of a write nor a failing disk can put wrong weights into a model. The least recently used files
 //! go first when the cache is full.
 
+use std::collections::HashSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
@@ -89,16 +90,22 @@ impl Cache {
         Ok(Partial { file: Arc::new(file), path, target: self.path(hash) })
     }
 
-    /// Makes room for `n_bytes` more by removing what was used longest ago, but nothing in `keep`.
+    /// Makes room for `n_bytes` more by removing what was used longest ago, but nothing in `keep`. What of that has begun
+    /// to come counts among the `n_bytes`.
     ///
     /// # Errors
     /// If the directory cannot be read, or even an otherwise empty cache would be too small.
     pub fn make_room(&self, n_bytes: u64, keep: &[Hash]) -> io::Result<()> {
-        let kept: Vec<PathBuf> = keep.iter().flat_map(|hash| [self.path(hash), self.part_path(hash)]).collect();
+        let kept: HashSet<PathBuf> = keep.iter().map(|hash| self.path(hash)).collect();
+        let begun: HashSet<PathBuf> = keep.iter().map(|hash| self.part_path(hash)).collect();
         let mut files: Vec<(SystemTime, u64, PathBuf)> = Vec::new();
         let mut used = 0u64;
         for entry in fs::read_dir(&self.dir)? {
             let entry = entry?;
+            // What has begun to come is part of the bytes to come.
+            if begun.contains(&entry.path()) {
+                continue;
+            }
             let meta = entry.metadata()?;
             used += meta.len();
             if !kept.contains(&entry.path()) {
@@ -259,6 +266,11 @@ mod tests {
         cache.make_room(8, &[needed]).unwrap();
         assert!(cache.get(&old).unwrap().is_none());
         assert!(cache.get(&needed).unwrap().is_some() && cache.get(&young).unwrap().is_some());
+        // A transfer that broke off is no second need for the same bytes.
+        let begun = hash(b"begun");
+        cache.begin(&begun, 8).unwrap().write(7, b"!").unwrap();
+        cache.make_room(8, &[needed, begun]).unwrap();
+        assert!(cache.part_path(&begun).exists() && cache.get(&young).unwrap().is_some());
         let error = cache.make_room(30, &[needed]).unwrap_err();
         assert!(error.to_string().contains("--cache-size"), "{error}");
     }

@@ -56,8 +56,8 @@ pub mod trial;
 mod weights;
 mod worker;
 
-pub use brigade_protocol::schedule::PrefixCache;
 pub use adapters::AdapterFile;
+pub use brigade_protocol::schedule::PrefixCache;
 pub use coordinator::{CHUNK, CoordinatorError, CoordinatorOptions, DEFAULT_CONTEXT_MAX, MAX_WAITING};
 pub use gateway::Gateway;
 pub use handle::Handle;

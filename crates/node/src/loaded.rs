@@ -40,6 +40,19 @@ pub fn options_of(key: &StageKey, view: &StageView, pooling: Option<Pooling>, n_
     stage_options(view, shape, n_threads)
 }
 
+/// Checks that each token of a session of `context` tokens has a position that the model knows.
+///
+/// # Errors
+/// If the model has learned fewer.
+pub fn check_positions(view: &StageView, context: u32) -> Result<(), LoadError> {
+    match view.max_positions() {
+        Some(max) if context > max => {
+            Err(LoadError::Option { name: "n_ctx", value: context.into(), min: 1, max: max.into() })
+        }
+        _ => Ok(()),
+    }
+}
+
 /// What a stage is read from.
 pub struct StageFiles<'a> {
     /// The stage as a GGUF.
@@ -65,6 +78,7 @@ pub fn load_stage(
 ) -> Result<LoadedStage, StageError> {
     let StageFiles { view, source, adapter } = files;
     let options = options_of(&key, view, pooling, n_threads);
+    check_positions(view, key.context)?;
     trial::stage(view, &options)?;
     let stage = Stage::load_adapted(Box::new(view.reader(source)), view.n_bytes(), adapter, options, progress)?;
     let memory = ByteSize(stage.memory().total());

@@ -329,6 +329,9 @@ pub fn model_profile(catalog: &Catalog, kv: KvTypes) -> Result<ModelProfile, Mod
     Ok(profile_of(&architecture, kv))
 }
 
+/// Architectures whose graphs work without flash attention only.
+const NO_FLASH_ATTENTION: [&str; 2] = ["grok", "plm"];
+
 /// Whether keys and values of this model can be stored so.
 ///
 /// # Errors
@@ -344,8 +347,8 @@ pub(crate) fn check_kv(catalog: &Catalog, architecture: &Architecture, kv: KvTyp
     if kv.k != kv.v && latent.and_then(Value::as_u64).is_some_and(|length| length > 0) {
         return refuse("its values are a part of its keys, so both must be stored alike".to_owned());
     }
-    if kv.v != KvType::F16 && name == "grok" {
-        return refuse("llama.cpp has no flash attention for grok, which values in blocks need".to_owned());
+    if kv.v != KvType::F16 && NO_FLASH_ATTENTION.contains(&name) {
+        return refuse(format!("llama.cpp has no flash attention for {name} models, which values in blocks need"));
     }
     Ok(())
 }

@@ -8,6 +8,7 @@ use std::str::FromStr;
 
 use brigade_base::{Pooling, UnknownPooling};
 use brigade_gguf::{Catalog, PLACEHOLDER_VOCAB, Value};
+use brigade_net::MAX_FRAME;
 use brigade_plan::{ModelProfile, Optimize};
 use brigade_protocol::control::MAX_BATCH_ROWS;
 use brigade_protocol::schedule::Task;
@@ -19,6 +20,9 @@ use crate::serving::Purpose;
 /// Most tokens of a text that travels whole, unless more are asked for. The buffers of every stage are as large as its
 /// rows need: a kilobyte of hidden state takes some twenty there.
 const DEFAULT_TEXT_MAX: u32 = 2048;
+
+/// What a frame may hold beside its rows: its head has some dozen bytes for each session and each timing.
+const FRAME_HEAD_BYTES: u64 = 1 << 20;
 
 /// Models that keep no KV cache: they see a text from both ends.
 const ENCODERS: [&str; 10] = [
@@ -147,17 +151,17 @@ impl Work {
         self.task == Task::Pool { at_once: true }
     }
 
-    /// Tokens of a session if nobody asks for more or less.
-    pub fn default_context(self) -> u32 {
-        if self.is_at_once() { DEFAULT_TEXT_MAX } else { DEFAULT_CONTEXT_MAX }
+    /// Tokens of a session if nobody asks for more or less, of a model whose hidden state is `n_embd` wide.
+    pub fn default_context(self, n_embd: u32, parallel: u32) -> u32 {
+        if self.is_at_once() { DEFAULT_TEXT_MAX.min(most_at_once(n_embd, parallel)) } else { DEFAULT_CONTEXT_MAX }
     }
 
     /// Checks what is asked for against what travels at once.
     ///
     /// # Errors
     /// If it is more.
-    pub fn check_context(self, asked: u32, parallel: u32) -> Result<u32, PurposeError> {
-        let most = MAX_BATCH_ROWS.saturating_sub(parallel);
+    pub fn check_context(self, asked: u32, n_embd: u32, parallel: u32) -> Result<u32, PurposeError> {
+        let most = most_at_once(n_embd, parallel);
         if self.is_at_once() && asked > most { Err(PurposeError::TooLong { asked, most }) } else { Ok(asked) }
     }
 
@@ -179,6 +183,13 @@ impl Work {
     pub fn chunk(self, context: u32) -> u32 {
         if self.is_at_once() { context } else { CHUNK }
     }
+}
+
+/// Most tokens of a text whose rows travel in one frame, with one row for each other session beside them.
+fn most_at_once(n_embd: u32, parallel: u32) -> u32 {
+    let row_bytes = 4 * u64::from(n_embd.max(1));
+    let of_a_frame = (MAX_FRAME as u64 - FRAME_HEAD_BYTES) / row_bytes;
+    MAX_BATCH_ROWS.min(u32::try_from(of_a_frame).unwrap_or(u32::MAX)).saturating_sub(parallel)
 }
 
 #[cfg(test)]
@@ -247,9 +258,13 @@ mod tests {
     #[test]
     fn texts_that_travel_whole_are_as_long_as_a_batch_at_most() {
         let work = Work { pooling: Some(Pooling::Mean), task: WHOLE };
-        assert_eq!(work.check_context(MAX_BATCH_ROWS - 4, 4), Ok(MAX_BATCH_ROWS - 4));
-        assert!(work.check_context(MAX_BATCH_ROWS, 4).is_err());
-        assert!(Work::default().check_context(MAX_BATCH_ROWS, 4).is_ok());
+        assert_eq!(work.check_context(MAX_BATCH_ROWS - 4, 64, 4), Ok(MAX_BATCH_ROWS - 4));
+        assert!(work.check_context(MAX_BATCH_ROWS, 64, 4).is_err());
+        assert!(Work::default().check_context(MAX_BATCH_ROWS, 64, 4).is_ok());
+        // 63 MiB hold 2016 rows of 8192 values.
+        assert_eq!(work.check_context(2012, 8192, 4), Ok(2012));
+        assert_eq!(work.check_context(2013, 8192, 4), Err(PurposeError::TooLong { asked: 2013, most: 2012 }));
+        assert_eq!((work.default_context(8192, 4), work.default_context(1024, 4)), (2012, DEFAULT_TEXT_MAX));
         assert_eq!((work.chunk(512), Work::default().chunk(512)), (512, CHUNK));
     }
 }

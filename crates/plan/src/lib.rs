@@ -14,7 +14,7 @@ mod study;
 mod units;
 mod words;
 
-pub use memory::{COMPUTE_FLOOR, HEADROOM_DIVISOR, Rehearsed, StageMemory, stage_memory};
+pub use memory::{COMPUTE_FLOOR, HEADROOM_DIVISOR, Rehearsed, RehearsedRun, StageMemory, stage_memory};
 pub use place::{check_split, place, place_anywhere, predict};
 pub use predict::{ANSWER_TOKENS, Bound, PROMPT_TOKENS, Prediction, RingModel, RingStage, Round, StagePrediction};
 pub use profile::{

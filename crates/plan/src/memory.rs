@@ -53,8 +53,8 @@ impl StageMemory {
     }
 }
 
-/// What the buffers of a model's graphs take for one demand, found out by building the graphs: the architecture, the
-/// types of the weights, and the devices of the node that did it are counted as they are.
+/// What stages of a model take for one demand beside the weights of their layers and the KV cache, found out by building
+/// their graphs: architecture, types of weights, and the devices of the node that did it are counted as they are.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Rehearsed {
     /// Tokens of one session.
@@ -63,24 +63,46 @@ pub struct Rehearsed {
     pub parallel: u32,
     /// Most rows of one batch.
     pub max_rows: u32,
-    /// Short runs of layers, and the bytes that each takes as a stage.
-    pub runs: Vec<(LayerRange, u64)>,
+    /// Short runs of layers.
+    pub runs: Vec<RehearsedRun>,
+}
+
+/// What a run of layers takes as a stage.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RehearsedRun {
+    /// The layers.
+    pub layers: LayerRange,
+    /// Bytes of the buffers of its graphs, and of its logits.
+    pub compute: u64,
+    /// Bytes of tensors that belong to no layer.
+    pub beside_layers: u64,
 }
 
 impl Rehearsed {
-    /// Bytes of a stage of a model with `n_layers`, whose logits take `logits`: those of the smallest run around it, or
-    /// of the largest inside of it, since layers are computed one after the other. `None` if there is neither.
-    fn bytes(&self, layers: LayerRange, n_layers: u32, logits: u64) -> Option<u64> {
+    fn fits(&self, demand: &Demand) -> bool {
+        (self.context, self.parallel, self.max_rows) == (demand.context, demand.parallel, demand.max_rows)
+    }
+
+    /// Bytes of the buffers of a stage of a model with `n_layers`, whose logits take `logits`: those of the smallest run
+    /// around it, or of the largest inside of it, since layers are computed one after the other. `None` if there is
+    /// neither.
+    fn compute(&self, layers: LayerRange, n_layers: u32, logits: u64) -> Option<u64> {
         let is_tail = |run: LayerRange| run.end() == n_layers;
         let contains = |a: LayerRange, b: LayerRange| a.start() <= b.start() && b.end() <= a.end();
-        let same = self.runs.iter().filter(|(run, _)| is_tail(*run) == is_tail(layers));
-        let around = same.filter(|(run, _)| contains(*run, layers)).map(|(_, bytes)| *bytes).min();
-        let inside = self.runs.iter().filter(|(run, _)| contains(layers, *run));
-        let with_logits = |(run, bytes): &(LayerRange, u64)| {
-            let missing = if is_tail(layers) && !is_tail(*run) { logits } else { 0 };
-            bytes.saturating_add(missing)
+        let same = self.runs.iter().filter(|run| is_tail(run.layers) == is_tail(layers));
+        let around = same.filter(|run| contains(run.layers, layers)).map(|run| run.compute).min();
+        let inside = self.runs.iter().filter(|run| contains(layers, run.layers));
+        let with_logits = |run: &RehearsedRun| {
+            let missing = if is_tail(layers) && !is_tail(run.layers) { logits } else { 0 };
+            run.compute.saturating_add(missing)
         };
         around.or_else(|| inside.map(with_logits).max())
+    }
+
+    /// Bytes of tensors that belong to no layer, in a stage with or without the head.
+    fn beside_layers(&self, is_tail: bool, n_layers: u32) -> Option<u64> {
+        let same = self.runs.iter().filter(|run| (run.layers.end() == n_layers) == is_tail);
+        same.map(|run| run.beside_layers).max()
     }
 }
 
@@ -91,12 +113,20 @@ pub fn stage_memory(model: &ModelProfile, demand: &Demand, layers: LayerRange, i
     let floor = if is_tail { COMPUTE_FLOOR + COORDINATOR_FLOOR } else { COMPUTE_FLOOR };
     let kv =
         of(&model.kv_bytes_per_token).saturating_mul(padded_context(demand)).saturating_mul(demand.parallel.into());
+    let rehearsed = model.rehearsed.as_ref().filter(|it| it.fits(demand));
+    let beside = rehearsed.and_then(|it| it.beside_layers(is_tail, model.n_layers())).unwrap_or(0);
+    let beside = if is_tail { beside.max(tail_bytes(model)) } else { beside };
     StageMemory {
-        weights: ByteSize(of(&model.layer_bytes).saturating_add(if is_tail { tail_bytes(model) } else { 0 })),
+        weights: ByteSize(layer_bytes(model, layers).saturating_add(beside)),
         kv: ByteSize(kv.saturating_add(state)),
         compute: ByteSize(compute_bytes(model, demand, layers, is_tail)),
         process: ByteSize(floor),
     }
+}
+
+/// Bytes of the weights of layers.
+pub(crate) fn layer_bytes(model: &ModelProfile, layers: LayerRange) -> u64 {
+    own(&model.layer_bytes, layers).iter().fold(0, |sum, &bytes| sum.saturating_add(bytes))
 }
 
 fn own(bytes: &[u64], layers: LayerRange) -> &[u64] {
@@ -111,10 +141,8 @@ fn padded_context(demand: &Demand) -> u64 {
 fn compute_bytes(model: &ModelProfile, demand: &Demand, layers: LayerRange, is_tail: bool) -> u64 {
     // Logits exist only where tokens are chosen, for one row of each session.
     let logits = if is_tail { 4 * u64::from(model.n_vocab) * u64::from(demand.parallel.max(1)) } else { 0 };
-    let fits =
-        |it: &&Rehearsed| (it.context, it.parallel, it.max_rows) == (demand.context, demand.parallel, demand.max_rows);
-    let rehearsed = model.rehearsed.as_ref().filter(fits);
-    let found = rehearsed.and_then(|rehearsed| rehearsed.bytes(layers, model.n_layers(), logits));
+    let rehearsed = model.rehearsed.as_ref().filter(|it| it.fits(demand));
+    let found = rehearsed.and_then(|rehearsed| rehearsed.compute(layers, model.n_layers(), logits));
     found.unwrap_or_else(|| graph_bytes(model, demand).saturating_add(logits))
 }
 
@@ -153,15 +181,12 @@ mod tests {
     #[test]
     fn what_was_rehearsed_counts_for_its_demand_alone() {
         let range = |start, end| LayerRange::new(start, end).unwrap();
-        let runs = vec![
-            (range(4, 8), 900),
-            (range(3, 7), 510),
-            (range(2, 6), 500),
-            (range(0, 4), 500),
-            (range(7, 8), 300),
-            (range(6, 7), 120),
-            (range(0, 1), 100),
-        ];
+        let runs = [(4, 8, 900), (3, 7, 510), (2, 6, 500), (0, 4, 500), (7, 8, 300), (6, 7, 120), (0, 1, 100)];
+        let run = |(start, end, compute)| {
+            let beside_layers = if end == 8 { 70 } else { 7 };
+            RehearsedRun { layers: range(start, end), compute, beside_layers }
+        };
+        let runs = runs.map(run).to_vec();
         let rehearsed = Rehearsed { context: 512, parallel: 2, max_rows: 64, runs };
         let model = ModelProfile {
             layer_bytes: vec![10; 8],
@@ -171,16 +196,16 @@ mod tests {
             ..ModelProfile::default()
         };
         let demand = Demand { context: 512, parallel: 2, max_rows: 64, ..Demand::default() };
-        let compute = |demand: &Demand, start, end| {
-            stage_memory(&model, demand, range(start, end), end == 8).compute.0
-        };
+        let compute = |demand: &Demand, start, end| stage_memory(&model, demand, range(start, end), end == 8).compute.0;
         // As rehearsed; around it; inside of it; with the head, where logits of 800 bytes are added to the rest.
         for (start, end, bytes) in
             [(0, 1, 100), (0, 4, 500), (0, 2, 500), (6, 7, 120), (0, 7, 510), (7, 8, 300), (4, 8, 900), (0, 8, 1310)]
         {
             assert_eq!(compute(&demand, start, end), bytes, "{start}..{end}");
         }
-        let other = Demand { max_rows: 65, ..demand };
+        let weights = |start, end| stage_memory(&model, &demand, range(start, end), end == 8).weights.0;
+        assert_eq!([weights(0, 3), weights(0, 8)], [37, 150]);
+        let other = Demand { max_rows: 65, ..demand.clone() };
         assert_eq!(compute(&other, 0, 1), 2 * 65 * 512 * 2);
     }
 }

@@ -2,7 +2,7 @@
 
 use brigade_base::LayerRange;
 
-use crate::memory::stage_memory;
+use crate::memory::{layer_bytes, stage_memory};
 use crate::{Demand, ModelProfile};
 
 /// The pieces between places where the model may be cut.
@@ -38,18 +38,21 @@ impl Units {
         for pair in bounds.windows(2) {
             let layers = LayerRange::new(pair[0], pair[1]).ok()?;
             let memory = stage_memory(model, demand, layers, false);
-            let own = memory.weights.0.saturating_add(memory.kv.0);
-            worker_bytes = memory.fixed().max(worker_bytes);
-            let tail = stage_memory(model, demand, layers, true).total().0.saturating_sub(own);
-            tail_bytes = tail.max(tail_bytes);
-            kinds.push((memory.weights, memory.kv));
+            let own = layer_bytes(model, layers).saturating_add(memory.kv.0);
+            // The last one is never a worker's, unless there is no other.
+            if layers.end() < model.n_layers() || bounds.len() == 2 {
+                worker_bytes = memory.total().0.saturating_sub(own).max(worker_bytes);
+            }
+            tail_bytes = stage_memory(model, demand, layers, true).total().0.saturating_sub(own);
+            kinds.push((own, memory.kv));
             work.push(work.last()? + model.work(layers));
             bytes.push(bytes.last()?.saturating_add(own));
         }
         let n = bounds.len() - 1;
         // Several pieces may take more for buffers than any by itself.
         if let (Ok(all), Ok(front)) = (LayerRange::new(0, bounds[n]), LayerRange::new(0, bounds[n - 1])) {
-            worker_bytes = worker_bytes.max(stage_memory(model, demand, front, false).fixed());
+            let most = stage_memory(model, demand, front, false).total().0.saturating_sub(bytes[n - 1]);
+            worker_bytes = worker_bytes.max(most);
             let whole = stage_memory(model, demand, all, true);
             tail_bytes = tail_bytes.max(whole.total().0.saturating_sub(bytes[n]));
         }

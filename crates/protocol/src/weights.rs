@@ -188,7 +188,11 @@ pub struct WeightBytes {
 }
 
 impl Sources {
-    pub(crate) fn check(&self) -> Result<(), DecodeError> {
+    /// Whether a worker takes it.
+    ///
+    /// # Errors
+    /// If something in it is longer than is allowed, or lies outside of its file.
+    pub fn check(&self) -> Result<(), DecodeError> {
         cap("number of sources", self.peers.len() as u64, MAX_SOURCES as u64)?;
         self.peers.iter().try_for_each(|peer| check_addresses(&peer.addresses))?;
         self.hub.as_ref().map_or(Ok(()), Hub::check)

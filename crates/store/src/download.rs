@@ -27,6 +27,7 @@ use serde::{Deserialize, Serialize};
 use crate::client::{Client, Target};
 use crate::error::{Again, FetchError};
 use crate::files;
+use crate::hub::MAX_FILE_BYTES;
 use crate::ranges::Missing;
 use crate::tries::{OnRetry, Tries};
 use crate::url::without_query;
@@ -42,6 +43,9 @@ const TELL_EVERY: Duration = Duration::from_millis(100);
 
 /// Ranges of long files have no fewer bytes than these: asking for one takes as long as these do over a gigabit line.
 const LEAST_RANGE_BYTES: u64 = 8 << 20;
+
+/// After how many bytes it is looked again whether the disk has room for as many more.
+const ROOM_BYTES: u64 = 64 << 20;
 
 /// Longest journal. There are hardly more ranges than connections; ten thousand would have 500 KB.
 const MAX_JOURNAL_BYTES: u64 = 1 << 20;
@@ -357,8 +361,10 @@ impl Download<'_> {
         let mut tries = Tries::new(self.client.limits(), None, self.watch.on_retry);
         loop {
             let file = self.write(File::create(&part))?;
+            let mut room = Room { dir: self.path.parent(), reserve: self.client.limits().reserve_bytes, checked: None };
             let (mut context, mut n_bytes, mut told) = (Context::new(&SHA256), 0u64, Instant::now());
             let mut sink = |piece: &[u8]| {
+                room.check(n_bytes)?;
                 files::write_all_at(&file, piece, n_bytes)?;
                 context.update(piece);
                 n_bytes += piece.len() as u64;
@@ -368,17 +374,49 @@ impl Download<'_> {
                 }
                 Ok(())
             };
-            match self.client.read_whole(target, &mut sink) {
+            let read = self.client.read_whole(target, &mut sink);
+            if read.is_err() {
+                // Nothing of it can be gone on from.
+                self.write(discard(self.path))?;
+            }
+            match read {
                 Ok(()) => {
                     self.write(file.sync_all())?;
                     (self.watch.done)(n_bytes);
                     return Ok((hex(context.finish().as_ref()), n_bytes));
                 }
                 Err(FetchError::Sink { source, .. }) => return self.write(Err(source)),
-                // Nothing of it can be gone on from, so however much came is no progress.
+                // However much came is no progress.
                 Err(error) => tries.failed(error, 0)?,
             }
         }
+    }
+}
+
+/// Looks whether a disk has room for what comes, where nobody says how much that is.
+struct Room<'a> {
+    dir: Option<&'a Path>,
+    reserve: u64,
+    /// Up to where there was room.
+    checked: Option<u64>,
+}
+
+impl Room<'_> {
+    /// Whether the bytes behind the first `n_bytes` may be written.
+    fn check(&mut self, n_bytes: u64) -> io::Result<()> {
+        if self.checked.is_some_and(|checked| n_bytes < checked) {
+            return Ok(());
+        }
+        let free = self.dir.and_then(files::free_bytes).unwrap_or(u64::MAX);
+        if n_bytes > MAX_FILE_BYTES || free < self.reserve.saturating_add(ROOM_BYTES) {
+            let why = format!(
+                "it is {n_bytes} bytes long and goes on, and the disk has {free} left; remove something (`brigade \
+                 models prune`), or name another disk with --models-dir"
+            );
+            return Err(io::Error::new(io::ErrorKind::StorageFull, why));
+        }
+        self.checked = Some(n_bytes.saturating_add(ROOM_BYTES));
+        Ok(())
     }
 }
 

@@ -37,6 +37,29 @@ const MAX_FILE_NAME_BYTES: usize = 200;
 /// Digits of the key: 48 bits tell a million models apart.
 const KEY_DIGITS: usize = 12;
 
+/// Where the locks of models are.
+pub(crate) const LOCKS: &str = ".locks";
+
+/// Whether a folder is a model's. If its entry is damaged, it is known by its name, its lock, and since it holds
+/// nothing else.
+pub(crate) fn is_models_folder(dir: &Path) -> bool {
+    let name = dir.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    if Entry::read(dir).is_some_and(|entry| entry.id == name) {
+        return true;
+    }
+    let is_key = |key: &str| key.len() == KEY_DIGITS && key.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let has_key = name.rsplit_once('-').is_some_and(|(_, key)| is_key(key));
+    let has_lock = dir.with_file_name(LOCKS).join(&name).exists();
+    let mut files = std::fs::read_dir(dir).into_iter().flatten();
+    has_key && has_lock && files.all(|file| file.is_ok_and(|file| is_models_file(&file.file_name().to_string_lossy())))
+}
+
+/// Whether a file of a model's folder may be called so.
+pub(crate) fn is_models_file(name: &str) -> bool {
+    let is_temporary = name.starts_with(files::TEMPORARY);
+    name == ENTRY || is_temporary || [".gguf", ".gguf.part", ".gguf.part.json"].iter().any(|end| name.ends_with(end))
+}
+
 /// What is noted of a model.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Entry {
@@ -282,6 +305,27 @@ mod tests {
         }
         std::fs::write(dir.path().join(ENTRY), "{").unwrap();
         assert_eq!(Entry::read(dir.path()), None);
+    }
+
+    #[test]
+    fn folders_of_others_are_known_by_what_is_in_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let make = |folder: &str, files: &[&str]| {
+            let folder = dir.path().join(folder);
+            std::fs::create_dir_all(&folder).unwrap();
+            files.iter().for_each(|file| std::fs::write(folder.join(file), "").unwrap());
+            folder
+        };
+        let key = "0123456789ab";
+        make(LOCKS, &[&format!("broken-{key}"), &format!("notes-{key}"), "llamas"]);
+        assert!(is_models_folder(&make(&format!("broken-{key}"), &[ENTRY, "m.gguf.part", "m.gguf.part.json"])));
+        assert!(!is_models_folder(&make(&format!("notes-{key}"), &["m.gguf", "notes.txt"])));
+        assert!(!is_models_folder(&make("llamas", &["m.gguf"])));
+        assert!(!is_models_folder(&make(&format!("other-{key}"), &["m.gguf"])));
+        let own = make(&entry().id, &["README.md"]);
+        assert!(!is_models_folder(&own));
+        entry().write(&own).unwrap();
+        assert!(is_models_folder(&own));
     }
 
     #[test]

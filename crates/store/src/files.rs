@@ -7,10 +7,13 @@ use std::path::Path;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+/// How files begin that are about to replace others.
+pub const TEMPORARY: &str = ".new-";
+
 /// Replaces a file by JSON, all or nothing.
 pub fn write_json(path: &Path, value: &impl Serialize) -> io::Result<()> {
     let dir = path.parent().unwrap_or(Path::new("."));
-    let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(dir)?;
+    let mut file = tempfile::Builder::new().prefix(TEMPORARY).tempfile_in(dir)?;
     file.write_all(&serde_json::to_vec_pretty(value)?)?;
     file.as_file().sync_all()?;
     file.persist(path)?;

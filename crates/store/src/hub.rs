@@ -20,7 +20,7 @@ const MAX_REPLY_BYTES: u64 = 4 << 20;
 const MAX_PAGES: usize = 20;
 
 /// Largest file that is believed in: a hundred times the largest one.
-const MAX_FILE_BYTES: u64 = 1 << 46;
+pub(crate) const MAX_FILE_BYTES: u64 = 1 << 46;
 
 /// A state of a repository.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use crate::entry::Entry;
+use crate::entry::{Entry, is_models_folder};
 use crate::store::{Store, StoreError, now};
 
 /// A model on disk.
@@ -151,12 +151,11 @@ impl Store {
         Ok(Pruned { name: model.name.clone(), id: model.id.clone(), bytes: model.bytes_here, outcome })
     }
 
-    /// The folders of models; what begins with a dot is none.
+    /// The folders of models. Whatever else somebody keeps beside them is nobody's business.
     fn folders(&self) -> Vec<PathBuf> {
         let dirs = fs::read_dir(self.dir()).into_iter().flatten().flatten();
-        let is_model = |dir: &fs::DirEntry| {
-            !dir.file_name().to_string_lossy().starts_with('.') && dir.file_type().is_ok_and(|kind| kind.is_dir())
-        };
+        let is_model =
+            |dir: &fs::DirEntry| dir.file_type().is_ok_and(|kind| kind.is_dir()) && is_models_folder(&dir.path());
         dirs.filter(is_model).map(|dir| dir.path()).collect()
     }
 

@@ -20,7 +20,7 @@ use brigade_gguf::{Catalog, ModelFile, OpenError};
 use crate::choose::{ChoiceError, HubFile, choose};
 use crate::client::Client;
 use crate::download::{DownloadError, Wanted, Watch, download};
-use crate::entry::{Entry, FileEntry, Origin, local_name, model_name};
+use crate::entry::{Entry, FileEntry, LOCKS, Origin, is_models_file, local_name, model_name};
 use crate::error::FetchError;
 use crate::files;
 use crate::hub;
@@ -329,7 +329,6 @@ impl Store {
     fn fetch(&self, entry: Entry, wanted: &[Wanted], listener: Listener) -> Result<Opened, StoreError> {
         let id = entry.id.clone();
         let dir = self.dir.join(&id);
-        self.io(&dir, files::create_private_dir(&dir))?;
         let mut is_new = false;
         loop {
             if let Found::Here(opened) = self.use_complete(&entry, is_new, listener)? {
@@ -378,6 +377,7 @@ impl Store {
 
     /// Downloads what is missing. The lock is held.
     fn download(&self, mut entry: Entry, dir: &Path, wanted: &[Wanted], listener: Listener) -> Result<(), StoreError> {
+        self.io(dir, files::create_private_dir(dir))?;
         if let Some(known) = Entry::read(dir) {
             entry.merge(known);
         }
@@ -432,7 +432,7 @@ impl Store {
 
     /// What is locked by those who fetch, use or remove a model.
     pub(crate) fn lock_file(&self, id: &str) -> Result<File, StoreError> {
-        let dir = self.dir.join(".locks");
+        let dir = self.dir.join(LOCKS);
         self.io(&dir, files::create_private_dir(&dir))?;
         let path = dir.join(id);
         self.io(&path, File::options().create(true).truncate(false).write(true).open(&path))
@@ -442,9 +442,18 @@ impl Store {
         result.map_err(|source| StoreError::Io { path: path.to_owned(), source })
     }
 
-    /// Removes what is in a model's folder. The lock is held.
+    /// Removes a model's folder, and of what is in it nothing that is not the model's. The lock is held.
     pub(crate) fn remove(&self, dir: &Path) -> Result<(), StoreError> {
-        self.io(dir, fs::remove_dir_all(dir))
+        for file in self.io(dir, fs::read_dir(dir))? {
+            let file = self.io(dir, file)?;
+            if is_models_file(&file.file_name().to_string_lossy()) {
+                self.io(&file.path(), files::remove(&file.path()))?;
+            }
+        }
+        match fs::remove_dir(dir) {
+            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(()),
+            removed => self.io(dir, removed),
+        }
     }
 }
 

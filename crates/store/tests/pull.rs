@@ -363,6 +363,13 @@ fn a_disk_that_is_too_full_is_noticed_before() {
     shop.settings.limits.reserve_bytes = u64::MAX / 2;
     shop.check_error(HUB, &["m-Q8_0 needs 146.5 KiB more", "brigade models prune", "--models-dir"]);
     assert_eq!(shop.server.n_bytes_sent(), 0);
+    // Nor does a file without a length fill it.
+    let model = std::fs::read(abacus()).unwrap();
+    let mut shop = Shop::of(&[("abacus.gguf", &model)]);
+    shop.settings.limits.reserve_bytes = u64::MAX / 2;
+    shop.server.faults(|_| Some(Fault::Chunked(None)));
+    shop.check_error(&format!("{}/web/abacus.gguf", shop.server.url()), &["goes on, and the disk has", "--models-dir"]);
+    assert_eq!(shop.store().list().unwrap()[0].bytes_here, 0);
 }
 
 #[test]
@@ -392,4 +399,29 @@ fn what_is_in_use_is_not_pruned() {
     assert!(matches!(store.prune(&named("c")), Err(StoreError::UnknownName { .. })));
     assert_eq!(outcomes(&named("a-Q8_0")), [("a-Q8_0".to_owned(), Outcome::Removed)]);
     assert_eq!(store.list().unwrap(), []);
+}
+
+#[test]
+fn what_others_keep_beside_models_stays() {
+    let (shop, _) = shop(1);
+    let opened = shop.open(HUB).unwrap();
+    let (folder, store) = (opened.path.parent().unwrap().to_owned(), shop.store());
+    drop(opened);
+    let notes = folder.join("notes.txt");
+    let foreign = store.dir().join("llamas-0123456789ab/llama.gguf.d/llama.gguf");
+    for file in [&notes, &foreign, &store.dir().join("mine/m.gguf")] {
+        std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+        std::fs::write(file, "mine").unwrap();
+    }
+    let names = vec!["m-Q8_0".to_owned()];
+    for prune in [
+        Prune { older_than_s: Some(0), ..Prune::default() },
+        Prune { keep_bytes: Some(0), ..Prune::default() },
+        Prune::default(),
+    ] {
+        store.prune(&prune).unwrap();
+        assert!(notes.exists() && foreign.exists() && store.dir().join("mine/m.gguf").exists(), "{prune:?}");
+    }
+    assert!(!folder.join("m-Q8_0.gguf").exists() && store.list().unwrap().is_empty());
+    assert!(matches!(store.prune(&Prune { names, ..Prune::default() }), Err(StoreError::UnknownName { .. })));
 }

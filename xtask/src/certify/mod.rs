@@ -68,9 +68,8 @@ pub fn run(args: &CertifyArgs) -> Outcome {
 }
 
 fn wanted(args: &CertifyArgs) -> impl Iterator<Item = &'static Recipe> {
-    let is_wanted = |recipe: &&Recipe| {
-        args.only.as_ref().is_none_or(|only| *only == recipe.name() || *only == recipe.arch)
-    };
+    let is_wanted =
+        |recipe: &&Recipe| args.only.as_ref().is_none_or(|only| *only == recipe.name() || *only == recipe.arch);
     recipe::ALL.iter().filter(is_wanted)
 }
 

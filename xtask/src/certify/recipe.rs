@@ -142,8 +142,7 @@ const NARROW: &[Key] =
     &[("embedding_length", U(64)), ("feed_forward_length", U(96)), ("expert_feed_forward_length", U(32))];
 
 /// A mixture of experts.
-const MOE: &[Key] =
-    &[("expert_count", U(4)), ("expert_used_count", U(2)), ("expert_feed_forward_length", U(256))];
+const MOE: &[Key] = &[("expert_count", U(4)), ("expert_used_count", U(2)), ("expert_feed_forward_length", U(256))];
 
 /// Experts that every token passes.
 const SHARED: &[Key] = &[("expert_shared_count", U(1)), ("expert_shared_feed_forward_length", U(512))];
@@ -159,12 +158,8 @@ const SIGMOID: &[Key] =
 const WINDOW: &[Key] = &[("attention.sliding_window", U(12))];
 
 /// The factors of Granite.
-const SCALES: &[Key] = &[
-    ("logit_scale", F(4.0)),
-    ("residual_scale", F(0.5)),
-    ("embedding_scale", F(3.0)),
-    ("attention.scale", F(0.125)),
-];
+const SCALES: &[Key] =
+    &[("logit_scale", F(4.0)), ("residual_scale", F(0.5)), ("embedding_scale", F(3.0)), ("attention.scale", F(0.125))];
 
 /// Latent attention: one latent row per token, absorbed into the query.
 const MLA: &[Key] = &[
@@ -185,12 +180,8 @@ const INDEXER: &[Key] = &[
     ("attention.indexer.top_k", U(8)),
 ];
 
-const MAMBA: &[Key] = &[
-    ("ssm.conv_kernel", U(4)),
-    ("ssm.inner_size", U(512)),
-    ("ssm.state_size", U(16)),
-    ("ssm.time_step_rank", U(16)),
-];
+const MAMBA: &[Key] =
+    &[("ssm.conv_kernel", U(4)), ("ssm.inner_size", U(512)), ("ssm.state_size", U(16)), ("ssm.time_step_rank", U(16))];
 const MAMBA2: &[Key] = &[
     ("ssm.conv_kernel", U(4)),
     ("ssm.inner_size", U(512)),
@@ -286,10 +277,8 @@ pub const ALL: &[Recipe] = &[
     of("qwen35", 8, &[DELTA, SECTIONS]),
     of("qwen35moe", 8, &[DELTA, SECTIONS, MOE, SHARED]),
     none("clef", "it decides between options, and writes no text"),
-    of("qwen4exp", 8, &[DELTA, SECTIONS, MOE, SHARED, HYPER, INDEXER]).keys(&[
-        ("hyper_connection.low_rank", U(8)),
-        ("attention.compress_ratios", Cycle(&[4])),
-    ]),
+    of("qwen4exp", 8, &[DELTA, SECTIONS, MOE, SHARED, HYPER, INDEXER])
+        .keys(&[("hyper_connection.low_rank", U(8)), ("attention.compress_ratios", Cycle(&[4]))]),
     of("phi2", 4, &[MHA]).keys(&[("rope.dimension_count", U(32))]),
     of("phi3", 4, &[]),
     of("phimoe", 4, &[MOE]),
@@ -312,8 +301,7 @@ pub const ALL: &[Recipe] = &[
         ("rope.dimension_count", U(32)),
     ]),
     of("gemma", 4, &[]),
-    of("gemma2", 4, &[WINDOW])
-        .keys(&[("attn_logit_softcapping", F(50.0)), ("final_logit_softcapping", F(30.0))]),
+    of("gemma2", 4, &[WINDOW]).keys(&[("attn_logit_softcapping", F(50.0)), ("final_logit_softcapping", F(30.0))]),
     of("gemma2", 46, &[WINDOW, NARROW]).variant("46").fixed(),
     of("gemma3", 13, &[WINDOW]).keys(&[("rope.freq_base_swa", F(1000.0))]),
     of("gemma3", 62, &[WINDOW, NARROW]).variant("62").fixed(),
@@ -344,10 +332,8 @@ pub const ALL: &[Recipe] = &[
     of("starcoder2", 4, &[]),
     of("mamba", 4, &[MAMBA]).keys(&[("attention.head_count", U(0)), ("feed_forward_length", U(0))]),
     of("mamba2", 4, &[MAMBA2]).keys(&[("attention.head_count", U(0)), ("feed_forward_length", U(0))]),
-    of("maple", 4, &[MOE, WINDOW]).keys(&[
-        ("attention.sliding_window_pattern", CycleB(&[true, false])),
-        ("swiglu_clamp_exp", CycleF(&[7.0])),
-    ]),
+    of("maple", 4, &[MOE, WINDOW])
+        .keys(&[("attention.sliding_window_pattern", CycleB(&[true, false])), ("swiglu_clamp_exp", CycleF(&[7.0]))]),
     of("jamba", 8, &[MAMBA, HYBRID]),
     of("jamba", 8, &[MAMBA, HYBRID, MOE]).variant("experts"),
     of("falcon-h1", 4, &[MAMBA2]),
@@ -385,22 +371,24 @@ pub const ALL: &[Recipe] = &[
     ]),
     of("deepseek2-ocr", 5, &[MOE, SHARED, LEAD, MHA]),
     of("deepseek32", 5, &[MOE, SHARED, LEAD, SIGMOID, MLA, INDEXER]),
-    of("deepseek4", 8, &[MOE, SHARED, WINDOW, HYPER, INDEXER]).keys(&[
-        ("attention.head_count_kv", U(1)),
-        ("attention.key_length", U(64)),
-        ("attention.value_length", U(64)),
-        ("rope.dimension_count", U(32)),
-        ("attention.q_lora_rank", U(256)),
-        ("attention.output_group_count", U(2)),
-        ("attention.output_lora_rank", U(64)),
-        ("attention.compress_ratios", Cycle(&[0, 4])),
-        ("attention.compress_rope_freq_base", F(160_000.0)),
-        ("hash_layer_count", U(0)),
-        ("swiglu_clamp_exp", F(10.0)),
-        ("expert_gating_func", U(4)),
-        ("expert_weights_norm", B(true)),
-        ("expert_weights_scale", F(1.0)),
-    ]).refused(STREAMS),
+    of("deepseek4", 8, &[MOE, SHARED, WINDOW, HYPER, INDEXER])
+        .keys(&[
+            ("attention.head_count_kv", U(1)),
+            ("attention.key_length", U(64)),
+            ("attention.value_length", U(64)),
+            ("rope.dimension_count", U(32)),
+            ("attention.q_lora_rank", U(256)),
+            ("attention.output_group_count", U(2)),
+            ("attention.output_lora_rank", U(64)),
+            ("attention.compress_ratios", Cycle(&[0, 4])),
+            ("attention.compress_rope_freq_base", F(160_000.0)),
+            ("hash_layer_count", U(0)),
+            ("swiglu_clamp_exp", F(10.0)),
+            ("expert_gating_func", U(4)),
+            ("expert_weights_norm", B(true)),
+            ("expert_weights_scale", F(1.0)),
+        ])
+        .refused(STREAMS),
     of("chatglm", 4, &[]).keys(&[("rope.dimension_count", U(32))]),
     of("glm4", 4, &[]).keys(&[("rope.dimension_count", U(32))]),
     of("glm4", 4, &[SECTIONS]).variant("sections"),
@@ -412,14 +400,10 @@ pub const ALL: &[Recipe] = &[
     of("jais", 4, &[MHA]).keys(&[("attention.max_alibi_bias", F(8.0))]),
     of("jais2", 4, &[]),
     of("nemotron", 4, &[]).keys(&[("rope.dimension_count", U(32))]),
-    of("nemotron_h", 8, &[MAMBA2]).keys(&[
-        ("attention.head_count_kv", Cycle(&[0, 0, 2, 0])),
-        ("feed_forward_length", Cycle(&[0, 512, 0, 512])),
-    ]),
-    of("nemotron_h_moe", 8, &[MAMBA2, MOE, SHARED, SIGMOID]).keys(&[
-        ("attention.head_count_kv", Cycle(&[0, 0, 2, 0])),
-        ("feed_forward_length", Cycle(&[0, 512, 0, 512])),
-    ]),
+    of("nemotron_h", 8, &[MAMBA2])
+        .keys(&[("attention.head_count_kv", Cycle(&[0, 0, 2, 0])), ("feed_forward_length", Cycle(&[0, 512, 0, 512]))]),
+    of("nemotron_h_moe", 8, &[MAMBA2, MOE, SHARED, SIGMOID])
+        .keys(&[("attention.head_count_kv", Cycle(&[0, 0, 2, 0])), ("feed_forward_length", Cycle(&[0, 512, 0, 512]))]),
     of("exaone", 4, &[]),
     of("exaone4", 4, &[]),
     of("exaone4", 64, &[WINDOW, NARROW]).variant("64").fixed(),
@@ -436,12 +420,14 @@ pub const ALL: &[Recipe] = &[
     of("granitemoe", 4, &[SCALES, MOE, SHARED]).variant("shared"),
     of("granitehybrid", 8, &[SCALES, MAMBA2, HYBRID]),
     of("granitehybrid", 8, &[SCALES, MAMBA2, HYBRID, MOE, SHARED]).variant("experts"),
-    of("graniteswitch", 4, &[SCALES]).keys(&[
-        ("adapters.count", U(2)),
-        ("adapters.lora_rank", U(8)),
-        ("adapters.token_ids_activate", Us(&[100, 101])),
-        ("adapters.token_ids_substitute", Us(&[1, 2])),
-    ]).refused("the tokens choose adapters in every layer"),
+    of("graniteswitch", 4, &[SCALES])
+        .keys(&[
+            ("adapters.count", U(2)),
+            ("adapters.lora_rank", U(8)),
+            ("adapters.token_ids_activate", Us(&[100, 101])),
+            ("adapters.token_ids_substitute", Us(&[1, 2])),
+        ])
+        .refused("the tokens choose adapters in every layer"),
     of("granite_swa", 8, &[SCALES, WINDOW])
         .keys(&[("attention.sliding_window_pattern", CycleB(&[true, true, true, false]))]),
     of("chameleon", 4, &[]).keys(&[("vocab_size", U(10_240))]),
@@ -457,14 +443,16 @@ pub const ALL: &[Recipe] = &[
     of("bailingmoe3", 8, &[MOE, SHARED, LEAD, SIGMOID, MLA, KDA, HYBRID_MLA])
         .keys(&[("kda.safe_gate", B(true)), ("kda.gate_lower_bound", F(-5.0))]),
     of("dots1", 5, &[MOE, SHARED, LEAD, SIGMOID, MHA]),
-    of("dots3note", 5, &[MOE, SHARED, LEAD, SIGMOID, MLA, INDEXER, WINDOW]).keys(&[
-        ("attention.kv_lora_rank_swa", U(256)),
-        ("attention.key_length_mla_swa", U(96)),
-        ("attention.value_length_mla_swa", U(64)),
-        ("rope.freq_base_swa", F(1000.0)),
-        ("attention.sliding_window_pattern", CycleB(&[true, false])),
-        ("attention.indexer.types", CycleB(&[true])),
-    ]).refused("its two kinds of latent attention are not known yet"),
+    of("dots3note", 5, &[MOE, SHARED, LEAD, SIGMOID, MLA, INDEXER, WINDOW])
+        .keys(&[
+            ("attention.kv_lora_rank_swa", U(256)),
+            ("attention.key_length_mla_swa", U(96)),
+            ("attention.value_length_mla_swa", U(64)),
+            ("rope.freq_base_swa", F(1000.0)),
+            ("attention.sliding_window_pattern", CycleB(&[true, false])),
+            ("attention.indexer.types", CycleB(&[true])),
+        ])
+        .refused("its two kinds of latent attention are not known yet"),
     of("arcee", 4, &[]),
     of("afmoe", 9, &[WINDOW, MOE, SHARED, LEAD, SIGMOID]),
     of("laguna", 9, &[WINDOW, MOE, SHARED, LEAD, SIGMOID]),
@@ -497,12 +485,15 @@ pub const ALL: &[Recipe] = &[
         ("xielu.eps", F(-1e-6)),
     ]),
     of("minimax-01", 8, &[MOE]).keys(&[("residual_scale", F(2.0)), ("full_attention_interval", U(4))]),
-    of("hrm_text", 8, &[]).fixed().keys(&[
-        ("hrm.layers_per_stack", U(2)),
-        ("hrm.h_cycles", U(2)),
-        ("hrm.l_cycles", U(1)),
-        ("embedding_scale", F(2.0)),
-    ]).refused("its layers are run more than once"),
+    of("hrm_text", 8, &[])
+        .fixed()
+        .keys(&[
+            ("hrm.layers_per_stack", U(2)),
+            ("hrm.h_cycles", U(2)),
+            ("hrm.l_cycles", U(1)),
+            ("embedding_scale", F(2.0)),
+        ])
+        .refused("its layers are run more than once"),
     of("minimax-m2", 4, &[MOE, SIGMOID]),
     of("minimax-m3", 5, &[MOE, SHARED, LEAD, SIGMOID]).keys(&[
         ("rope.dimension_count", U(32)),
@@ -536,12 +527,14 @@ pub const ALL: &[Recipe] = &[
         ("expert_latent_length", U(256)),
         ("kda.gate_lower_bound", F(-5.0)),
     ]),
-    of("glm5-next", 8, &[MOE, SHARED, LEAD, SIGMOID, MLA, KDA, HYBRID_MLA, HYPER, INDEXER]).keys(&[
-        ("attention.key_length", U(256)),
-        ("rope.dimension_count", U(0)),
-        ("attention.indexer.kpool", U(4)),
-        ("kda.gate_lower_bound", F(-5.0)),
-    ]).refused(STREAMS),
+    of("glm5-next", 8, &[MOE, SHARED, LEAD, SIGMOID, MLA, KDA, HYBRID_MLA, HYPER, INDEXER])
+        .keys(&[
+            ("attention.key_length", U(256)),
+            ("rope.dimension_count", U(0)),
+            ("attention.indexer.kpool", U(4)),
+            ("kda.gate_lower_bound", F(-5.0)),
+        ])
+        .refused(STREAMS),
     of("talkie", 4, &[]).keys(&[("logit_scale", F(0.5))]),
     of("mellum", 8, &[MOE, WINDOW]),
     of("nanbeige", 4, &[]).keys(&[("num_loops", U(2))]),

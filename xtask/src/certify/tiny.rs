@@ -124,7 +124,7 @@ fn range_of(shape: &TensorShape) -> (f32, f32) {
         () if has("ssm_dt.bias") => (-2.5, 1.3),
         () if has("ssm_a") => (-2.0, 1.5),
         () if name.ends_with(".bias") => (0.0, 0.1),
-        () if has("norm") || has("ssm_d") || has("layer_output_scale") || has("gamma") => (1.0, 0.3),
+        () if has("norm") || has("ssm_d") || has("layer_output_scale") || has("gamma") || has("ffn.act") => (1.0, 0.3),
         () if has("rope_f") => (1.5, 0.5),
         () if has("time_mix_decay.") || has("time_mix_w0") => (-1.0, 1.0),
         () if has("lerp") || has("time_mix_k_a") || has("time_mix_k_k") => (0.5, 0.5),

@@ -15,6 +15,8 @@ mod compare;
 mod plans;
 mod run;
 mod script;
+#[cfg(test)]
+mod tests;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -200,6 +202,9 @@ pub fn certify(
     let architecture = Architecture::of(catalog).map_err(|error| CertifyError::Refused(error.to_string()))?;
     let pooling = Work::of(catalog, PoolingChoice::Model)?.pooling;
     let n_tokens = options.n_tokens.clamp(MIN_TOKENS, MAX_TOKENS).min(architecture.n_ctx_train);
+    if n_tokens < script::MIN_TOKENS {
+        return Err(CertifyError::Refused(format!("it is for texts of {n_tokens} tokens, too few for any examination")));
+    }
     let script = match pooling {
         Some(_) => Script::of_texts(n_tokens, architecture.n_vocab, options.seed),
         None => Script::of_sessions(n_tokens, architecture.n_vocab, !architecture.is_recurrent(), options.seed),
@@ -220,6 +225,9 @@ pub fn certify(
         (None, Ok(results)) => results.clone(),
         (None, Err(error)) => return Err(CertifyError::Whole(error.clone())),
     };
+    if wanted.iter().flatten().any(|value| value.is_nan()) {
+        return Err(CertifyError::Whole("it yields values that are no numbers".to_owned()));
+    }
     let outcome = |results: Result<run::Results, String>| match results {
         Ok(results) => Outcome::Compared(compare::compare(&script, &wanted, &results)),
         Err(error) => Outcome::Failed(error),

@@ -83,11 +83,7 @@ impl Runner<'_> {
     }
 
     /// Runs all passes; `given` tells what enters each of them.
-    fn each<'a>(
-        &'a self,
-        stage: &mut Stage,
-        given: impl Fn(usize, &'a Pass) -> Given<'a>,
-    ) -> Result<Results, String> {
+    fn each<'a>(&'a self, stage: &mut Stage, given: impl Fn(usize, &'a Pass) -> Given<'a>) -> Result<Results, String> {
         let mut results = Vec::with_capacity(self.script.passes.len());
         for (idx, pass) in self.script.passes.iter().enumerate() {
             if let Some(rewind) = pass.rewind {

@@ -11,6 +11,9 @@
 use brigade_base::Token;
 use brigade_engine::Row;
 
+/// Fewest tokens that a script can be made of: each chunk of a prompt has two rows.
+pub(super) const MIN_TOKENS: u32 = 8;
+
 /// Something that happens to a session before a pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Rewind {
@@ -45,7 +48,7 @@ struct Part {
 }
 
 impl Script {
-    /// Two sessions of `n_tokens`, which is 8 at least; without `can_rewind` they are cleared to go back.
+    /// Two sessions of `n_tokens`, which is [`MIN_TOKENS`] at least; without `can_rewind` they are cleared to go back.
     pub(super) fn of_sessions(n_tokens: u32, n_vocab: u32, can_rewind: bool, seed: u64) -> Self {
         let draft = Draft { n_vocab, seed };
         let part = |slot, start, n| Part { slot, start, n, take: 0 };

@@ -168,16 +168,19 @@ fn row_bytes(n_embd: u32) -> u64 {
 }
 
 /// Tokens of a session: what was asked for, or what the model and this program's default allow.
-fn context_of(model: &LocalModel, work: Work, asked: Option<u32>) -> Result<u32, CoordinatorError> {
+fn context_of(model: &LocalModel, work: Work, asked: Option<u32>, parallel: u32) -> Result<u32, CoordinatorError> {
     let trained = model.architecture().n_ctx_train;
-    match asked {
+    let default = work.default_context(model.architecture().n_embd, parallel);
+    let context = match asked {
         Some(context) if trained > 0 && context > trained => Err(CoordinatorError::Setting(format!(
             "--context {context} is more than the {trained} tokens that this model was trained for"
         ))),
         Some(context) => Ok(context),
-        None if trained > 0 => Ok(trained.min(work.default_context())),
-        None => Ok(work.default_context()),
-    }
+        None if trained > 0 => Ok(trained.min(default)),
+        None => Ok(default),
+    };
+    let setting = |error: PurposeError| CoordinatorError::Setting(error.to_string());
+    work.check_context(context?, model.architecture().n_embd, parallel).map_err(setting)
 }
 
 /// The profile with what the buffers of the model's graphs take, where that can be found out.
@@ -219,8 +222,7 @@ impl Coordinator {
         let members = Arc::new(Mutex::new(members));
         let setting = |error: PurposeError| CoordinatorError::Setting(error.to_string());
         let work = Work::of(model.file().catalog(), options.pooling).map_err(setting)?;
-        let context =
-            work.check_context(context_of(&model, work, options.context)?, options.parallel).map_err(setting)?;
+        let context = context_of(&model, work, options.context, options.parallel)?;
         check_kv(model.file().catalog(), model.architecture(), options.kv)?;
         let profile = work.profile(model.profile(options.kv));
         if let Some(split) = &options.split {

@@ -72,7 +72,12 @@ impl Owner {
             let others = self.workers.keys().filter(|other| *other != id);
             let peers = others.map(|node| self.peer(*node)).filter(|peer| !peer.addresses.is_empty());
             let hub = hub(&self.model, &self.claims.of(*id), self.options.direct_fetch);
-            let sources = Sources { peers: peers.take(MAX_SOURCES).collect(), hub };
+            let mut sources = Sources { peers: peers.take(MAX_SOURCES).collect(), hub };
+            // No worker would take it: its addresses are too long.
+            if let Err(error) = sources.check() {
+                tracing::debug!(%error, "workers are not sent to the hub");
+                sources.hub = None;
+            }
             self.send(*id, ToWorker::Sources(Box::new(sources)));
         }
     }

@@ -12,6 +12,7 @@ use brigade_gguf::{StageView, TensorSource};
 use brigade_protocol::frame::RowSet;
 
 use crate::images::Images;
+use crate::loaded::check_positions;
 use crate::sizes::{StageShape, stage_options};
 use crate::stage_pass::{PassError, PassRunner};
 
@@ -62,6 +63,7 @@ impl Bench {
         n_threads: u32,
         go_on: &mut dyn FnMut(f32) -> bool,
     ) -> Result<Self, LoadError> {
+        check_positions(view, shape.n_ctx)?;
         let options = shape.options(view, n_threads);
         let begin = Instant::now();
         let stage = Stage::load(Box::new(view.reader(source)), view.n_bytes(), options, go_on)?;

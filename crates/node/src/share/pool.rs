@@ -284,12 +284,13 @@ impl Pool {
         self.tensors.iter().map(missing).sum()
     }
 
-    /// A tensor that nobody has, or is hoped to have.
+    /// A tensor that nobody can bring, or is hoped to.
     pub fn hopeless(&self) -> Option<usize> {
         if self.is_anybody_hoped() {
             return None;
         }
-        self.missing().into_iter().find(|tensor| !self.sources.iter().any(|source| source.has(*tensor)))
+        let can_come = |tensor: &usize| self.sources.iter().any(|source| self.can_bring(source, *tensor));
+        self.missing().into_iter().find(|tensor| !can_come(tensor))
     }
 
     /// Whether somebody was not asked yet and may have what is missing.
@@ -297,11 +298,21 @@ impl Pool {
         self.sources.iter().any(|source| matches!(source.standing, Standing::Hoped))
     }
 
-    /// Whether a source has something missing that no other one has.
+    /// Whether a source has something missing that no other one can bring.
     pub fn is_alone(&self, source: SourceId) -> bool {
-        let others =
-            |tensor: usize| self.sources.iter().enumerate().any(|(at, other)| at != source.0 && other.has(tensor));
-        self.missing().into_iter().any(|tensor| self.sources[source.0].has(tensor) && !others(tensor))
+        let others = |tensor: usize| {
+            let mut others = self.sources.iter().enumerate().filter(|(at, _)| *at != source.0);
+            others.any(|(_, other)| self.can_bring(other, tensor))
+        };
+        let own = &self.sources[source.0];
+        self.missing().into_iter().any(|tensor| self.can_bring(own, tensor) && !others(tensor))
+    }
+
+    /// Whether a source has a tensor, and the tree is known or can be had from somebody.
+    fn can_bring(&self, source: &Source, tensor: usize) -> bool {
+        let knows_tree = |source: &Source| source.knows_trees && source.has(tensor);
+        let has_tree = matches!(self.tensors[tensor].tree, Piece::Here);
+        source.has(tensor) && (has_tree || self.sources.iter().any(knows_tree))
     }
 }
 
@@ -397,11 +408,14 @@ mod tests {
         let (mut pool, now) = (pool(&[2]), Instant::now());
         let hub = pool.join(false);
         pool.tell(hub, &[0], &[true]);
-        assert_eq!((pool.take(hub, now), pool.is_alone(hub)), (None, true));
+        assert_eq!((pool.take(hub, now), pool.is_alone(hub)), (None, false));
+        assert_eq!(pool.hopeless(), Some(0), "nobody knows its tree");
         let a = source(&mut pool, &[true]);
-        assert_eq!((pool.take(a, now), pool.is_alone(hub)), (Some(Work::Tree(0)), false));
+        assert_eq!((pool.take(a, now), pool.is_alone(hub), pool.hopeless()), (Some(Work::Tree(0)), false, None));
         pool.tree_known(0, &[]);
         assert_eq!(pool.take(hub, now), Some(Work::Block(0, 0)));
+        pool.lose(a, true);
+        assert_eq!((pool.is_alone(hub), pool.hopeless()), (true, None));
     }
 
     proptest! {

@@ -68,8 +68,9 @@ impl Tree {
 
     /// Whether these are the bytes of a block.
     pub fn holds(&self, block: usize, bytes: &[u8]) -> bool {
-        bytes.len() == block_range(self.n_bytes, block).1
-            && self.blocks.get(block) == Some(&block_value(self.n_bytes, block, bytes))
+        block < self.blocks.len()
+            && bytes.len() == block_range(self.n_bytes, block).1
+            && self.blocks[block] == block_value(self.n_bytes, block, bytes)
     }
 
     /// The values of its blocks.

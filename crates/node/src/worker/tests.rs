@@ -100,11 +100,8 @@ impl Coordinator {
             direct_fetch: DirectFetch::Auto,
         };
         let own_copy = own.as_ref().map(|file| file.catalog().header_hash());
-        let own = own.map(|file| OwnCopy {
-            served_hash: file.catalog().header_hash(),
-            file,
-            hashes: self.hashes.clone(),
-        });
+        let own =
+            own.map(|file| OwnCopy { served_hash: file.catalog().header_hash(), file, hashes: self.hashes.clone() });
         let worker = Worker::start(&options, own, &site, known, None).unwrap();
         let control = self.link(Purpose::Control);
         control.set_frame_limit(MAX_CONTROL_BYTES);

@@ -1,0 +1,79 @@
+//! `brigade certify`: verdicts in words, in JSON and as exit codes.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+mod support;
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use brigade_gguf::{Builder, Metadata, ModelFile};
+use serde_json::Value;
+use support::{abacus, quantised_abacus, run};
+
+/// The small model as one of another architecture, without its tokenizer.
+fn as_architecture(name: &str, dir: &Path) -> PathBuf {
+    let file = ModelFile::open(abacus()).unwrap();
+    let mut metadata = Metadata::new();
+    for (key, value) in file.catalog().metadata().iter() {
+        if let Some(rest) = key.strip_prefix("llama.") {
+            metadata.set(format!("{name}.{rest}"), value.clone());
+        }
+    }
+    metadata.set("general.architecture", name);
+    metadata.set("tokenizer.ggml.model", "no_vocab");
+    metadata.set(format!("{name}.vocab_size"), 1024);
+    let mut builder = Builder::new(&metadata);
+    for tensor in file.catalog().tensors() {
+        builder.tensor(&tensor.name, &tensor.dims, tensor.ty).unwrap();
+    }
+    let path = dir.join(format!("{name}.gguf"));
+    let mut out = File::create(&path).unwrap();
+    builder.write(&mut out, |idx, offset, bytes| file.read_at(idx, offset, bytes)).unwrap();
+    path
+}
+
+fn certify(path: &Path, args: &[&str]) -> support::Ended {
+    run(&[&["certify", path.to_str().unwrap()], args].concat())
+}
+
+#[test]
+fn a_model_that_is_exact_in_every_cut() {
+    let text = certify(&abacus(), &[]).ok();
+    assert!(text.contains("(llama, 8 layers): exact"), "{text}");
+    assert_eq!(text.matches("have the bits of the whole").count(), 4, "{text}");
+    let json = certify(&quantised_abacus(), &["--cuts", "all", "--tokens", "20", "--json"]).ok();
+    let report: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!((&report["verdict"], &report["layers"]), (&"exact".into(), &8.into()));
+    let runs = report["runs"].as_array().unwrap();
+    assert!(runs.len() > 15 && runs.iter().all(|run| run["verdict"] == "exact" && run["other_bits"] == 0));
+    assert!(runs.iter().any(|run| run["cuts"].as_array().unwrap().len() == 7), "one layer in each stage");
+    assert_eq!(report["stages"][0]["layers"], serde_json::json!([0, 1]));
+}
+
+#[test]
+fn a_model_without_tokenizer_is_as_good() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = certify(&as_architecture("llama", dir.path()), &["--cuts", "1"]).ok();
+    assert!(text.contains("llama.gguf (llama, 8 layers): exact"), "{text}");
+}
+
+#[test]
+fn what_is_not_cut_or_not_run_has_an_exit_code_of_its_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let whole = certify(&as_architecture("baichuan", dir.path()), &[]);
+    assert_eq!(whole.code, Some(3), "{whole:?}");
+    assert!(whole.stdout.contains("whole only") && whole.stderr.contains("runs whole only"), "{whole:?}");
+    let refused = certify(&as_architecture("gptj", dir.path()), &["--json"]);
+    assert_eq!(refused.code, Some(4), "{refused:?}");
+    let report: Value = serde_json::from_str(&refused.stdout).unwrap();
+    assert_eq!((&report["verdict"], &report["architecture"]), (&"refused".into(), &"gptj".into()));
+    assert!(report["reason"].as_str().unwrap().contains("gptj"));
+}
+
+#[test]
+fn wrong_command_lines_and_files() {
+    for wrong in [["--cuts", "0"], ["--cuts", "some"], ["--tokens", "3"], ["--tokens", "99999"]] {
+        assert_eq!(certify(&abacus(), &wrong).code, Some(2), "{wrong:?}");
+    }
+    assert_eq!(certify(Path::new("/nowhere/model.gguf"), &[]).code, Some(1));
+}
