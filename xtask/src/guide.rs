@@ -278,7 +278,7 @@ fn row(model: &ModelProfile, scenario: &Scenario) -> Vec<String> {
     let links = scenario.links();
     let found = match study(model, &nodes, &links, &demand(), Coordinator::Anywhere) {
         Ok(found) => found,
-        Err(PlanError::DoesNotFit { missing, .. }) => {
+        Err(PlanError::DoesNotFit { missing, .. } | PlanError::WholeDoesNotFit { missing, .. }) => {
             let dash = || "-".to_owned();
             return vec![dash(), dash(), dash(), dash(), format!("does not fit: {missing} are missing")];
         }

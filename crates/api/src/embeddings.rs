@@ -137,9 +137,10 @@ fn tokenized(serving: &dyn Serving, input: Vec<Prompt>) -> Result<Vec<Vec<brigad
     let one = |(at, prompt): (usize, Prompt)| {
         let path = if is_one { "input".to_owned() } else { format!("input[{at}]") };
         let tokens = match prompt {
-            Prompt::Text(text) => serving.tokenize(&text, true, true).map_err(texts::at(path))?,
-            Prompt::Tokens(tokens) => tokens,
+            Prompt::Text(text) => serving.tokenize(&text, true, true),
+            Prompt::Tokens(tokens) => Ok(tokens),
         };
+        let tokens = texts::checked(serving.model(), tokens).map_err(texts::at(path))?;
         count.add(tokens.len())?;
         Ok(tokens)
     };
@@ -156,6 +157,10 @@ fn unit(mut values: Vec<f32>, dimensions: Option<usize>) -> Result<Vec<f32>, Api
         values.truncate(dimensions);
     }
     let length = values.iter().map(|value| f64::from(*value).powi(2)).sum::<f64>().sqrt();
+    // JSON has no word for such values.
+    if !length.is_finite() {
+        return Err(ApiError::internal("the model gave a text no vector of finite numbers"));
+    }
     if length > 0.0 {
         values.iter_mut().for_each(|value| *value = (f64::from(*value) / length) as f32);
     }
@@ -213,6 +218,7 @@ mod tests {
         assert_eq!(unit(vec![3.0, 4.0, 99.0], Some(2)).unwrap(), [0.6, 0.8]);
         assert_eq!(unit(vec![0.0, 0.0], None).unwrap(), [0.0, 0.0]);
         assert!(unit(vec![1.0], Some(2)).unwrap_err().to_string().contains("have 1"));
+        assert!([f32::NAN, f32::INFINITY].iter().all(|value| unit(vec![1.0, *value], None).is_err()));
     }
 
     #[test]

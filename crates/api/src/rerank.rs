@@ -113,7 +113,8 @@ fn document((at, item): (usize, Value)) -> Result<String, ApiError> {
 fn tokenized(serving: &dyn Serving, query: &str, documents: &[String]) -> Result<Vec<Vec<Token>>, ApiError> {
     let mut count = TokenCount::default();
     let one = |(at, document): (usize, &String)| {
-        let pair = serving.tokenize_pair(query, document).map_err(texts::at(format!("documents[{at}]")))?;
+        let pair = texts::checked(serving.model(), serving.tokenize_pair(query, document));
+        let pair = pair.map_err(texts::at(format!("documents[{at}]")))?;
         count.add(pair.len())?;
         Ok(pair)
     };

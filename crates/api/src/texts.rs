@@ -187,6 +187,11 @@ fn broken_off() -> ApiError {
     Failure::Engine("a text ended without its vector".to_owned()).into()
 }
 
+/// A text's tokens, if the model takes so many: nothing is computed for a request of which one text is refused.
+pub(crate) fn checked(model: &ModelCard, tokens: Result<Vec<Token>, SubmitError>) -> Result<Vec<Token>, SubmitError> {
+    tokens.and_then(|tokens| model.check_length(tokens.len()).map(|()| tokens))
+}
+
 /// The error for the text at `path`.
 pub(crate) fn at(path: String) -> impl FnOnce(SubmitError) -> ApiError {
     move |error| ApiError::from(error).with_param(path)

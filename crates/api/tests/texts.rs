@@ -117,6 +117,8 @@ fn wrong_input_is_refused_by_its_name() {
     check(json!({"input": {"text": "a"}}), Some("input"), "a string");
     check(json!({"input": vec!["a"; 2049]}), Some("input"), "more than 2048");
     check(json!({"input": ["a", "b".repeat(100_001)]}), Some("input[1]"), "tokens");
+    check(json!({"input": ["a", vec![1; 4097], "b"]}), Some("input[1]"), "4097 tokens");
+    check(json!({"input": "b".repeat(5000)}), Some("input"), "5000 tokens");
     check(json!({"input": "a", "encoding_format": "hex"}), Some("encoding_format"), "`float` or `base64`");
     check(json!({"input": "a", "dimensions": 0}), Some("dimensions"), "from 1");
     check(json!({"input": "a", "stream": true}), Some("stream"), "unknown parameter");
@@ -190,4 +192,6 @@ fn wrong_rankings_are_refused_by_their_name() {
     check(json!({"query": "q", "documents": [{"title": "t"}]}), "documents[0].title", "unknown parameter");
     check(json!({"query": "q", "documents": ["a"], "top_n": 0}), "top_n", "from 1");
     check(json!({"query": "q", "documents": ["a", "b".repeat(100_001)]}), "documents[1]", "tokens");
+    check(json!({"query": "q", "documents": ["a", "b".repeat(5000)]}), "documents[1]", "tokens");
+    assert_eq!(house.mock.requests.lock().unwrap().len(), 0);
 }

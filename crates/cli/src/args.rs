@@ -343,8 +343,8 @@ pub struct CertifyArgs {
 /// `brigade plan`
 #[derive(Debug, Args)]
 pub struct PlanArgs {
-    /// The model: a GGUF file, its address (https://… or hf:OWNER/REPOSITORY[:FILE.gguf or :QUANTISATION], of which only
-    /// the header is read), or a name such as llama-3.3-70b
+    /// The model: a GGUF file, its address (https://… or hf:OWNER/REPOSITORY[:FILE.gguf or :QUANTISATION], of which
+    /// only the header is read), or a name such as llama-3.3-70b
     pub model: PathBuf,
     #[command(flatten)]
     pub sources: SourceArgs,

@@ -106,6 +106,7 @@ pub fn run(args: &CertifyArgs) -> Result<(), Failure> {
     let answer = match &result {
         Ok(report) => found(&opened.path, report),
         Err(CertifyError::Refused(reason)) => refused(&opened.path, &file, reason),
+        Err(error @ CertifyError::KvTypes(_)) => return Err(Failure::usage(error)),
         Err(error) => return Err(Failure::run(error)),
     };
     if args.json {
@@ -185,7 +186,7 @@ fn found(path: &Path, report: &Report) -> Answer {
         architecture: report.architecture.to_owned(),
         layers: report.n_layers,
         verdict,
-        reason: report.why_whole.map(str::to_owned),
+        reason: report.reason().map(str::to_owned),
         cut_points: report.cut_points.clone(),
         pooling: report.pooling.map(|pooling| pooling.to_string()),
         runs: report.plans.iter().map(run).collect(),

@@ -37,11 +37,12 @@ pub fn run(args: &ServeArgs) -> Result<(), Failure> {
         None => model::open(&embedded::abacus(&state_dir)?, &state_dir),
     };
     let model = model.and_then(|model| model.with_adapters(&args.lora, &state_dir)).map_err(Failure::run)?;
+    let why_whole = model.architecture().why_whole();
     let node = Node::serve(model, options(args, &state_dir)).map_err(Failure::run)?;
     let running = Running::new(node, &state_dir, Some(front), args.drain_timeout)?;
     running.wait(|node, part| match part {
         Part::Undecided => Ok(()),
-        Part::Coordinates => greet(args, node),
+        Part::Coordinates => greet(args, node, why_whole),
         Part::Works(status) => {
             let coordinator = status.coordinator.short();
             output::line(format_args!("another node coordinates: {coordinator}; this one works for it"))
@@ -77,8 +78,15 @@ fn options(args: &ServeArgs, state_dir: &Path) -> CoordinatorOptions {
 }
 
 /// Says what is served, and how other nodes join.
-fn greet(args: &ServeArgs, node: &Node) -> Result<(), Failure> {
-    let made = node.front().create_ticket(args.ticket_ttl).map_err(Failure::run)?;
+fn greet(args: &ServeArgs, node: &Node, why_whole: Option<&str>) -> Result<(), Failure> {
+    let made = match node.front().create_ticket(args.ticket_ttl) {
+        Ok(made) => made,
+        // A coordinator that has ended since makes none, and its own last word says more.
+        Err(error) => {
+            tracing::warn!(%error, "no ticket was made; `brigade ticket create` tries again");
+            return Ok(());
+        }
+    };
     let ticket = made.ticket.ok_or_else(|| Failure::run("the coordinator made no ticket"))?;
     if let Some(path) = &args.ticket_file {
         brigade_net::write_atomic(path, format!("{ticket}\n").as_bytes(), 0o600)
@@ -93,6 +101,9 @@ fn greet(args: &ServeArgs, node: &Node) -> Result<(), Failure> {
         Purpose::Generate => {}
         Purpose::Embed => output::line("texts   it embeds them: POST /v1/embeddings")?,
         Purpose::Rank => output::line("texts   it ranks them: POST /v1/rerank")?,
+    }
+    if let Some(why) = why_whole {
+        output::line(format_args!("whole   this model stays on one node, since {why}"))?;
     }
     output::line(format_args!("links   {}", join(node.link_addresses())))?;
     output::line(format_args!("join    brigade join {ticket}"))

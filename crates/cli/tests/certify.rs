@@ -75,5 +75,6 @@ fn wrong_command_lines_and_files() {
     for wrong in [["--cuts", "0"], ["--cuts", "some"], ["--tokens", "3"], ["--tokens", "99999"]] {
         assert_eq!(certify(&abacus(), &wrong).code, Some(2), "{wrong:?}");
     }
+    assert_eq!(certify(&abacus(), &["--cache-type-k", "q9_0"]).code, Some(2));
     assert_eq!(certify(Path::new("/nowhere/model.gguf"), &[]).code, Some(1));
 }

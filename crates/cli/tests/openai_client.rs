@@ -1,7 +1,7 @@
 //! The official Python client of OpenAI against a cluster.
 //!
-//! `openai_client.py` and `openai_embeddings.py` do the asking. They run in the Python that `BRIGADE_TEST_PYTHON` names,
-//! which must have the package `openai`, else in a virtual environment that the first run makes below the target
+//! `openai_client.py` and `openai_embeddings.py` do the asking. They run in the Python that `BRIGADE_TEST_PYTHON`
+//! names, which must have the package `openai`, else in a virtual environment that the first run makes below the target
 //! directory.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 

@@ -156,7 +156,8 @@ fn verbs_take_sources_and_say_what_is_wrong_with_them() {
     assert!(said(&["pull", "hf:someone/abacus:Q6_K"], 1).contains("no \"Q6_K\"; it has abacus-F16.gguf (10.0 MiB)"));
     assert!(said(&["pull", "hf:someone"], 2).contains("hf:OWNER/REPOSITORY"));
     assert!(said(&["pull", "http://example.com/m.gguf"], 2).contains("not encrypted"));
-    assert!(said(&["pull", "m.gguf"], 2).contains("nothing to pull"));
+    assert!(said(&["pull", "m.gguf"], 1).contains("cannot read m.gguf"));
+    assert_eq!(ok(run(&["pull", abacus().to_str().unwrap()])).trim(), abacus().to_str().unwrap());
     assert!(said(&["serve", "--offline", "--port", "0", "hf:someone/abacus:Q8_0"], 1).contains("runs offline"));
     assert!(said(&["models", "prune", "nothing"], 1).contains("no model here is called"));
     hub.faults(|_| Some(Fault::Status(401, "")));

@@ -1,7 +1,7 @@
 //! LoRA adapters of a stage: small matrices beside those of the model, whose product is added to theirs.
 //!
-//! An adapter is loaded before the context is made, since the size of its graphs depends on it, and freed with the model.
-//! Its header must have been checked against the model's: llama.cpp checks less than its graphs then assert.
+//! An adapter is loaded before the context is made, since the size of its graphs depends on it, and freed with the
+//! model. Its header must have been checked against the model's: llama.cpp checks less than its graphs then assert.
 
 use std::path::Path;
 use std::ptr::NonNull;
@@ -88,8 +88,8 @@ impl Context {
     pub(crate) fn set_adapters(&mut self, adapters: &[Adapter]) {
         let mut raw: Vec<_> = adapters.iter().map(|adapter| adapter.raw.as_ptr()).collect();
         let mut scales: Vec<f32> = adapters.iter().map(|adapter| adapter.scale).collect();
-        // SAFETY: the context exists, both arrays have as many entries as is said and are copied, and the adapters belong
-        // to the model, which outlives the context.
+        // SAFETY: the context exists, both arrays have as many entries as is said and are copied, and the adapters
+        // belong to the model, which outlives the context.
         unsafe { sys::llama_set_adapters_lora(self.as_ptr(), raw.as_mut_ptr(), raw.len(), scales.as_mut_ptr()) };
     }
 }

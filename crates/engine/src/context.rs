@@ -341,8 +341,8 @@ fn context_params(
     } else if !HAS_DEVICES && n_scores <= MAX_SCORES_BYTES / size_of::<f32>() as u64 {
         params.flash_attn_type = sys::LLAMA_FLASH_ATTN_TYPE_DISABLED;
     }
-    // Buffers are measured with rows dealt evenly over all sessions. Kimi-Linear's graph cannot be made otherwise, which
-    // would end the process.
+    // Buffers are measured with rows dealt evenly over all sessions. Kimi-Linear's graph cannot be made otherwise,
+    // which would end the process.
     let n_rows = options.max_rows.next_multiple_of(options.n_sessions);
     params.n_batch = n_rows;
     params.n_ubatch = n_rows;

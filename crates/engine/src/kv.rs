@@ -22,7 +22,8 @@ use crate::stage::Stage;
 /// Begins each image; the last byte is the version of the layout, which changes with llama.cpp's.
 const IMAGE_MAGIC: [u8; 8] = *b"BrigKV\0\x02";
 
-/// Bytes before the state that llama.cpp writes: magic, types of keys and values, number of tokens, length of the state.
+/// Bytes before the state that llama.cpp writes: magic, types of keys and values, number of tokens, length of the
+/// state.
 const IMAGE_HEADER_BYTES: usize = 8 + 2 + 4 + 8;
 
 /// The KV cache of a session cannot be changed so.
@@ -152,8 +153,8 @@ impl Stage {
         self.truncate(to, n)
     }
 
-    /// Whether [`Stage::truncate`] can keep a part of what a slot holds, and [`Stage::copy`] works. The state of recurrent
-    /// layers holds for the last token only.
+    /// Whether [`Stage::truncate`] can keep a part of what a slot holds, and [`Stage::copy`] works. The state of
+    /// recurrent layers holds for the last token only.
     pub fn can_rewind(&self) -> bool {
         !self.model.is_recurrent()
     }

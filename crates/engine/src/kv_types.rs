@@ -1,7 +1,7 @@
 //! How keys and values of the KV cache are stored: llama.cpp's types for it, and what a model must be like.
 //!
-//! Types of blocks store a head's key or value as whole blocks. llama.cpp turns such keys and values by a Hadamard matrix
-//! first, which spreads outliers, and reads them back row by row: a row attends with the same bits in any batch.
+//! Types of blocks store a head's key or value as whole blocks. llama.cpp turns such keys and values by a Hadamard
+//! matrix first, which spreads outliers, and reads them back row by row: a row attends with the same bits in any batch.
 
 use brigade_base::{KvType, KvTypes};
 use llama_cpp_sys_2 as sys;

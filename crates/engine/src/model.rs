@@ -192,8 +192,8 @@ impl Model {
     /// Calls `load` with the parameters that all loads share. It returns `None` if no file could be opened.
     ///
     /// With AMX it is called twice. llama.cpp then puts matrices into buffers of their own, after a look at each matrix
-    /// alone, and computes wrongly what some graphs do with them ([`Model::breaks_amx`]). So the metadata is read first,
-    /// and such a model gets plain buffers.
+    /// alone, and computes wrongly what some graphs do with them ([`Model::breaks_amx`]). So the metadata is read
+    /// first, and such a model gets plain buffers.
     fn load(content: Content, progress: &mut dyn FnMut(f32) -> bool, load: LoadFn<'_>) -> Result<Self, LoadError> {
         // SAFETY: the function only tells how ggml was compiled.
         let has_amx = unsafe { sys::ggml_cpu_has_amx_int8() } != 0;
@@ -238,9 +238,9 @@ impl Model {
 
     /// Whether its graph multiplies matrices by inputs that buffers for AMX do not bear:
     ///
-    /// - inputs with more than two dimensions, as the layers of recurrent models have them (a text is a plane), gemma3n,
-    ///   and models with several hidden states for a token: the matrix for the second plane is read from behind the
-    ///   only one there is, so the second text of a batch gets nonsense;
+    /// - inputs with more than two dimensions, as the layers of recurrent models have them (a text is a plane),
+    ///   gemma3n, and models with several hidden states for a token: the matrix for the second plane is read from
+    ///   behind the only one there is, so the second text of a batch gets nonsense;
     /// - permuted ones, as latent attention has them: the process ends.
     fn breaks_amx(&self) -> bool {
         if self.is_recurrent() {

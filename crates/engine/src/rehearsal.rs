@@ -1,8 +1,8 @@
 //! What a stage would take in memory, found out without loading it.
 //!
-//! llama.cpp reads the header alone, builds the graphs of the largest passes, and adds up what their buffers would be. It
-//! takes milliseconds, and no memory to speak of. The sums are those of a stage that is loaded with the same options on
-//! the same devices.
+//! llama.cpp reads the header alone, builds the graphs of the largest passes, and adds up what their buffers would be.
+//! It takes milliseconds, and no memory to speak of. The sums are those of a stage that is loaded with the same options
+//! on the same devices.
 
 use crate::context::Context;
 use crate::model::{Content, LoadError, Model};

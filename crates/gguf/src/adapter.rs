@@ -8,10 +8,11 @@
 //!
 //! libllama adds `scale * alpha / rank * B(A(x))` to what NAME makes of x. It applies several adapters in an order that
 //! depends on addresses in memory, and with it the last bits of a sum. So of several adapters a view makes one: all `A`
-//! below each other, all `B` beside each other and multiplied by their scales, in F32. A single adapter is left as it is.
+//! below each other, all `B` beside each other and multiplied by their scales, in F32. A single adapter is left as it
+//! is.
 //!
-//! libllama checks little of this and ends the process over the rest, so everything is checked here, in bundles as well,
-//! since those come from other nodes.
+//! libllama checks little of this and ends the process over the rest, so everything is checked here, in bundles as
+//! well, since those come from other nodes.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -501,8 +502,8 @@ impl TensorSource for JoinedSource {
 }
 
 impl JoinedSource {
-    /// Elements `first..end` of a joined tensor. What is read of each part are the groups, or the piece of a group, that
-    /// they are in.
+    /// Elements `first..end` of a joined tensor. What is read of each part are the groups, or the piece of a group,
+    /// that they are in.
     fn elements(&self, parts: &[Part], first: u64, end: u64) -> io::Result<Vec<f32>> {
         let group: u64 = parts.iter().map(|part| part.len).sum();
         let (first_group, end_group) = (first / group, end.div_ceil(group));

@@ -10,7 +10,9 @@ use brigade_base::{KvType, KvTypes};
 
 use crate::catalog::{Catalog, TensorRole};
 use crate::cuts;
-use crate::rules::{Experts, Input, Recurrent, Rules, Sliding, Step, Whole, Window, rules_of, supported_architectures};
+use crate::rules::{
+    AttentionScale, Experts, Input, Recurrent, Rules, Sliding, Step, Whole, Window, rules_of, supported_architectures,
+};
 use crate::stage::zero_type;
 use crate::state::{Kv, RecurrentState};
 use crate::value::{Array, Metadata, Value};
@@ -203,6 +205,13 @@ impl Architecture {
         if architecture.why_whole.is_none() {
             let facts = cuts::Facts { steps: keys.steps(rules), rotates, indexes, swa_differs };
             architecture.cut_points = cuts::cut_points(&architecture, &facts);
+            if architecture.cut_points.is_empty() {
+                architecture.why_whole = Some(if n_layers == 1 {
+                    "it has one layer"
+                } else {
+                    "none of its layers can begin a stage that computes what it does in the whole"
+                });
+            }
         }
         Ok(architecture)
     }
@@ -253,6 +262,13 @@ impl Architecture {
     /// Whether its layers need the tokens themselves, and not only their embeddings.
     pub fn takes_tokens(&self) -> bool {
         self.takes_tokens
+    }
+
+    /// Whether stages make up for another attention scale by rescaled weights, which rounds: a cut model then agrees
+    /// with the whole to about a thousandth, and not to the bit.
+    pub fn is_rescaled(&self) -> bool {
+        let recognises = |scale: &AttentionScale| scale.by_query_norm && self.n_layers >= scale.n_layers;
+        self.rules.attention_scale.as_ref().is_some_and(recognises) && self.head_width() != self.key_length
     }
 
     /// Whether cutting the model would change its attention scale with nothing to make up for that.
@@ -655,7 +671,8 @@ impl Keys<'_> {
     }
 }
 
-/// Kinds of tokenizers: byte-level BPE and its kin, SentencePiece of both kinds, WordPiece, and none, which stages have.
+/// Kinds of tokenizers: byte-level BPE and its kin, SentencePiece of both kinds, WordPiece, and none, which stages
+/// have.
 const TOKENIZERS: [&str; 10] =
     ["gpt2", "llama", "bert", "t5", "rwkv", "plamo2", "gemma4", "hybriddna", "whitespace", "no_vocab"];
 

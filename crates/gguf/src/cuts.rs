@@ -69,8 +69,8 @@ fn with_kinds(cuts: Vec<u32>, kinds: &[&Vec<bool>]) -> Vec<u32> {
     kept
 }
 
-/// Leaves out cuts until no stage between two of them, or between one and an end of the model, has a number of layers by
-/// which libllama recognises something else.
+/// Leaves out cuts until no stage between two of them, or between one and an end of the model, has a number of layers
+/// by which libllama recognises something else.
 fn without_recognised(cuts: Vec<u32>, architecture: &Architecture) -> Vec<u32> {
     let recognised = architecture.rules.recognised;
     let n_layers = architecture.n_layers;

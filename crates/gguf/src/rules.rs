@@ -1,8 +1,8 @@
 //! What a stage of each architecture needs beyond renumbered layers: one row per architecture.
 //!
-//! The rows follow llama.cpp's `src/models/*.cpp`; `docs/architectures.md` shows what came of each when it was run whole
-//! and cut. An architecture without a row is refused, never run wrong: its graph may use token ids in every layer, or
-//! constants that depend on the number of layers.
+//! The rows follow llama.cpp's `src/models/*.cpp`; `docs/architectures.md` shows what came of each when it was run
+//! whole and cut. An architecture without a row is refused, never run wrong: its graph may use token ids in every
+//! layer, or constants that depend on the number of layers.
 
 use crate::catalog::TensorRole;
 
@@ -77,7 +77,8 @@ pub(crate) enum Experts {
     Always,
 }
 
-/// What a layer does by its place, in a way that the metadata of a stage cannot tell: a stage then begins at a multiple.
+/// What a layer does by its place, in a way that the metadata of a stage cannot tell: a stage then begins at a
+/// multiple.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Step {
     /// A multiple of this many layers.
@@ -278,7 +279,9 @@ const RULES: &[Rules] = &[
         name: "smallthinker", sliding: full_first(4, Window::Optional), steps: &[Step::Of(4)], recognised: &[4], ..FREE
     },
     Rules {
-        name: "llama4", sliding: sliding(4, Window::Default(8192)), steps: &[Step::Of(4), Step::Key("interleave_moe_layer_step")],
+        name: "llama4",
+        sliding: sliding(4, Window::Default(8192)),
+        steps: &[Step::Of(4), Step::Key("interleave_moe_layer_step")],
         ..FREE
     },
 

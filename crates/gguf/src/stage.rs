@@ -341,8 +341,8 @@ impl<'a> Draft<'a> {
         window.is_none_or(|window| self.layers.iter().any(|layer| !window.slides[layer as usize]))
     }
 
-    /// A tensor behind the last layer, in a stage that is stopped before it or has no head: zeros, for as many tokens as
-    /// there are here.
+    /// A tensor behind the last layer, in a stage that is stopped before it or has no head: zeros, for as many tokens
+    /// as there are here.
     fn add_unread_head(&mut self, tensor: &TensorInfo) -> Result<(), StageViewError> {
         let mut dims = tensor.dims.clone();
         if let (Some(last), true) = (dims.last_mut(), tensor.name.starts_with("output."))

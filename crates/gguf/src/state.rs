@@ -37,7 +37,8 @@ impl Kv {
         let is_latent = keys.optional("attention.key_length_mla", 0, 0, MAX_SIZE)? > 0;
         let key_swa = keys.optional("attention.key_length_swa", heads.key_length.into(), 0, MAX_SIZE)?;
         let value_swa = keys.optional("attention.value_length_swa", heads.value_length.into(), 0, MAX_SIZE)?;
-        // One key for each token, by which a layer chooses what to attend to; two architectures reserve as much for a value.
+        // One key for each token, by which a layer chooses what to attend to; two architectures reserve as much for a
+        // value.
         let index = u64::from(keys.optional("attention.indexer.key_length", 0, 0, MAX_SIZE)?);
         let index = if matches!(rules.name, "minimax-m3" | "qwen4exp") { 2 * index } else { index };
         // Layers of gemma3n from here on, and the last ones of gemma4, read what others keep.
@@ -76,8 +77,8 @@ impl Kv {
 
     pub(crate) fn bytes_per_token(&self, layer: u32, types: KvTypes) -> u64 {
         let (k, v) = self.layers.get(layer as usize).copied().unwrap_or_default();
-        // Values in F16 are stored transposed, as long as attention is computed plainly, which takes as many rows in every
-        // layer.
+        // Values in F16 are stored transposed, as long as attention is computed plainly, which takes as many rows in
+        // every layer.
         let v = if types.v == KvType::F16 && k + v > 0 { self.widest_value } else { v };
         types.k.bytes(k).saturating_add(types.v.bytes(v))
     }

@@ -1,8 +1,9 @@
 //! LoRA adapters of the served model: opened, checked and hashed where it is coordinated, and cut for each stage.
 //!
-//! The adapters of a deployment and their scales are one *bundle* (see [`brigade_gguf::AdapterView`]). Its header goes to
-//! workers with the model's, and its tensors are had as the model's are, by their hashes. Its identity is a part of a
-//! stage's and of the deployment's: stages with other adapters are loaded anew, and only who has the same may take over.
+//! The adapters of a deployment and their scales are one *bundle* (see [`brigade_gguf::AdapterView`]). Its header goes
+//! to workers with the model's, and its tensors are had as the model's are, by their hashes. Its identity is a part of
+//! a stage's and of the deployment's: stages with other adapters are loaded anew, and only who has the same may take
+//! over.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -90,8 +90,8 @@ impl Cache {
         Ok(Partial { file: Arc::new(file), path, target: self.path(hash) })
     }
 
-    /// Makes room for `n_bytes` more by removing what was used longest ago, but nothing in `keep`. What of that has begun
-    /// to come counts among the `n_bytes`.
+    /// Makes room for `n_bytes` more by removing what was used longest ago, but nothing in `keep`. What of that has
+    /// begun to come counts among the `n_bytes`.
     ///
     /// # Errors
     /// If the directory cannot be read, or even an otherwise empty cache would be too small.

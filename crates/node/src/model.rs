@@ -361,6 +361,7 @@ pub(crate) fn profile_of(a: &Architecture, kv: KvTypes) -> ModelProfile {
         state_bytes: (0..a.n_layers).map(|i| a.state_bytes(i)).collect(),
         is_flash: kv.v != KvType::F16,
         rehearsed: None,
+        why_whole: a.why_whole(),
         head_bytes: a.head_bytes(),
         embedding_bytes: a.unread_embedding_bytes(),
         cut_points: a.cut_points(),

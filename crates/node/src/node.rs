@@ -290,8 +290,8 @@ fn able(mut stored: Stored, me: NodeId, own: Option<Hash>) -> Stored {
     stored
 }
 
-/// Whether `own`, what a model with its adapters is known by, is what the charter's deployment serves; not, if its settings are of
-/// another program.
+/// Whether `own`, what a model with its adapters is known by, is what the charter's deployment serves; not, if its
+/// settings are of another program.
 fn has_model(charter: &Charter, own: Option<Hash>) -> bool {
     DeploymentSettings::decode(&charter.settings).is_some_and(|settings| own == Some(settings.served_hash))
 }

@@ -120,17 +120,24 @@ impl ModelCard {
     /// # Errors
     /// If its prompt has no tokens, unknown ones or too many, or its sampling is out of range.
     pub fn check(&self, request: &Request) -> Result<(), SubmitError> {
-        if request.prompt.is_empty() {
-            return Err(SubmitError::PromptEmpty);
-        }
-        if request.prompt.len() > self.most_tokens() {
-            return Err(self.too_long(request.prompt.len()));
-        }
+        self.check_length(request.prompt.len())?;
         let is_known = |&token: &Token| u32::try_from(token).is_ok_and(|t| t < self.n_vocab);
         if let Some(&token) = request.prompt.iter().find(|t| !is_known(t)) {
             return Err(SubmitError::UnknownToken { token: token.into(), n_vocab: self.n_vocab });
         }
         request.sampling.validate(self.n_vocab).map_err(|error| SubmitError::Invalid(error.to_string()))
+    }
+
+    /// Whether a prompt of so many tokens can be taken.
+    ///
+    /// # Errors
+    /// If it has none or too many.
+    pub fn check_length(&self, tokens: usize) -> Result<(), SubmitError> {
+        match tokens {
+            0 => Err(SubmitError::PromptEmpty),
+            _ if tokens > self.most_tokens() => Err(self.too_long(tokens)),
+            _ => Ok(()),
+        }
     }
 
     /// Most tokens of a prompt; one that is to be continued needs room for a token.

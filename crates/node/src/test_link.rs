@@ -66,10 +66,13 @@ impl Link for TestLink {
     fn set_spin(&self, _spin: Duration) {}
 }
 
+/// Frames that have not arrived, and whether the link is closed.
+type Frames = (VecDeque<(u8, Vec<u8>)>, bool);
+
 /// Frames on their way from one end to the other.
 #[derive(Default)]
 struct Way {
-    frames: Mutex<(VecDeque<(u8, Vec<u8>)>, bool)>,
+    frames: Mutex<Frames>,
     changed: Condvar,
 }
 

@@ -87,6 +87,8 @@ pub struct Gather<'a> {
     pub catalog: &'a Catalog,
     /// Index and hash of each tensor that is needed.
     pub tensors: &'a [(u32, Hash)],
+    /// What is to stay in the cache beside them.
+    pub keep: &'a [Hash],
     /// The node's own copy, if it has the same header.
     pub own: Option<&'a Arc<ModelFile>>,
     /// The node's cache.
@@ -162,7 +164,7 @@ impl Gather<'_> {
         total: u64,
         places: &mut [Option<Place>],
     ) -> Result<(), WeightsError> {
-        let keep: Vec<Hash> = self.tensors.iter().map(|(_, hash)| *hash).collect();
+        let keep: Vec<Hash> = self.tensors.iter().map(|(_, hash)| *hash).chain(self.keep.iter().copied()).collect();
         let mut wanted: Vec<Wanted> = Vec::new();
         for &(idx, hash) in missing {
             // Tensors with the same bytes have one file.

@@ -40,6 +40,7 @@ fn model(n_layers: u32, are_alike: bool, dice: &mut Dice) -> ModelProfile {
         state_bytes: Vec::new(),
         is_flash: false,
         rehearsed: None,
+        why_whole: None,
         layer_bytes,
         head_bytes: 800 * MIB,
         cut_points: (1..n_layers).collect(),

@@ -76,6 +76,36 @@ pub enum PlanError {
         /// The most sessions with which it would fit, the context being as long as asked for.
         fits_parallel: Option<u32>,
     },
+    /// No node holds a model that cannot be cut.
+    #[error(
+        "this model must stay whole on one node, since {why}. It needs {needed} there, and no node can use more than \
+         {offered}: {missing} are missing. Raise --memory of one, or lower --context or --parallel{}",
+        would_fit(*.fits_context, *.fits_parallel)
+    )]
+    WholeDoesNotFit {
+        /// Why it cannot be cut.
+        why: &'static str,
+        /// Bytes that it needs.
+        needed: ByteSize,
+        /// Bytes that the node with the most can use.
+        offered: ByteSize,
+        /// Bytes that this node lacks.
+        missing: ByteSize,
+        /// As in [`PlanError::DoesNotFit`].
+        fits_context: Option<u32>,
+        /// As in [`PlanError::DoesNotFit`].
+        fits_parallel: Option<u32>,
+    },
+    /// The pinned split cuts a model that cannot be cut.
+    #[error(
+        "--layers asks for {stages} stages, but this model must stay whole on one node, since {why}; leave --layers out"
+    )]
+    SplitWhole {
+        /// Stages asked for.
+        stages: usize,
+        /// Why it cannot be cut.
+        why: &'static str,
+    },
     /// The pinned split does not add up.
     #[error("--layers {split:?} has {} layers, but the model has {n_layers}", .split.iter().map(|&n| u64::from(n)).sum::<u64>())]
     SplitSum {

@@ -53,8 +53,9 @@ impl StageMemory {
     }
 }
 
-/// What stages of a model take for one demand beside the weights of their layers and the KV cache, found out by building
-/// their graphs: architecture, types of weights, and the devices of the node that did it are counted as they are.
+/// What stages of a model take for one demand beside the weights of their layers and the KV cache, found out by
+/// building their graphs: architecture, types of weights, and the devices of the node that did it are counted as they
+/// are.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Rehearsed {
     /// Tokens of one session.
@@ -83,8 +84,8 @@ impl Rehearsed {
         (self.context, self.parallel, self.max_rows) == (demand.context, demand.parallel, demand.max_rows)
     }
 
-    /// Bytes of the buffers of a stage of a model with `n_layers`, whose logits take `logits`: those of the smallest run
-    /// around it, or of the largest inside of it, since layers are computed one after the other. `None` if there is
+    /// Bytes of the buffers of a stage of a model with `n_layers`, whose logits take `logits`: those of the smallest
+    /// run around it, or of the largest inside of it, since layers are computed one after the other. `None` if there is
     /// neither.
     fn compute(&self, layers: LayerRange, n_layers: u32, logits: u64) -> Option<u64> {
         let is_tail = |run: LayerRange| run.end() == n_layers;
@@ -146,9 +147,9 @@ fn compute_bytes(model: &ModelProfile, demand: &Demand, layers: LayerRange, is_t
     found.unwrap_or_else(|| graph_bytes(model, demand).saturating_add(logits))
 }
 
-/// Bytes of the buffers of any number of layers, by what libllama's graphs of plain decoders hold at once, in F32: layers
-/// come one after the other, and so do attention and feed-forward part. Compared with rehearsals of a llama of 1.2
-/// billion weights and of a tiny one it is right to 3 %; other architectures hold up to some rows more.
+/// Bytes of the buffers of any number of layers, by what libllama's graphs of plain decoders hold at once, in F32:
+/// layers come one after the other, and so do attention and feed-forward part. Compared with rehearsals of a llama of
+/// 1.2 billion weights and of a tiny one it is right to 3 %; other architectures hold up to some rows more.
 fn graph_bytes(model: &ModelProfile, demand: &Demand) -> u64 {
     let [embd, ff, rows] = [model.n_embd, model.n_ff, demand.max_rows].map(u64::from);
     let (heads, context) = (u64::from(model.n_heads), padded_context(demand));

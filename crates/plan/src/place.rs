@@ -87,7 +87,13 @@ fn chosen(
 ) -> Plan {
     let mut plan = assemble(model, nodes, links, demand, ring);
     plan.explanation = explain(choice, plan.prediction.as_ref());
+    plan.explanation.extend(stays_whole(model));
     plan
+}
+
+/// What to say of a model that cannot be cut.
+fn stays_whole(model: &ModelProfile) -> Option<String> {
+    model.why_whole.map(|why| format!("The model must stay whole on one node, since {why}."))
 }
 
 /// Whether a node can hold the whole model as the coordinator.
@@ -211,6 +217,9 @@ pub fn check_split(model: &ModelProfile, split: &[u32]) -> Result<(), PlanError>
     if split.iter().map(|&n| u64::from(n)).sum::<u64>() != u64::from(n_layers) {
         return Err(PlanError::SplitSum { split: split.to_vec(), n_layers });
     }
+    if let (Some(why), stages @ 2..) = (model.why_whole, split.len()) {
+        return Err(PlanError::SplitWhole { stages, why });
+    }
     let mut at = 0;
     for count in &split[..split.len() - 1] {
         at += count;
@@ -279,7 +288,8 @@ fn explain_by_memory(model: &ModelProfile, nodes: &[NodeProfile], demand: &Deman
             format!("The model needs {n} of {} nodes; {idle} stay idle, since each hop costs time.", nodes.len())
         }
     }];
-    if demand.spread && idle > 0 {
+    explanation.extend(stays_whole(model));
+    if demand.spread && idle > 0 && model.why_whole.is_none() {
         explanation.push(format!(
             "The model has only {} places to cut, so not every node gets a stage.",
             model.cut_points.len()
@@ -304,14 +314,14 @@ fn does_not_fit(model: &ModelProfile, nodes: &[NodeProfile], demand: &Demand) ->
     let sessions = |count: u32| Demand { parallel: count, ..demand.clone() };
     let fits_context = most_that(demand.context.saturating_sub(1) / KV_PADDING, |n| fits(blocks(n)));
     let fits_parallel = most_that(demand.parallel.saturating_sub(1), |n| fits(sessions(n)));
-    PlanError::DoesNotFit {
-        needed,
-        offered,
-        missing,
-        n_nodes: nodes.len(),
-        fits_context: fits_context.map(|count| count * KV_PADDING),
-        fits_parallel,
+    let fits_context = fits_context.map(|count| count * KV_PADDING);
+    if let Some(why) = model.why_whole {
+        let needed = whole.total();
+        let offered = nodes.iter().map(|node| usable(node.memory)).max().unwrap_or_default();
+        let missing = ByteSize(needed.0.saturating_sub(offered.0));
+        return PlanError::WholeDoesNotFit { why, needed, offered, missing, fits_context, fits_parallel };
     }
+    PlanError::DoesNotFit { needed, offered, missing, n_nodes: nodes.len(), fits_context, fits_parallel }
 }
 
 /// The largest count from 1 to `most` that holds, if those below one that holds do.
@@ -340,6 +350,7 @@ mod tests {
             state_bytes: Vec::new(),
             is_flash: false,
             rehearsed: None,
+            why_whole: None,
             head_bytes: 200 * MIB,
             cut_points: (1..n_layers).collect(),
             n_embd: 64,
@@ -348,6 +359,22 @@ mod tests {
             n_vocab: 1000,
             ..ModelProfile::default()
         }
+    }
+
+    #[test]
+    fn a_model_that_must_stay_whole_is_told_to_be() {
+        let whole = ModelProfile { cut_points: Vec::new(), why_whole: Some("its layers share a memory"), ..model(8) };
+        let spread = Demand { spread: true, ..demand() };
+        let plan = place_here(&whole, &nodes(&[4000, 4000]), &spread).unwrap();
+        assert_eq!(plan.stages.len(), 1);
+        assert!(plan.explanation.iter().any(|said| said.contains("since its layers share a memory")));
+        let error = place_here(&whole, &nodes(&[600, 700]), &demand()).unwrap_err();
+        assert!(matches!(error, PlanError::WholeDoesNotFit { .. }), "{error}");
+        let said = error.to_string();
+        assert!(said.contains("must stay whole on one node") && !said.contains("Let another machine"), "{said}");
+        let pinned = Demand { split: Some(vec![4, 4]), ..demand() };
+        let error = place_here(&whole, &nodes(&[4000, 4000]), &pinned).unwrap_err();
+        assert_eq!(error, PlanError::SplitWhole { stages: 2, why: "its layers share a memory" });
     }
 
     fn nodes(mib: &[u64]) -> Vec<NodeProfile> {

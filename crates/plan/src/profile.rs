@@ -23,6 +23,8 @@ pub struct ModelProfile {
     pub state_bytes: Vec<u64>,
     /// Whether attention is computed without its scores, since values are stored in blocks.
     pub is_flash: bool,
+    /// Why it cannot be cut, where it cannot.
+    pub why_whole: Option<&'static str>,
     /// What the buffers of its graphs take, where that was found out.
     pub rehearsed: Option<Rehearsed>,
     /// Bytes of the final norm and the head, which are with the last layer.

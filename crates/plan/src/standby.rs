@@ -146,6 +146,7 @@ mod tests {
             state_bytes: Vec::new(),
             is_flash: false,
             rehearsed: None,
+            why_whole: None,
             head_bytes: 0,
             cut_points: (1..8).collect(),
             n_embd: 8,

@@ -185,6 +185,7 @@ fn profile(n_layers: u32) -> ModelProfile {
         state_bytes: Vec::new(),
         is_flash: false,
         rehearsed: None,
+        why_whole: None,
         head_bytes: LAYER_BYTES / 2,
         cut_points: (1..n_layers).collect(),
         n_embd: N_EMBD,

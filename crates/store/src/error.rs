@@ -9,7 +9,7 @@ use brigade_gguf::HeaderError;
 #[derive(Debug, thiserror::Error)]
 pub enum FetchError {
     /// There was no reply.
-    #[error("{url} cannot be reached: {source}")]
+    #[error("{url} cannot be reached: {}", reason(source))]
     Unreachable {
         /// What was asked for.
         url: String,
@@ -57,7 +57,7 @@ pub enum FetchError {
         status: u16,
     },
     /// The server gives whole files only.
-    #[error("{url} knows no ranges, so only the whole file could be had; download it and name it")]
+    #[error("{url} knows no ranges, so only the whole file can be had: brigade pull {url}")]
     NoRanges {
         /// What was asked for.
         url: String,
@@ -217,10 +217,32 @@ impl From<FetchError> for io::Error {
     }
 }
 
+/// What went wrong in a handshake, which may come as a failure to read.
+fn in_handshake(error: &ureq::Error) -> Option<&rustls::Error> {
+    match error {
+        ureq::Error::Rustls(error) => Some(error),
+        ureq::Error::Io(error) => error.get_ref().and_then(|cause| cause.downcast_ref()),
+        _ => None,
+    }
+}
+
+/// Why there was no reply, and what may help.
+fn reason(error: &ureq::Error) -> String {
+    match (in_handshake(error), error) {
+        (Some(error @ rustls::Error::InvalidCertificate(_)), _) => {
+            format!("{error}; if the certificate is your own, name the file of its authority in SSL_CERT_FILE")
+        }
+        (Some(rustls::Error::InvalidMessage(_)), _) => "it speaks no TLS on this port; is it http://?".to_owned(),
+        (Some(error), _) => error.to_string(),
+        (None, ureq::Error::Io(error)) => error.to_string(),
+        (None, error) => error.to_string(),
+    }
+}
+
 /// Whether no answer now may be one later: certificates that are not trusted stay so.
 fn is_passing(error: &ureq::Error) -> bool {
     match error {
-        ureq::Error::Io(error) => error.get_ref().and_then(|cause| cause.downcast_ref::<rustls::Error>()).is_none(),
+        ureq::Error::Io(_) => in_handshake(error).is_none(),
         ureq::Error::Timeout(_) | ureq::Error::ConnectionFailed | ureq::Error::HostNotFound => true,
         ureq::Error::Protocol(_) => true,
         _ => false,
@@ -260,5 +282,21 @@ impl Access {
                 "HF_TOKEN goes to the hub alone, named as hf:OWNER/REPOSITORY:FILE.gguf; download the file and name it"
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_goes_wrong_in_a_handshake_is_no_riddle() {
+        let io = |error| ureq::Error::Io(io::Error::new(io::ErrorKind::InvalidData, error));
+        let plain = io(rustls::Error::InvalidMessage(rustls::InvalidMessage::InvalidContentType));
+        assert!(reason(&plain).contains("no TLS") && !is_passing(&plain));
+        let unknown = io(rustls::Error::InvalidCertificate(rustls::CertificateError::UnknownIssuer));
+        assert!(reason(&unknown).contains("SSL_CERT_FILE") && !is_passing(&unknown));
+        let refused = ureq::Error::Io(io::ErrorKind::ConnectionRefused.into());
+        assert!(reason(&refused) == "connection refused" && is_passing(&refused));
     }
 }

@@ -6,7 +6,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use brigade_gguf::{GgmlType, ModelFile};
+use brigade_gguf::{GgmlType, ModelFile, supported_architectures};
 use brigade_node::certify::{CertifyError, CertifyOptions, Cuts, Outcome as RunOutcome, Report, Verdict, certify};
 use serde::{Deserialize, Serialize};
 
@@ -76,6 +76,8 @@ pub struct Finding {
     pub error: f64,
     /// The prediction of a stage's memory that was farthest off, as a share.
     pub memory_error: f64,
+    /// Whether it embeds texts.
+    pub pools: bool,
 }
 
 /// The verdict.
@@ -171,10 +173,19 @@ impl Case {
         let options = CertifyOptions { cuts: self.cuts, ..CertifyOptions::default() };
         let finding = match certify(&file, Some(&path), &options, &mut |_, _| {}) {
             Ok(report) => self.found(&report),
-            Err(CertifyError::Refused(why)) => self.finding(Word::Refused, self.recipe.refusal.unwrap_or(&why)),
+            Err(CertifyError::Refused(why)) => self.refused(&why),
             Err(error) => self.finding(Word::Differs, &error.to_string()),
         };
         line(serde_json::to_string(&finding).map_err(Failure::said)?)
+    }
+
+    /// An architecture without rules is refused by intent, which its recipe explains; all else is a fault.
+    fn refused(&self, why: &str) -> Finding {
+        let has_rules = supported_architectures().any(|name| name == self.recipe.arch);
+        match self.recipe.refusal.filter(|_| !has_rules) {
+            Some(refusal) => self.finding(Word::Refused, refusal),
+            None => self.finding(Word::Differs, &format!("it is refused, and its recipe does not say so: {why}")),
+        }
     }
 
     fn finding(&self, word: Word, reason: &str) -> Finding {
@@ -189,6 +200,7 @@ impl Case {
             n_cuts: 0,
             error: 0.0,
             memory_error: 0.0,
+            pools: false,
         }
     }
 
@@ -200,7 +212,7 @@ impl Case {
             Verdict::Differs => Word::Differs,
         };
         let mut error = 0f64;
-        let mut reason = report.why_whole.unwrap_or_default().to_owned();
+        let mut reason = report.reason().unwrap_or_default().to_owned();
         for plan in &report.plans {
             match &plan.outcome {
                 RunOutcome::Compared(comparison) => error = error.max(comparison.error),
@@ -220,6 +232,7 @@ impl Case {
             cut_points: report.cut_points.clone(),
             n_cuts: report.plans.len() - 1,
             error,
+            pools: report.pooling.is_some(),
             memory_error: report.worst_prediction(0).map_or(0.0, |line| line.error()),
             ..self.finding(word, &reason)
         }

@@ -60,6 +60,9 @@ pub fn run(args: &CertifyArgs) -> Outcome {
         return write_models(args);
     }
     let cases: Vec<Case> = wanted(args).flat_map(|recipe| Case::of(recipe, args.quick)).collect();
+    if cases.is_empty() {
+        return Err(Failure::said("there is no such recipe"));
+    }
     let findings = examine(&cases)?;
     if args.only.is_some() {
         return Ok(());

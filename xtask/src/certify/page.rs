@@ -20,22 +20,38 @@ const INTRODUCTION: &str = "
 
 *Written by `cargo xtask certify`: do not edit.*
 
-Which models Brigade can cut into stages, and how exactly. Every architecture that the pinned libllama knows is here. For
-each, tiny models with random weights were made and run whole, by llama.cpp's own reader, and cut: before every layer
-where that is legal, into two, three and four stages and into as many as there can be. Two sessions took turns: prompts in
-two chunks each, answers alone and in one batch, and one session went back and continued with other tokens. Models that
-embed texts were given texts, apart and in one batch. `brigade certify` does the same with a model of yours, and
-`brigade inspect` shows where it may be cut.
+Which models Brigade can cut into stages, and how exactly. Every architecture that the pinned libllama knows is here.
+For each, tiny models with random weights were made and run whole, by llama.cpp's own reader, and cut where they can
+be. The first model of each kind was cut before every layer where that is legal, into two, three and four stages and
+into as many as there can be; those with more than 16 layers, with other numbers of layers and with quantised weights
+in six ways. Two sessions took turns: prompts in two chunks each, answers alone and in one batch, and one session went
+back and continued with other tokens. Models that embed texts were given texts, apart and in one batch. `brigade
+certify` does the same with a model of yours, and `brigade inspect` shows where it may be cut.
 
 - **exact**: every result had the bits of the whole.
-- **within tolerance**: every greedy choice was the same, and no result was further off than 0.0001 of its largest value.
+- **within tolerance**: every greedy choice was the same, and no result was further off than 0.0001 of its largest
+  value; for the one model of which weights must be rescaled, 0.002, and another token may be chosen where two are as
+  likely.
 - **whole only**: it runs on one node, with the bits of llama.cpp alone; the reason is in the last column.
 - **refused**: Brigade does not run it.
 
 *Cuts* says before which layers a stage may begin, counted from 0. A name with something behind the architecture is a
-kind of model that libllama treats in another way: with experts, with its head tied to the embedding, or with a number of
-layers by which it recognises a size.
+kind of model that libllama treats in another way: with experts, with its head tied to the embedding, or with a number
+of layers by which it recognises a size.
+
+What each stage took in memory was predicted within 5 %, with two exceptions. Buffers of models that embed texts are
+estimated, and may be a third smaller than predicted. Stages of openelm may take less than predicted for their KV
+cache, since libllama makes its rows as wide as the widest of the stage, and Brigade as the widest of the model.
 ";
+
+/// Largest error of a prediction of what a stage takes in memory, as a share.
+const MAX_MEMORY_ERROR: f64 = 0.05;
+
+/// The same where it may be too high: buffers of models that embed texts are estimated.
+const MAX_ESTIMATE_ERROR: f64 = 0.5;
+
+/// Models whose KV cache may be smaller than predicted; the page says why.
+const SMALLER_KV: [&str; 1] = ["openelm"];
 
 /// A row of the table.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -53,6 +69,10 @@ pub fn finish(root: &Path, findings: &[Finding], is_quick: bool, only_check: boo
     if let Some(first) = wrong.first() {
         let (n, name) = (wrong.len(), &first.name);
         return Err(Failure::said(format!("{n} models differ, the first is {name}: {}", first.reason)));
+    }
+    if let Some(off) = findings.iter().find(|finding| !is_predicted(finding)) {
+        let (name, percent) = (&off.name, 100.0 * off.memory_error);
+        return Err(Failure::said(format!("the memory of a stage of {name} was predicted {percent:+.1} % off")));
     }
     let path = root.join(PATH);
     let rows = rows(findings);
@@ -74,13 +94,22 @@ pub fn finish(root: &Path, findings: &[Finding], is_quick: bool, only_check: boo
     Err(Failure::said(format!("{PATH} is stale; run `cargo xtask certify` and commit it")))
 }
 
+/// Whether the memory of all stages was predicted well enough.
+fn is_predicted(finding: &Finding) -> bool {
+    let is_estimate = finding.pools || SMALLER_KV.contains(&finding.arch.as_str());
+    let most = if is_estimate { MAX_ESTIMATE_ERROR } else { MAX_MEMORY_ERROR };
+    (-MAX_MEMORY_ERROR..=most).contains(&finding.memory_error)
+}
+
 /// A row for each recipe, in the order of the findings.
 fn rows(findings: &[Finding]) -> Vec<Row> {
     let mut rows: Vec<Row> = Vec::new();
     for finding in findings {
         match rows.iter_mut().find(|row| row.name == finding.name) {
             Some(row) => {
-                row.word = row.word.max(finding.word);
+                if finding.word > row.word {
+                    (row.word, row.reason) = (finding.word, finding.reason.clone());
+                }
                 if !row.types.split(", ").any(|ty| ty == finding.ty) {
                     row.types = format!("{}, {}", row.types, finding.ty);
                 }
@@ -124,8 +153,8 @@ fn page(findings: &[Finding], rows: &[Row]) -> String {
     let types: BTreeSet<&str> = findings.iter().map(|finding| finding.ty.as_str()).collect();
     let _ = write!(
         text,
-        "\n**{} architectures: {} exact, {} within tolerance, {} whole only, {} refused.** {} models were made, with weights \
-         in {}, and cut in {} ways.\n",
+        "\n**{} architectures: {} exact, {} within tolerance, {} whole only, {} refused.** {} models were made, with \
+         weights in {}, and cut in {} ways.\n",
         best.len(),
         n(Word::Exact),
         n(Word::WithinTolerance),
@@ -186,6 +215,7 @@ mod tests {
             n_cuts: cut_points.len(),
             error: 0.0,
             memory_error: 0.0,
+            pools: false,
         }
     }
 
@@ -209,6 +239,37 @@ mod tests {
         assert_eq!((rows[1].cuts.as_str(), rows[2].cuts.as_str()), ("4 of 8", "every 2 layers"));
         let page = page(&findings, &rows);
         assert!(page.contains("**5 architectures: 4 exact, 0 within tolerance, 0 whole only, 1 refused.**"), "{page}");
+    }
+
+    /// What people run most.
+    const WELL_KNOWN: &str = "
+        llama llama-experts llama4 mistral3 mistral4 qwen2 qwen2moe qwen3 qwen3moe qwen3next qwen35
+        qwen35moe gemma gemma2 gemma3 phi2 phi3 phimoe gpt-oss deepseek deepseek2 glm4 glm4moe granite
+        granitemoe granitehybrid cohere2 command-r olmo2 olmoe falcon falcon-h1 nemotron nemotron_h minicpm
+        starcoder2 gpt2 bloom stablelm smollm3 seed_oss ernie4_5 hunyuan-moe exaone4 internlm2 dbrx jamba
+        mamba2 lfm2 bailingmoe2 dots1 minimax-m2 grok
+    ";
+
+    #[test]
+    fn well_known_models_are_cut_exactly_and_the_others_say_why_not() {
+        let page = std::fs::read_to_string(crate::root().join(PATH)).unwrap();
+        for name in WELL_KNOWN.split_whitespace() {
+            assert!(page.contains(&format!("\n| {name} | exact | ")), "{name}");
+        }
+        for line in page.lines().filter(|line| line.starts_with("| ") && !line.contains("| Model |")) {
+            let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();
+            assert_eq!(cells.len(), 5, "{line}");
+            assert_eq!(cells[1] == "exact", cells[4].is_empty(), "{line}");
+        }
+    }
+
+    #[test]
+    fn memory_must_be_predicted() {
+        let check = |name, memory_error, pools| {
+            is_predicted(&Finding { memory_error, pools, ..finding(name, "F16", Word::Exact, &[1]) })
+        };
+        assert!(check("llama", 0.04, false) && !check("llama", 0.06, false) && !check("llama", -0.06, false));
+        assert!(check("bert", 0.3, true) && !check("bert", -0.06, true) && check("openelm", 0.1, false));
     }
 
     #[test]

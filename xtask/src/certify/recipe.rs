@@ -141,6 +141,9 @@ const SEGMENTS: &[Key] = &[("tokenizer.ggml.token_type_count", U(2))];
 const NARROW: &[Key] =
     &[("embedding_length", U(64)), ("feed_forward_length", U(96)), ("expert_feed_forward_length", U(32))];
 
+/// Heads of another width than `embedding_length / head_count`.
+const WIDE_HEADS: &[Key] = &[("attention.key_length", U(32)), ("attention.value_length", U(32))];
+
 /// A mixture of experts.
 const MOE: &[Key] = &[("expert_count", U(4)), ("expert_used_count", U(2)), ("expert_feed_forward_length", U(256))];
 
@@ -243,7 +246,7 @@ pub const ALL: &[Recipe] = &[
     of("llama", 4, &[]),
     of("llama", 5, &[MOE]).variant("experts"),
     of("llama", 4, &[]).variant("tied").without(&["output.weight", "rope_freqs.weight", ".bias"]),
-    of("llama4", 8, &[MOE, SHARED]).keys(&[("interleave_moe_layer_step", U(2))]),
+    of("llama4", 16, &[MOE, SHARED]).keys(&[("interleave_moe_layer_step", U(2))]),
     of("deci", 4, &[]),
     of("falcon", 4, &[]),
     of("grok", 4, &[MOE]),
@@ -256,9 +259,9 @@ pub const ALL: &[Recipe] = &[
     of("starcoder", 4, &[]),
     of("refact", 4, &[]),
     of("bert", 4, &[MHA, SEGMENTS]),
-    of("modern-bert", 6, &[MHA, WINDOW]),
+    of("modern-bert", 12, &[MHA, WINDOW]),
     of("nomic-bert", 4, &[MHA, SEGMENTS]),
-    of("nomic-bert-moe", 4, &[MHA, MOE, SEGMENTS]).keys(&[("moe_every_n_layers", U(2))]),
+    of("nomic-bert-moe", 8, &[MHA, MOE, SEGMENTS]).keys(&[("moe_every_n_layers", U(2))]),
     of("neo-bert", 4, &[MHA]),
     of("jina-bert-v2", 4, &[MHA, SEGMENTS]),
     of("jina-bert-v3", 4, &[MHA, SEGMENTS]),
@@ -271,11 +274,11 @@ pub const ALL: &[Recipe] = &[
     of("qwen2vl", 4, &[SECTIONS]),
     of("qwen3", 4, &[]),
     of("qwen3moe", 4, &[MOE]),
-    of("qwen3next", 8, &[MOE, SHARED, DELTA]).keys(&[("rope.dimension_count", U(16))]),
+    of("qwen3next", 16, &[MOE, SHARED, DELTA]).keys(&[("rope.dimension_count", U(16))]),
     of("qwen3vl", 6, &[SECTIONS]).keys(&[("n_deepstack_layers", U(3))]),
     of("qwen3vlmoe", 6, &[SECTIONS, MOE]).keys(&[("n_deepstack_layers", U(3))]),
-    of("qwen35", 8, &[DELTA, SECTIONS]),
-    of("qwen35moe", 8, &[DELTA, SECTIONS, MOE, SHARED]),
+    of("qwen35", 16, &[DELTA, SECTIONS]),
+    of("qwen35moe", 16, &[DELTA, SECTIONS, MOE, SHARED]),
     none("clef", "it decides between options, and writes no text"),
     of("qwen4exp", 8, &[DELTA, SECTIONS, MOE, SHARED, HYPER, INDEXER])
         .keys(&[("hyper_connection.low_rank", U(8)), ("attention.compress_ratios", Cycle(&[4]))]),
@@ -283,7 +286,7 @@ pub const ALL: &[Recipe] = &[
     of("phi3", 4, &[]),
     of("phimoe", 4, &[MOE]),
     of("plamo", 4, &[]),
-    of("plamo2", 8, &[MAMBA2, HYBRID]).keys(&[
+    of("plamo2", 16, &[MAMBA2, HYBRID]).keys(&[
         ("attention.key_length", U(64)),
         ("attention.value_length", U(64)),
         ("ssm.group_count", U(0)),
@@ -301,10 +304,12 @@ pub const ALL: &[Recipe] = &[
         ("rope.dimension_count", U(32)),
     ]),
     of("gemma", 4, &[]),
-    of("gemma2", 4, &[WINDOW]).keys(&[("attn_logit_softcapping", F(50.0)), ("final_logit_softcapping", F(30.0))]),
+    of("gemma2", 8, &[WINDOW]).keys(&[("attn_logit_softcapping", F(50.0)), ("final_logit_softcapping", F(30.0))]),
     of("gemma2", 46, &[WINDOW, NARROW]).variant("46").fixed(),
+    of("gemma2", 46, &[WINDOW, NARROW, WIDE_HEADS]).variant("27b").fixed(),
     of("gemma3", 13, &[WINDOW]).keys(&[("rope.freq_base_swa", F(1000.0))]),
     of("gemma3", 62, &[WINDOW, NARROW]).variant("62").fixed(),
+    of("gemma3", 62, &[WINDOW, NARROW, WIDE_HEADS]).variant("27b").fixed(),
     of("gemma3n", 30, &[WINDOW]).fixed().keys(&[
         ("embedding_length", U(64)),
         ("feed_forward_length", U(96)),
@@ -328,14 +333,14 @@ pub const ALL: &[Recipe] = &[
         ("rope.freq_base_swa", F(1000.0)),
     ]),
     none("gemma4-assistant", "a draft that reads another model's state"),
-    of("gemma-embedding", 12, &[WINDOW]),
+    of("gemma-embedding", 24, &[WINDOW]),
     of("starcoder2", 4, &[]),
     of("mamba", 4, &[MAMBA]).keys(&[("attention.head_count", U(0)), ("feed_forward_length", U(0))]),
     of("mamba2", 4, &[MAMBA2]).keys(&[("attention.head_count", U(0)), ("feed_forward_length", U(0))]),
-    of("maple", 4, &[MOE, WINDOW])
+    of("maple", 8, &[MOE, WINDOW])
         .keys(&[("attention.sliding_window_pattern", CycleB(&[true, false])), ("swiglu_clamp_exp", CycleF(&[7.0]))]),
-    of("jamba", 8, &[MAMBA, HYBRID]),
-    of("jamba", 8, &[MAMBA, HYBRID, MOE]).variant("experts"),
+    of("jamba", 16, &[MAMBA, HYBRID]),
+    of("jamba", 16, &[MAMBA, HYBRID, MOE]).variant("experts"),
     of("falcon-h1", 4, &[MAMBA2]),
     of("xverse", 4, &[]),
     of("command-r", 4, &[]).keys(&[("logit_scale", F(0.25))]),
@@ -400,9 +405,9 @@ pub const ALL: &[Recipe] = &[
     of("jais", 4, &[MHA]).keys(&[("attention.max_alibi_bias", F(8.0))]),
     of("jais2", 4, &[]),
     of("nemotron", 4, &[]).keys(&[("rope.dimension_count", U(32))]),
-    of("nemotron_h", 8, &[MAMBA2])
+    of("nemotron_h", 16, &[MAMBA2])
         .keys(&[("attention.head_count_kv", Cycle(&[0, 0, 2, 0])), ("feed_forward_length", Cycle(&[0, 512, 0, 512]))]),
-    of("nemotron_h_moe", 8, &[MAMBA2, MOE, SHARED, SIGMOID])
+    of("nemotron_h_moe", 16, &[MAMBA2, MOE, SHARED, SIGMOID])
         .keys(&[("attention.head_count_kv", Cycle(&[0, 0, 2, 0])), ("feed_forward_length", Cycle(&[0, 512, 0, 512]))]),
     of("exaone", 4, &[]),
     of("exaone4", 4, &[]),
@@ -411,15 +416,16 @@ pub const ALL: &[Recipe] = &[
     of("rwkv6", 4, &[WKV6]).keys(&[("rescale_every_n_layers", U(2))]),
     of("rwkv6qwen2", 4, &[WKV6])
         .keys(&[("token_shift_count", U(1)), ("attention.head_count_kv", U(2))])
-        .without(&[".time_mix_first.weight"]),
+        .without(&[".time_mix_first.weight"])
+        .refused("it has no rules yet"),
     of("rwkv7", 4, &[WKV7]),
     of("arwkv7", 4, &[WKV7]).keys(&[("token_shift_count", U(1))]),
     of("granite", 4, &[SCALES]),
     of("granite", 4, &[SCALES, MOE]).variant("experts"),
     of("granitemoe", 4, &[SCALES, MOE]),
     of("granitemoe", 4, &[SCALES, MOE, SHARED]).variant("shared"),
-    of("granitehybrid", 8, &[SCALES, MAMBA2, HYBRID]),
-    of("granitehybrid", 8, &[SCALES, MAMBA2, HYBRID, MOE, SHARED]).variant("experts"),
+    of("granitehybrid", 16, &[SCALES, MAMBA2, HYBRID]),
+    of("granitehybrid", 16, &[SCALES, MAMBA2, HYBRID, MOE, SHARED]).variant("experts"),
     of("graniteswitch", 4, &[SCALES])
         .keys(&[
             ("adapters.count", U(2)),
@@ -440,7 +446,7 @@ pub const ALL: &[Recipe] = &[
     ]),
     of("bailingmoe", 5, &[MOE, SHARED, LEAD]),
     of("bailingmoe2", 5, &[MOE, SHARED, LEAD, SIGMOID]),
-    of("bailingmoe3", 8, &[MOE, SHARED, LEAD, SIGMOID, MLA, KDA, HYBRID_MLA])
+    of("bailingmoe3", 16, &[MOE, SHARED, LEAD, SIGMOID, MLA, KDA, HYBRID_MLA])
         .keys(&[("kda.safe_gate", B(true)), ("kda.gate_lower_bound", F(-5.0))]),
     of("dots1", 5, &[MOE, SHARED, LEAD, SIGMOID, MHA]),
     of("dots3note", 5, &[MOE, SHARED, LEAD, SIGMOID, MLA, INDEXER, WINDOW])
@@ -454,7 +460,7 @@ pub const ALL: &[Recipe] = &[
         ])
         .refused("its two kinds of latent attention are not known yet"),
     of("arcee", 4, &[]),
-    of("afmoe", 9, &[WINDOW, MOE, SHARED, LEAD, SIGMOID]),
+    of("afmoe", 16, &[WINDOW, MOE, SHARED, LEAD, SIGMOID]),
     of("laguna", 9, &[WINDOW, MOE, SHARED, LEAD, SIGMOID]),
     of("ernie4_5", 4, &[]),
     of("ernie4_5-moe", 5, &[MOE, SHARED, LEAD]).keys(&[("interleave_moe_layer_step", U(1))]),
@@ -464,12 +470,12 @@ pub const ALL: &[Recipe] = &[
     of("hy_v3", 5, &[MOE, SHARED, LEAD, SIGMOID]),
     of("hy_v4", 5, &[MOE, SHARED, LEAD, SIGMOID, MLA, HYPER, INDEXER])
         .keys(&[("hyper_connection.magnitude", F(1.0)), ("attention.indexer.types", CycleB(&[true]))]),
-    of("smollm3", 8, &[]),
-    of("gpt-oss", 4, &[MOE, WINDOW]),
-    of("lfm2", 8, &[HYBRID]).keys(&[("shortconv.l_cache", U(3))]),
-    of("lfm2moe", 8, &[HYBRID, MOE, LEAD, SIGMOID]).keys(&[("shortconv.l_cache", U(3))]),
+    of("smollm3", 16, &[]),
+    of("gpt-oss", 8, &[MOE, WINDOW]),
+    of("lfm2", 16, &[HYBRID]).keys(&[("shortconv.l_cache", U(3))]),
+    of("lfm2moe", 16, &[HYBRID, MOE, LEAD, SIGMOID]).keys(&[("shortconv.l_cache", U(3))]),
     of("dream", 4, &[]).refused(DIFFUSION),
-    of("smallthinker", 8, &[MOE, WINDOW, SIGMOID]),
+    of("smallthinker", 16, &[MOE, WINDOW, SIGMOID]),
     of("llada", 4, &[]).refused(DIFFUSION),
     of("llada-moe", 4, &[MOE]).refused(DIFFUSION),
     of("seed_oss", 4, &[]),
@@ -513,13 +519,13 @@ pub const ALL: &[Recipe] = &[
     of("mistral4", 5, &[MOE, SHARED, LEAD, SIGMOID, MLA])
         .keys(&[("expert_group_count", U(2)), ("expert_group_used_count", U(1))]),
     of("paddleocr", 4, &[SECTIONS]),
-    of("mimo2", 4, &[MOE, WINDOW, SIGMOID]).keys(&[("attention.sliding_window_pattern", CycleB(&[false, true]))]),
+    of("mimo2", 8, &[MOE, WINDOW, SIGMOID]).keys(&[("attention.sliding_window_pattern", CycleB(&[false, true]))]),
     of("step35", 8, &[MOE, SHARED, WINDOW, SIGMOID])
         .keys(&[("attention.sliding_window_pattern", CycleB(&[false, true, true, true]))]),
-    of("spark2_5", 4, &[WINDOW]).keys(&[("attention.sliding_window_pattern", CycleB(&[true, false]))]),
+    of("spark2_5", 8, &[WINDOW]).keys(&[("attention.sliding_window_pattern", CycleB(&[true, false]))]),
     of("llama-embed", 4, &[]),
     of("maincoder", 4, &[]),
-    of("kimi-linear", 8, &[MOE, SHARED, LEAD, SIGMOID, MLA, KDA, HYBRID_MLA]),
+    of("kimi-linear", 16, &[MOE, SHARED, LEAD, SIGMOID, MLA, KDA, HYBRID_MLA]),
     of("kimi-k3", 8, &[MOE, SHARED, LEAD, SIGMOID, MLA, KDA, HYBRID_MLA]).keys(&[
         ("attn_res.block_size", U(4)),
         ("activation.situ_beta", F(4.0)),

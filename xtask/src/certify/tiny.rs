@@ -1,8 +1,9 @@
 //! Writes a tiny model by its recipe: libllama says which tensors belong to the metadata, their values come from their
 //! names and a seed.
 //!
-//! Values keep activations near 1 at any depth: norms and scales around 1, matrices by their fan-in, small biases, decays
-//! of recurrent layers in the range of trained ones. So logits differ from token to token, and a wrong layer shows.
+//! Values keep activations near 1 at any depth: norms and scales around 1, matrices by their fan-in, small biases,
+//! decays of recurrent layers in the range of trained ones. So logits differ from token to token, and a wrong layer
+//! shows.
 
 use std::io::{self, BufWriter, Write};
 use std::path::Path;

@@ -1,6 +1,7 @@
 //! `brigade plan`: how a model would be placed, how fast it would be, and what else could be done, without running it.
 //!
-//! - [`model`] finds out what the model costs: from a file, from a header over the network (`brigade-store`), or by name.
+//! - [`model`] finds out what the model costs: from a file, from a header over the network (`brigade-store`), or by
+//!   name.
 //! - [`machines`] finds out who there is: from a description, from flags, from the cluster that runs here, or this
 //!   machine alone, measured.
 //! - `brigade_plan::study` does the rest; [`what_if`] asks it about machines that are not there, [`cost`] about money.
@@ -100,7 +101,7 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
             layers: model.profile.n_layers(),
             bytes: model.profile.layer_bytes.iter().sum::<u64>().saturating_add(model.profile.head_bytes),
             supported: model.unsupported.is_none(),
-            notes: cannot_run(&model).into_iter().collect(),
+            notes: cannot_run(&model).into_iter().chain(stays_whole(&model)).collect(),
         },
         context: demand.context,
         parallel: demand.parallel,
@@ -118,17 +119,28 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
 fn does_not_fit(error: &PlanError, model: &Model, machines: &Machines, demand: &Demand) -> Failure {
     let fits = what_if::smaller_that_fits(model, machines, demand);
     let mut said = error.to_string();
-    if let Some(quant) = fits.filter(|_| matches!(error, PlanError::DoesNotFit { .. })) {
+    if let Some(quant) = fits.filter(|_| is_too_large(error)) {
         let _ = write!(said, ". With --quant {quant} it would fit");
     }
     let fits = what_if::smaller_kv_that_fits(model, machines, demand);
-    if let Some(ty) = fits.filter(|_| matches!(error, PlanError::DoesNotFit { .. })) {
+    if let Some(ty) = fits.filter(|_| is_too_large(error)) {
         let _ = write!(said, ". With --cache-type-k {ty} --cache-type-v {ty} it would fit");
     }
     if let Some(note) = cannot_run(model) {
         let _ = write!(said, ". {}", note.trim_end_matches('.'));
     }
     Failure::run(said)
+}
+
+/// Whether less memory would help.
+fn is_too_large(error: &PlanError) -> bool {
+    matches!(error, PlanError::DoesNotFit { .. } | PlanError::WholeDoesNotFit { .. })
+}
+
+/// What to say of a model that cannot be cut.
+fn stays_whole(model: &Model) -> Option<String> {
+    let why = model.profile.why_whole?;
+    Some(format!("This model must stay whole on one node, since {why}."))
 }
 
 /// What to say of a model that can be planned for and not run.

@@ -14,8 +14,9 @@ pub const N_VOCAB: usize = 96;
 
 /// One of each kind of state: selective scans of both generations, gated delta nets with a decay for each head and for
 /// each channel, short convolutions, and linear attention; alone, beside attention in each layer, and in turns with it.
+/// None is a mixture of experts, whose routing has other bits for a row alone than for one of more.
 pub const ALL: [&str; 9] =
-    ["mamba", "mamba2", "jamba", "falcon-h1", "granitehybrid", "qwen3next", "kimi-linear", "lfm2", "rwkv6"];
+    ["mamba", "mamba2", "jamba", "falcon-h1", "granitehybrid", "qwen35", "kimi-linear", "lfm2", "rwkv6"];
 
 /// Layers that attend, every fourth; the others keep a state.
 const TURNS: [u32; 8] = [0, 0, 2, 0, 0, 0, 2, 0];
@@ -49,7 +50,7 @@ pub fn metadata(arch: &str, base: &Metadata) -> Metadata {
     let ssm: Vec<(&str, u32)> = match arch {
         "mamba" | "jamba" => ssm(256, 16, 8, 0).collect(),
         "mamba2" | "falcon-h1" | "granitehybrid" => ssm(256, 32, 8, 2).collect(),
-        "qwen3next" => ssm(128, 32, 4, 2).collect(),
+        "qwen35" => ssm(128, 32, 4, 2).collect(),
         "kimi-linear" => vec![("conv_kernel", 4)],
         _ => vec![],
     };
@@ -66,11 +67,7 @@ pub fn metadata(arch: &str, base: &Metadata) -> Metadata {
             set("residual_scale", 1.0f32.into());
             set("embedding_scale", 2.0f32.into());
         }
-        "qwen3next" => {
-            set("rope.dimension_count", 16u32.into());
-            experts(&mut set);
-            set("expert_shared_feed_forward_length", 64u32.into());
-        }
+        "qwen35" => set("rope.dimension_sections", Array::of_u32(&[6, 5, 5, 0]).into()),
         "kimi-linear" => {
             set("attention.head_count_kv", pattern(1));
             for (key, n) in [("kv_lora_rank", 64u32), ("key_length", 80), ("value_length", 64)] {
@@ -80,9 +77,11 @@ pub fn metadata(arch: &str, base: &Metadata) -> Metadata {
             set("attention.value_length_mla", 32u32.into());
             set("rope.dimension_count", 16u32.into());
             set("kda.head_dim", 32u32.into());
-            experts(&mut set);
-            set("expert_shared_count", 1u32.into());
-            set("leading_dense_block_count", 1u32.into());
+            // It wants to have experts, and then has none.
+            for (key, n) in [("count", 4u32), ("used_count", 2), ("feed_forward_length", 64), ("shared_count", 1)] {
+                set(&format!("expert_{key}"), n.into());
+            }
+            set("leading_dense_block_count", 8u32.into());
             set("expert_gating_func", 2u32.into());
             set("expert_weights_scale", 1.5f32.into());
         }
@@ -95,12 +94,6 @@ pub fn metadata(arch: &str, base: &Metadata) -> Metadata {
         _ => {}
     }
     all
-}
-
-fn experts(set: &mut impl FnMut(&str, Value)) {
-    for (key, n) in [("count", 4u32), ("used_count", 2), ("feed_forward_length", 64)] {
-        set(&format!("expert_{key}"), n.into());
-    }
 }
 
 /// Writes the model that `metadata` describes to `path`, matrices in Q8_0.
@@ -133,7 +126,7 @@ pub fn write(metadata: &Metadata, path: &Path) {
 
 /// Only products of whole matrices are stored in blocks.
 fn ty(shape: &TensorShape) -> GgmlType {
-    const FLOATS: [&str; 8] = ["norm", "ffn_gate_inp", "conv", "ssm_a", "ssm_d", "time_mix_", "lerp", "ssm_f_a"];
+    const FLOATS: [&str; 5] = ["norm", "ffn_gate_inp", "conv", "time_mix_", "lerp"];
     let is_matrix = shape.dims.len() > 1 && shape.name.ends_with(".weight") && shape.dims[0].is_multiple_of(32);
     let keeps_floats = FLOATS.iter().any(|part| shape.name.contains(part));
     if is_matrix && !keeps_floats { GgmlType::Q8_0 } else { GgmlType::F32 }
@@ -144,7 +137,7 @@ fn values(shape: &TensorShape) -> Vec<u8> {
     let name = shape.name.as_str();
     let (middle, spread) = match name {
         _ if name.contains("ssm_dt.bias") => (-2.5, 1.3),
-        _ if name.contains("ssm_a") => (-2.0, 1.5),
+        _ if name.ends_with("ssm_a") => (-2.0, 1.5),
         _ if name.contains("time_mix_decay.") => (-1.0, 1.0),
         _ if name.contains("lerp") => (0.5, 0.5),
         _ if name.ends_with(".bias") => (0.0, 0.1),

@@ -26,12 +26,13 @@ use brigade_engine::StageMemory;
 use brigade_gguf::{Architecture, ModelFile, StageView, StageViewError};
 use brigade_plan::{Demand, ModelProfile, stage_memory};
 
-pub use compare::{Comparison, MAX_ERROR};
+pub use compare::{Comparison, MAX_ERROR, MAX_RESCALED_ERROR};
 pub use plans::Cuts;
 
-use crate::model::model_profile;
+use crate::model::{ModelError, model_profile};
 use crate::purpose::{PoolingChoice, PurposeError, Work};
 use crate::sizes::{StageShape, rehearse_model};
+use compare::Tolerance;
 use run::{Runner, Stages};
 use script::Script;
 
@@ -46,7 +47,8 @@ pub const MAX_TOKENS: u32 = 4096;
 pub struct CertifyOptions {
     /// Which cuts are tried.
     pub cuts: Cuts,
-    /// Tokens of each of the two sessions, [`MIN_TOKENS`] to [`MAX_TOKENS`]; fewer where the model was trained for fewer.
+    /// Tokens of each of the two sessions, [`MIN_TOKENS`] to [`MAX_TOKENS`]; fewer where the model was trained for
+    /// fewer.
     pub n_tokens: u32,
     /// Threads that compute.
     pub n_threads: u32,
@@ -68,6 +70,9 @@ pub enum CertifyError {
     /// Brigade refuses it.
     #[error("this model is refused: {0}")]
     Refused(String),
+    /// Its keys and values cannot be stored as was asked for.
+    #[error(transparent)]
+    KvTypes(ModelError),
     /// llama.cpp does not run it whole.
     #[error("llama.cpp does not run this model whole: {0}")]
     Whole(String),
@@ -158,6 +163,8 @@ pub struct Report {
     pub cut_points: Vec<u32>,
     /// Why it cannot be cut, where that is known.
     pub why_whole: Option<&'static str>,
+    /// Whether stages have rescaled weights, which are rounded.
+    pub is_rescaled: bool,
     /// How texts were pooled, if it embeds them.
     pub pooling: Option<Pooling>,
     /// The whole as one stage, then each cut.
@@ -175,6 +182,19 @@ impl Report {
             () if self.cut_points.is_empty() => Verdict::WholeOnly,
             () if all(Outcome::is_exact) => Verdict::Exact,
             () => Verdict::Close,
+        }
+    }
+
+    /// Why the verdict is no better, where that is known.
+    pub fn reason(&self) -> Option<&'static str> {
+        match self.verdict() {
+            Verdict::WholeOnly => self.why_whole,
+            Verdict::Close if self.is_rescaled => Some(
+                "libllama knows it by its number of layers and scales its attention in another way; stages make up for \
+                 that by rescaled weights, which are rounded",
+            ),
+            Verdict::Close => Some("some sums are rounded in another order"),
+            Verdict::Exact | Verdict::Differs => None,
         }
     }
 
@@ -203,7 +223,9 @@ pub fn certify(
     let pooling = Work::of(catalog, PoolingChoice::Model)?.pooling;
     let n_tokens = options.n_tokens.clamp(MIN_TOKENS, MAX_TOKENS).min(architecture.n_ctx_train);
     if n_tokens < script::MIN_TOKENS {
-        return Err(CertifyError::Refused(format!("it is for texts of {n_tokens} tokens, too few for any examination")));
+        return Err(CertifyError::Refused(format!(
+            "it is for texts of {n_tokens} tokens, too few for any examination"
+        )));
     }
     let script = match pooling {
         Some(_) => Script::of_texts(n_tokens, architecture.n_vocab, options.seed),
@@ -215,7 +237,7 @@ pub fn certify(
 
     progress("whole", 0.0);
     let oracle = match path {
-        Some(path) => Some(runner.from_file(path).map_err(CertifyError::Whole)?),
+        Some(path) => Some(runner.uncut(path).map_err(CertifyError::Whole)?),
         None => None,
     };
     let mut stages = Stages::default();
@@ -228,8 +250,9 @@ pub fn certify(
     if wanted.iter().flatten().any(|value| value.is_nan()) {
         return Err(CertifyError::Whole("it yields values that are no numbers".to_owned()));
     }
+    let tolerance = Tolerance::of(architecture.is_rescaled());
     let outcome = |results: Result<run::Results, String>| match results {
-        Ok(results) => Outcome::Compared(compare::compare(&script, &wanted, &results)),
+        Ok(results) => Outcome::Compared(compare::compare(&script, &wanted, &results, tolerance)),
         Err(error) => Outcome::Failed(error),
     };
     let mut outcomes = vec![PlanOutcome { cuts: Vec::new(), outcome: outcome(whole) }];
@@ -246,6 +269,7 @@ pub fn certify(
         n_layers: architecture.n_layers,
         cut_points,
         why_whole: architecture.why_whole(),
+        is_rescaled: architecture.is_rescaled(),
         pooling,
         plans: outcomes,
         memory: stages.found.iter().map(|(layers, found)| line(&profile, &shape, *layers, *found)).collect(),
@@ -253,10 +277,13 @@ pub fn certify(
 }
 
 fn profile(file: &ModelFile, shape: &StageShape) -> Result<ModelProfile, CertifyError> {
-    let refused = |error: crate::ModelError| CertifyError::Refused(error.to_string());
+    let refused = |error: ModelError| match error {
+        ModelError::KvTypes { .. } => CertifyError::KvTypes(error),
+        error => CertifyError::Refused(error.to_string()),
+    };
     let mut profile = model_profile(file.catalog(), shape.kv).map_err(refused)?;
     if shape.pooling.is_none() {
-        profile.rehearsed = rehearse_model(file.catalog(), &demand(shape), shape.kv).ok();
+        profile.rehearsed = rehearse_model(file.catalog(), &demand(shape), shape.kv, None).ok();
     }
     Ok(profile)
 }

@@ -34,7 +34,7 @@ pub(super) struct Runner<'a> {
 
 impl Runner<'_> {
     /// The results of the whole model as llama.cpp's own reader loads it.
-    pub(super) fn from_file(&self, path: &Path) -> Result<Results, String> {
+    pub(super) fn uncut(&self, path: &Path) -> Result<Results, String> {
         let whole = self.whole().map_err(|error| chain(&error))?;
         let view = view_of(self.file, whole, self.shape.pooling).map_err(|error| chain(&error))?;
         let mut options = stage_options(&view, self.shape, self.n_threads);

@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use brigade_base::{ByteSize, KvTypes};
+use brigade_base::{ByteSize, KvTypes, Pooling};
 use brigade_gguf::{StageViewError, TensorSource};
 use brigade_net::{Members, TicketBook};
 use brigade_plan::{Demand, ModelProfile, NodeProfile, Optimize, check_split};
@@ -184,8 +184,14 @@ fn context_of(model: &LocalModel, work: Work, asked: Option<u32>, parallel: u32)
 }
 
 /// The profile with what the buffers of the model's graphs take, where that can be found out.
-fn with_sizes(profile: ModelProfile, model: &LocalModel, demand: &Demand, kv: KvTypes) -> ModelProfile {
-    match rehearse_model(model.file().catalog(), demand, kv) {
+fn with_sizes(
+    profile: ModelProfile,
+    model: &LocalModel,
+    demand: &Demand,
+    kv: KvTypes,
+    pooling: Option<Pooling>,
+) -> ModelProfile {
+    match rehearse_model(model.file().catalog(), demand, kv, pooling) {
         Ok(rehearsed) => ModelProfile { rehearsed: Some(rehearsed), ..profile },
         Err(error) => {
             tracing::debug!(%error, "what stages take beside weights and KV cache is estimated");
@@ -238,7 +244,11 @@ impl Coordinator {
             split: options.split.clone(),
             optimize: work.optimize(options.optimize),
         };
-        let profile = with_sizes(profile, &model, &demand, options.kv);
+        // Nobody is to wait for it where stages are loaded already and answers are paused: an estimate will do.
+        let profile = match took_over {
+            true => profile,
+            false => with_sizes(profile, &model, &demand, options.kv, work.pooling),
+        };
         let settings = Settings {
             deployment: charter.deployment,
             coordinator: NodeProfile { id: me, name: options.name.clone(), memory: options.memory, speed: None },

@@ -306,6 +306,7 @@ pub(super) mod tests {
             state_bytes: Vec::new(),
             is_flash: false,
             rehearsed: None,
+            why_whole: None,
             head_bytes: MIB,
             cut_points: (1..n_layers).collect(),
             n_embd: 4096,

@@ -69,14 +69,29 @@ pub trait Suppliers: Sync {
     /// A link for weights to a node, or to the coordinator of this moment. Gives up when it `is_wanted` no more.
     ///
     /// # Errors
-    /// Why there is none, for people.
-    fn dial(&self, peer: Option<&Peer>, is_wanted: &dyn Fn() -> bool) -> Result<Arc<dyn Link>, String>;
+    /// Why there is none.
+    fn dial(&self, peer: Option<&Peer>, is_wanted: &dyn Fn() -> bool) -> Result<Arc<dyn Link>, NoLink>;
 
     /// The server that the model came from, if it may be asked.
     fn hub(&self) -> Option<Hub>;
 
     /// What reads from it; `None` if it cannot be asked.
     fn reader(&self, hub: &Hub) -> Option<Arc<dyn HubReader>>;
+}
+
+/// Why there is no link to a node.
+#[derive(Debug)]
+pub struct NoLink {
+    /// For people.
+    pub why: String,
+    /// It is there, and has no room at the moment.
+    pub is_busy: bool,
+}
+
+impl<T: ToString> From<T> for NoLink {
+    fn from(why: T) -> Self {
+        Self { why: why.to_string(), is_busy: false }
+    }
 }
 
 /// Why something is missing still.
@@ -129,7 +144,7 @@ type Supplier = Option<NodeId>;
 /// What the loader knows of a source's thread.
 enum Thread {
     Runs,
-    EndedAt(Instant),
+    EndedAt(Instant, SourceId),
 }
 
 impl<'a> Gathering<'a> {
@@ -243,32 +258,34 @@ impl<'a> Gathering<'a> {
         peer: Option<Peer>,
     ) {
         let supplier = peer.as_ref().map(|peer| peer.node);
-        let is_first = {
+        let before = {
             let mut known = lock(threads);
             let n_running = known.values().filter(|thread| matches!(thread, Thread::Runs)).count();
-            let is_first = match known.get(&supplier) {
+            let before = match known.get(&supplier) {
                 Some(Thread::Runs) => return,
-                Some(Thread::EndedAt(at)) if at.elapsed() < LEAVE_ALONE => return,
-                known => known.is_none(),
+                Some(Thread::EndedAt(at, _)) if at.elapsed() < LEAVE_ALONE => return,
+                Some(Thread::EndedAt(_, source)) => Some(*source),
+                None => None,
             };
             if n_running >= MAX_ASKED_NODES {
                 return;
             }
             known.insert(supplier, Thread::Runs);
-            is_first
+            before
         };
-        let source = self.lock().pool.join(true);
+        let is_first = before.is_none();
+        let source = before.unwrap_or_else(|| self.lock().pool.join(true));
         if !is_first {
             self.lock().pool.lose(source, true);
         }
         let ended = Arc::clone(threads);
         let ask = move || {
             self.ask(source, suppliers, peer.as_ref(), is_first);
-            lock(&ended).insert(supplier, Thread::EndedAt(Instant::now()));
+            lock(&ended).insert(supplier, Thread::EndedAt(Instant::now(), source));
             self.changed.notify_all();
         };
         if let Err(error) = Builder::new().name("weights".into()).spawn_scoped(scope, ask) {
-            lock(threads).insert(supplier, Thread::EndedAt(Instant::now()));
+            lock(threads).insert(supplier, Thread::EndedAt(Instant::now(), source));
             self.lose(source, true, format!("the system gives no thread: {error}"));
         }
     }
@@ -280,9 +297,14 @@ impl<'a> Gathering<'a> {
         let mut n_in_vain = 0;
         while !self.is_over() {
             let before = self.lock().from_nodes;
+            let mut is_busy = false;
             let end = match suppliers.dial(peer, &|| !self.is_over()) {
                 Ok(link) => self.talk(source, origin, link),
-                Err(why) => End::Broke(why),
+                Err(no_link) => {
+                    // The coordinator has room once others have loaded. A worker is not waited for.
+                    is_busy = no_link.is_busy && peer.is_none();
+                    End::Broke(no_link.why)
+                }
             };
             let why = match end {
                 End::Over => return,
@@ -294,7 +316,7 @@ impl<'a> Gathering<'a> {
                 }
                 End::Broke(why) => why,
             };
-            n_in_vain = if self.lock().from_nodes > before { 0 } else { n_in_vain + 1 };
+            n_in_vain = if is_busy || self.lock().from_nodes > before { 0 } else { n_in_vain + 1 };
             let is_gone = n_in_vain >= ATTEMPTS;
             self.lose(source, is_gone || !is_hoped, why);
             if is_gone {

@@ -20,7 +20,7 @@ mod tally;
 mod tests;
 mod tree;
 
-pub use gathering::{Failed, Gathering, Suppliers, Wanted};
+pub use gathering::{Failed, Gathering, NoLink, Suppliers, Wanted};
 pub use hub::{DirectFetch, HubReader, read_from_hub};
 pub use shelf::{OwnCopy, Shelf, Stock};
 pub use tally::{Origin, Tally};

@@ -15,7 +15,7 @@ use super::tree::{block_range, n_blocks};
 /// LAN.
 pub const LONG: Duration = Duration::from_millis(400);
 
-/// Sources that fetch the same at most.
+/// Sources that fetch the same at most, but for those that have been at it for very long.
 const MAX_TAKERS: usize = 2;
 
 /// A source; never used twice.
@@ -49,7 +49,9 @@ struct Takers(Vec<(SourceId, Instant)>);
 impl Takers {
     fn may_join(&self, source: SourceId, now: Instant) -> Option<Instant> {
         let since = self.0.iter().map(|(_, since)| *since).max()?;
-        let is_new = self.0.len() < MAX_TAKERS && self.0.iter().all(|(taker, _)| *taker != source);
+        let is_young = |since: Instant| now.saturating_duration_since(since) < 10 * LONG;
+        let n_young = self.0.iter().filter(|(_, since)| is_young(*since)).count();
+        let is_new = n_young < MAX_TAKERS && self.0.iter().all(|(taker, _)| *taker != source);
         (is_new && now.saturating_duration_since(since) >= LONG).then_some(since)
     }
 }
@@ -391,6 +393,8 @@ mod tests {
         let later = now + 2 * LONG;
         assert_eq!((pool.take(b, later), pool.take(b, later)), (Some(Work::Block(0, 0)), Some(Work::Block(1, 0))));
         assert_eq!((pool.take(c, later + 2 * LONG), pool.take(a, later + 2 * LONG)), (None, None), "two are enough");
+        let much_later = later + 10 * LONG;
+        assert_eq!(pool.take(c, much_later), Some(Work::Block(0, 0)), "unless neither of them comes to an end");
     }
 
     #[test]

@@ -17,7 +17,7 @@ use super::gathering::Gathering;
 use super::pool::{SourceId, Work};
 use super::tree::{Tree, block_range};
 
-/// How long a source may take for its next answer: many times what a block takes on a slow link.
+/// How long a source may take for an answer, all of a block included: at 35 kB in a second it is in time.
 const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 
 /// Bytes that one source is asked for at once: what a gigabit link with a round trip of 30 ms carries in that.
@@ -114,7 +114,7 @@ impl<'a> Talk<'a> {
         for some in missing.chunks(MAX_ASKED) {
             let hashes: Vec<Hash> = some.iter().map(|tensor| self.gathering.wanted[*tensor].hash).collect();
             self.link.send(kind::HAVE, &[&encode_hashes(&hashes)])?;
-            let answered = self.receive(buf)?;
+            let answered = self.receive(buf, within())?;
             let has = match answered {
                 kind::HAVE_ANSWER => decode_bits(buf, some.len()).ok(),
                 _ => None,
@@ -155,13 +155,13 @@ impl<'a> Talk<'a> {
         Ok(true)
     }
 
-    fn receive(&self, buf: &mut Vec<u8>) -> Result<u8, End> {
-        Ok(self.link.recv(buf, Some(Instant::now() + ANSWER_WITHIN))?)
+    fn receive(&self, buf: &mut Vec<u8>, until: Instant) -> Result<u8, End> {
+        Ok(self.link.recv(buf, Some(until))?)
     }
 
     fn receive_tree(&mut self, tensor: usize, buf: &mut Vec<u8>) -> Result<(), End> {
         let wanted = &self.gathering.wanted[tensor];
-        match self.receive(buf)? {
+        match self.receive(buf, within())? {
             kind::TREE_ANSWER => {
                 let values = decode_hashes(buf, MAX_BLOCKS).unwrap_or_default();
                 let tree = Tree::of(&wanted.hash, wanted.n_bytes, values).ok_or(End::Wrong(tensor))?;
@@ -179,8 +179,9 @@ impl<'a> Talk<'a> {
     fn receive_block(&mut self, tensor: usize, at: usize, buf: &mut Vec<u8>, block: &mut Vec<u8>) -> Result<(), End> {
         let n_bytes = block_range(self.gathering.wanted[tensor].n_bytes, at).1;
         block.clear();
+        let until = within();
         while block.len() < n_bytes {
-            match self.receive(buf)? {
+            match self.receive(buf, until)? {
                 kind::CHUNK if !buf.is_empty() && block.len() + buf.len() <= n_bytes => block.extend_from_slice(buf),
                 kind::FETCH_FAILED => {
                     self.lacks(tensor, buf);
@@ -202,6 +203,11 @@ impl<'a> Talk<'a> {
         state.pool.lacks(self.source, tensor);
         state.why = text(why);
     }
+}
+
+/// Until when an answer that begins now is in time.
+fn within() -> Instant {
+    Instant::now() + ANSWER_WITHIN
 }
 
 fn text(bytes: &[u8]) -> String {

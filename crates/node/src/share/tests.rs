@@ -17,7 +17,7 @@ use crate::test_link::PairedLink;
 
 /// Two that fit into a block each, and one of three blocks.
 fn tensors() -> Vec<Vec<u8>> {
-    let bytes = |n: u64, seed: u64| (0..n).map(|at| ((at + seed) * 2_654_435_761 >> 24) as u8).collect();
+    let bytes = |n: u64, seed: u64| (0..n).map(|at| (((at + seed) * 2_654_435_761) >> 24) as u8).collect();
     vec![bytes(5000, 1), bytes(2 * BLOCK_BYTES + 777, 2), bytes(300, 3)]
 }
 
@@ -151,7 +151,7 @@ impl Suppliers for World {
         self.sources.keys().filter(|key| **key != node(0)).map(peer).collect()
     }
 
-    fn dial(&self, peer: Option<&Peer>, _is_wanted: &dyn Fn() -> bool) -> Result<Arc<dyn Link>, String> {
+    fn dial(&self, peer: Option<&Peer>, _is_wanted: &dyn Fn() -> bool) -> Result<Arc<dyn Link>, NoLink> {
         let to = peer.map_or(node(0), |peer| peer.node);
         self.dialled.lock().unwrap().push(to);
         let source = self.sources.get(&to).ok_or("nobody is there")?;

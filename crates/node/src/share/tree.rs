@@ -126,7 +126,7 @@ mod tests {
     use super::*;
 
     fn tensor(n_bytes: u64) -> (Vec<u8>, Hash) {
-        let bytes: Vec<u8> = (0..n_bytes).map(|at| (at * 31 >> 7) as u8).collect();
+        let bytes: Vec<u8> = (0..n_bytes).map(|at| ((at * 31) >> 7) as u8).collect();
         let hash = Hash::from_bytes(*blake3::hash(&bytes).as_bytes());
         (bytes, hash)
     }

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use brigade_base::{ByteSize, Hash, NodeId};
 use brigade_engine::AdapterSource;
 use brigade_gguf::{AdapterView, Catalog, ModelFile, StageView, TensorSource};
-use brigade_net::{Identity, Link, Purpose, TcpLink};
+use brigade_net::{GreetError, Identity, Link, Purpose, Refusal, TcpLink};
 use brigade_protocol::control::Peer;
 use brigade_protocol::weights::{Hub, Sources};
 use brigade_protocol::worker::Load;
@@ -24,7 +24,7 @@ use crate::images::Images;
 use crate::known::KnownCoordinator;
 use crate::loaded::{LoadedStage, StageFiles, chain, load_stage, options_of};
 use crate::reach::{ReachError, reach, while_wanted};
-use crate::share::{DirectFetch, HubReader, Suppliers, Tally, Trees, read_from_hub};
+use crate::share::{DirectFetch, HubReader, NoLink, Suppliers, Tally, Trees, read_from_hub};
 use crate::threads::lock;
 use crate::trial;
 use crate::weights::{Gather, WeightsError};
@@ -131,10 +131,12 @@ impl Loader {
             }
             !self.leash.is_cancelled()
         };
+        let kept = adapter.iter().flat_map(|adapter| &adapter.tensors).map(|(_, hash)| *hash).collect::<Vec<_>>();
         let gather = Gather {
             model_name: &model.name,
             catalog: &catalog,
             tensors,
+            keep: &kept,
             own: self.own.as_ref(),
             cache: &self.cache,
             trees: &self.trees,
@@ -177,6 +179,7 @@ impl Loader {
             model_name: &self.load.model.name,
             catalog: &adapter.bundle,
             tensors: &adapter.tensors,
+            keep: &self.load.key.tensors,
             own: None,
             cache: &self.cache,
             trees: &self.trees,
@@ -206,11 +209,11 @@ impl Loader {
     }
 
     /// A link to the coordinator of this moment, for weights.
-    fn dial_coordinator(&self, is_wanted: &dyn Fn() -> bool) -> Result<Arc<dyn Link>, String> {
+    fn dial_coordinator(&self, is_wanted: &dyn Fn() -> bool) -> Result<Arc<dyn Link>, NoLink> {
         let until = Instant::now() + DIAL_PATIENCE;
         loop {
             if self.leash.is_cancelled() || !is_wanted() {
-                return Err("the stage is not wanted any more".to_owned());
+                return Err("the stage is not wanted any more".into());
             }
             let known = lock(&self.known).clone();
             let (identity, to) = (Arc::clone(&self.identity), known.clone());
@@ -225,9 +228,9 @@ impl Loader {
                     }
                     self.leash.cut();
                 }
-                Some(Err(error)) if error.is_final() || Instant::now() >= until => return Err(error.to_string()),
+                Some(Err(error)) if error.is_final() || Instant::now() >= until => return Err(no_link(&error)),
                 Some(Err(_)) => std::thread::sleep(REDIAL),
-                None if Instant::now() >= until => return Err("the coordinator is not reached".to_owned()),
+                None if Instant::now() >= until => return Err("the coordinator is not reached".into()),
                 None => {}
             }
         }
@@ -246,12 +249,12 @@ impl Suppliers for Loader {
         lock(&self.sources).peers.iter().filter(others).cloned().collect()
     }
 
-    fn dial(&self, peer: Option<&Peer>, is_wanted: &dyn Fn() -> bool) -> Result<Arc<dyn Link>, String> {
+    fn dial(&self, peer: Option<&Peer>, is_wanted: &dyn Fn() -> bool) -> Result<Arc<dyn Link>, NoLink> {
         let Some(peer) = peer else { return self.dial_coordinator(is_wanted) };
         let (identity, to) = (Arc::clone(&self.identity), peer.clone());
         let dial = move || reach(&identity, to.node, &to.addresses, Purpose::Weights, None);
         let dialled = while_wanted(dial, is_wanted, |result| drop(result.map(|link| link.close())));
-        let link = dialled.ok_or("the weights are not wanted any more")?.map_err(|error| error.to_string())?;
+        let link = dialled.ok_or("the weights are not wanted any more")?.map_err(|error| no_link(&error))?;
         Ok(link)
     }
 
@@ -262,6 +265,11 @@ impl Suppliers for Loader {
     fn reader(&self, hub: &Hub) -> Option<Arc<dyn HubReader>> {
         read_from_hub(hub)
     }
+}
+
+fn no_link(error: &ReachError) -> NoLink {
+    let is_busy = matches!(error, ReachError::Greet(GreetError::Refused(Refusal::Busy)));
+    NoLink { why: error.to_string(), is_busy }
 }
 
 /// Where a node begins among the tensors that it misses: elsewhere than others.

@@ -242,6 +242,7 @@ impl Shape {
             state_bytes: Vec::new(),
             is_flash: kv.v != KvType::F16,
             rehearsed: None,
+            why_whole: None,
             layer_bytes,
             head_bytes: bytes(matrix, bits.head),
             embedding_bytes: bytes(embedding, bits.embedding),

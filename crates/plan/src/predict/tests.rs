@@ -23,6 +23,7 @@ impl Ring {
             state_bytes: Vec::new(),
             is_flash: false,
             rehearsed: None,
+            why_whole: None,
             cut_points: (1..n as u32).collect(),
             n_embd: 1000,
             ..ModelProfile::default()

@@ -12,6 +12,7 @@ fn model() -> ModelProfile {
         state_bytes: Vec::new(),
         is_flash: false,
         rehearsed: None,
+        why_whole: None,
         head_bytes: 100 * MIB,
         cut_points: (1..16).collect(),
         n_embd: 1024,

@@ -33,6 +33,7 @@ pub(super) fn settings(mib: u64, nodes_wanted: usize) -> Settings {
         state_bytes: Vec::new(),
         is_flash: false,
         rehearsed: None,
+        why_whole: None,
         head_bytes: 1 << 20,
         cut_points: (1..9).collect(),
         n_embd: 8,
