@@ -30,7 +30,7 @@ certify` does the same with a model of yours, and `brigade inspect` shows where 
 
 - **exact**: every result had the bits of the whole.
 - **within tolerance**: every greedy choice was the same, and no result was further off than 0.0001 of its largest
-  value; for the one model of which weights must be rescaled, 0.002, and another token may be chosen where two are as
+  value; for the one model of which weights must be rescaled, 0.005, and another token may be chosen where two are as
   likely.
 - **whole only**: it runs on one node, with the bits of llama.cpp alone; the reason is in the last column.
 - **refused**: Brigade does not run it.

@@ -14,6 +14,7 @@ mod callers;
 mod faults;
 pub mod network;
 mod nodes;
+#[allow(dead_code, reason = "tests use more of it")]
 #[path = "../../../crates/cli/tests/support/proxy.rs"]
 mod proxy;
 mod report;

@@ -13,7 +13,7 @@ use super::{POLL, eventually};
 const GRACE: Duration = Duration::from_secs(3);
 
 /// How long a verb that does one thing may take.
-const VERB_TIMEOUT: Duration = Duration::from_secs(20);
+const VERB_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// One running process.
 pub struct Process {
