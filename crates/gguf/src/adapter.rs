@@ -150,7 +150,7 @@ pub fn bundle_adapters(model: &Catalog, adapters: &[(&Catalog, f32)]) -> Result<
 
 fn read_file(model: &Catalog, file: &Catalog, scale: f32) -> Result<Adapter, AdapterError> {
     let metadata = file.metadata();
-    let text = |key: &str| metadata.str(key).map_or_else(|| "missing".to_owned(), |found| quoted(found));
+    let text = |key: &str| metadata.str(key).map_or_else(|| "missing".to_owned(), quoted);
     if metadata.str("general.type") != Some("adapter") {
         return Err(AdapterError::NotAnAdapter { found: text("general.type") });
     }

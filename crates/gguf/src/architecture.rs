@@ -415,9 +415,9 @@ impl Keys<'_> {
                 return Err(self.wrong(key, "different from layer to layer", "the same number in all layers"));
             }
         }
-        match n_head.iter().zip(&n_head_kv).find(|(q, kv)| **kv > 0 && !q.is_multiple_of(**kv)) {
-            Some((q, kv)) => Err(self.wrong("attention.head_count_kv", kv, format!("a divisor of the {q} heads")))?,
-            None => {}
+        let odd = n_head.iter().zip(&n_head_kv).find(|(q, kv)| **kv > 0 && !q.is_multiple_of(**kv));
+        if let Some((q, kv)) = odd {
+            return Err(self.wrong("attention.head_count_kv", kv, format!("a divisor of the {q} heads")));
         }
         let first = n_head.first().copied().unwrap_or(0);
         if first == 0 && rules.name == "plamo2" {
@@ -545,7 +545,7 @@ impl Keys<'_> {
         }
         // The table that libllama has for files which do not tell: two layers, then one of four.
         let is_long = n_ctx_train >= 1 << 20;
-        let has_index = |layer: u32| !is_long || layer < 2 || (layer < 78 && (layer - 2) % 4 == 0);
+        let has_index = |layer: u32| !is_long || layer < 2 || (layer < 78 && (layer - 2).is_multiple_of(4));
         Ok((0..n_layers).map(has_index).collect())
     }
 
@@ -614,7 +614,7 @@ impl Keys<'_> {
         let every = |period: u32| {
             let slides = |layer: u32| match (period, dense_first) {
                 (0, _) => true,
-                (_, true) => layer % period != 0,
+                (_, true) => !layer.is_multiple_of(period),
                 (_, false) => layer % period < period - 1,
             };
             (0..n_layers).map(slides).collect()
