@@ -48,6 +48,7 @@ impl Whole {
             input_node: None,
             looks_up_rows: false,
             stop_node: None,
+            layer_scales: Vec::new(),
             pooling: None,
             kv: KvTypes::default(),
         };

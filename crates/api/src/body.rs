@@ -5,10 +5,8 @@
 //! json (blocking thread) -> the JSON value, and the room, which its caller keeps until the prompt is handed on
 //! ```
 //!
-//! Room is never waited for: bodies that wait while they hold some could wait for each other. A body that finds none
-//! is refused with 429 at once.
+//! A body that finds no room is refused with 429 at once; see [`crate::room`].
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::Request;
@@ -16,10 +14,10 @@ use axum::http::{HeaderMap, StatusCode, header};
 use http_body::Body as _;
 use http_body_util::BodyExt;
 use serde_json::Value;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 
 use crate::error::ApiError;
+use crate::room::{Room, Rooms};
 
 /// Bodies in memory at once, over all connections and until their prompts are handed on. With the default limit 64 of
 /// the largest fit.
@@ -29,8 +27,6 @@ const ROOM_BYTES: usize = 256 << 20;
 const SMALL_ROOM_BYTES: usize = 32 << 20;
 /// What counts as the beginning of a body: a long conversation.
 const SMALL_BYTES: usize = 32 << 10;
-/// What the room is counted in, so that it fits a semaphore's permits.
-const UNIT_BYTES: usize = 1 << 10;
 /// How long a body may take: 4 MiB at 1 Mbit/s.
 const BODY_TIMEOUT: Duration = Duration::from_secs(34);
 /// Most memory that a parsed body's structure may take, in JSON values of 32 bytes; see [`weight`]. The longest prompt
@@ -45,8 +41,7 @@ const ARRAY_WEIGHT: usize = 4;
 #[derive(Debug)]
 pub(crate) struct BodyReader {
     limit: usize,
-    room: Arc<Semaphore>,
-    small_room: Arc<Semaphore>,
+    rooms: Rooms,
 }
 
 /// A body that has arrived.
@@ -56,13 +51,6 @@ pub(crate) struct Body {
     room: Room,
 }
 
-/// The room that a body holds, freed when dropped.
-#[derive(Debug, Default)]
-pub(crate) struct Room {
-    permits: Vec<OwnedSemaphorePermit>,
-    bytes: usize,
-}
-
 impl BodyReader {
     /// A reader that takes bodies of up to `limit` bytes, or what fits in memory at once if that is less.
     pub(crate) fn new(limit: usize) -> Self {
@@ -70,8 +58,7 @@ impl BodyReader {
     }
 
     fn with_room(limit: usize, room_bytes: usize, small_room_bytes: usize) -> Self {
-        let semaphore = |bytes: usize| Arc::new(Semaphore::new(bytes / UNIT_BYTES));
-        Self { limit: limit.min(room_bytes), room: semaphore(room_bytes), small_room: semaphore(small_room_bytes) }
+        Self { limit: limit.min(room_bytes), rooms: Rooms::new(room_bytes, small_room_bytes, SMALL_BYTES) }
     }
 
     /// The request's body.
@@ -101,29 +88,12 @@ impl BodyReader {
             if data.len() > self.limit - body.bytes.len() {
                 return Err(self.too_large());
             }
-            self.grow(&mut body.room, body.bytes.len() + data.len())?;
+            if !self.rooms.grow(&mut body.room, body.bytes.len() + data.len()) {
+                return Err(ApiError::busy("the server holds as many request bodies as it may; try again"));
+            }
             body.bytes.extend_from_slice(&data);
         }
         Ok(body)
-    }
-
-    /// Takes room until it is enough for `bytes`: what is no more than a beginning from the share kept for those.
-    fn grow(&self, room: &mut Room, bytes: usize) -> Result<(), ApiError> {
-        let units = bytes.saturating_sub(room.bytes).div_ceil(UNIT_BYTES);
-        let permits = u32::try_from(units).unwrap_or(u32::MAX);
-        // Small bodies may use all room, large ones not the share of the small.
-        let shares = if bytes <= SMALL_BYTES { vec![&self.small_room, &self.room] } else { vec![&self.room] };
-        let permit = shares.into_iter().find_map(|share| share.clone().try_acquire_many_owned(permits).ok());
-        let Some(permit) = permit else {
-            return Err(ApiError::busy("the server holds as many request bodies as it may; try again"));
-        };
-        room.bytes += units * UNIT_BYTES;
-        // Same shares are merged, so there are never more than two.
-        match room.permits.iter_mut().find(|held| Arc::ptr_eq(held.semaphore(), permit.semaphore())) {
-            Some(held) => held.merge(permit),
-            None => room.permits.push(permit),
-        }
-        Ok(())
     }
 
     fn too_large(&self) -> ApiError {
@@ -213,7 +183,7 @@ mod tests {
         assert_eq!(read(&reader, LIMIT / 2).await.unwrap_err(), StatusCode::TOO_MANY_REQUESTS);
         drop(room);
         read(&reader, LIMIT / 2).await.unwrap();
-        assert_eq!(reader.room.available_permits(), LIMIT / UNIT_BYTES);
+        assert_eq!(reader.rooms.free_bytes(), LIMIT);
     }
 
     #[tokio::test]

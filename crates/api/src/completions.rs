@@ -11,7 +11,7 @@ use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::response::{IntoResponse, Response};
 use brigade_base::Token;
-use brigade_node::serving::{self, ModelCard, Purpose};
+use brigade_node::serving::{self, ModelCard, Purpose, TextPlace};
 use jiff::Zoned;
 use serde_json::Value;
 use tracing::{Instrument, Span, field};
@@ -75,7 +75,7 @@ pub(crate) async fn under_id<W: Future<Output = Answered>>(prefix: &str, work: i
         Ok(drawn) => drawn,
         Err(error) => return error.into_response(),
     };
-    let span = tracing::info_span!("completion", request = id, client_request = field::Empty);
+    let span = tracing::info_span!("answer", request = id, client_request = field::Empty);
     let answered = async {
         work(id).await.unwrap_or_else(|error| {
             tracing::debug!(%error, "the request was not answered");
@@ -117,6 +117,7 @@ async fn complete(
             stop: options.stop,
             logprobs: options.logprobs,
             ignore_end: options.ignore_end,
+            place: TextPlace::ONLY,
         })?;
         Ok((answer, events, options.stream))
     })

@@ -7,8 +7,7 @@ use std::sync::Arc;
 
 use axum::Extension;
 use axum::extract::{Request, State};
-use axum::http::header;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use brigade_node::serving::{ModelCard, Purpose, Serving};
@@ -21,7 +20,7 @@ use crate::error::ApiError;
 use crate::fields::{Fields, clip, mismatch};
 use crate::request::{Prompt, tokens};
 use crate::routes::{Answered, App, Shared, blocking};
-use crate::texts::{self, Batch, MAX_TEXTS, TokenCount, Vectors, Wishes, check_purpose};
+use crate::texts::{self, Batch, MAX_TEXTS, MAX_WRITTEN, TEXT_BYTES, TokenCount, Vectors, Wishes, check_purpose};
 
 /// Most dimensions that a request may ask for: the widest hidden state that is taken.
 const MAX_DIMENSIONS: i64 = 1 << 17;
@@ -59,21 +58,23 @@ async fn embed(app: Arc<App>, id: String, caller: Caller, request: Request) -> A
         let model = app.serving.model();
         let Embeddings { input, encoding, dimensions, wishes } = Embeddings::parse(body, model)?;
         check_purpose(model, Purpose::Embed)?;
+        check_dimensions(dimensions, model.n_values as usize)?;
         let texts = tokenized(&*app.serving, input)?;
+        let room = texts::room_for(&app.batches, model, &texts, 0)?;
         tracing::debug!(texts = texts.len(), "the request is handed on");
-        Ok((Batch { id, tenant: caller.tenant, wishes, texts }, encoding, dimensions))
+        Ok((Batch { id, tenant: caller.tenant, wishes, texts, room }, encoding, dimensions))
     })
     .await?;
-    let Vectors { values, prompt_tokens } = texts::vectors(&*serving, batch).await?;
+    let Vectors { room, values, prompt_tokens } = texts::vectors(&*serving, batch).await?;
     blocking(move || {
+        let n_written: usize = values.iter().map(Vec::len).sum();
+        let n_bytes = n_written * MAX_WRITTEN + values.len() * TEXT_BYTES;
         let data = values.into_iter().enumerate().map(|(index, values)| {
             Ok(Item { object: "embedding", index, embedding: Written::new(unit(values, dimensions)?, encoding) })
         });
         let data = data.collect::<Result<Vec<_>, ApiError>>()?;
         let usage = UsageObject { prompt_tokens, total_tokens: prompt_tokens };
-        let body = serde_json::to_vec(&List { object: "list", data, model: &serving.model().name, usage });
-        let body = body.map_err(|error| ApiError::internal(error.to_string()))?;
-        Ok(([(header::CONTENT_TYPE, "application/json")], body).into_response())
+        texts::answer(&List { object: "list", data, model: &serving.model().name, usage }, n_bytes, room)
     })
     .await
 }
@@ -147,15 +148,21 @@ fn tokenized(serving: &dyn Serving, input: Vec<Prompt>) -> Result<Vec<Vec<brigad
     input.into_iter().enumerate().map(one).collect()
 }
 
+/// Whether vectors of `n_values` can be cut to so many.
+fn check_dimensions(dimensions: Option<usize>, n_values: usize) -> Result<(), ApiError> {
+    match dimensions {
+        Some(dimensions) if dimensions > n_values => {
+            let message = format!("`dimensions` is {dimensions}, but this model's vectors have {n_values}");
+            Err(ApiError::field("dimensions", message).with_code("invalid_value"))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// The first `dimensions` of a vector, brought to length one; one of zeros stays as it is.
 fn unit(mut values: Vec<f32>, dimensions: Option<usize>) -> Result<Vec<f32>, ApiError> {
-    if let Some(dimensions) = dimensions {
-        if dimensions > values.len() {
-            let message = format!("`dimensions` is {dimensions}, but this model's vectors have {}", values.len());
-            return Err(ApiError::field("dimensions", message).with_code("invalid_value"));
-        }
-        values.truncate(dimensions);
-    }
+    check_dimensions(dimensions, values.len())?;
+    values.truncate(dimensions.unwrap_or(values.len()));
     let length = values.iter().map(|value| f64::from(*value).powi(2)).sum::<f64>().sqrt();
     // JSON has no word for such values.
     if !length.is_finite() {

@@ -32,6 +32,7 @@ mod insight;
 mod patience;
 mod request;
 mod rerank;
+mod room;
 mod routes;
 mod server;
 mod stream;

@@ -406,4 +406,4 @@ fn content(value: Value, path: &str) -> Result<String, ApiError> {
 
 #[cfg(test)]
 #[path = "request_tests.rs"]
-mod tests;
+pub(crate) mod tests;

@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::*;
 
-fn card() -> ModelCard {
+pub(crate) fn card() -> ModelCard {
     ModelCard {
         name: "abacus".to_owned(),
         id: ModelId::from_bytes([7; 32]),
@@ -18,6 +18,7 @@ fn card() -> ModelCard {
         eos_text: String::new(),
         purpose: brigade_node::serving::Purpose::Generate,
         rank_template: None,
+        n_values: 0,
     }
 }
 

@@ -6,9 +6,9 @@
 
 use std::sync::Arc;
 
+use axum::Extension;
 use axum::extract::{Request, State};
-use axum::response::{IntoResponse, Response};
-use axum::{Extension, Json};
+use axum::response::Response;
 use brigade_base::Token;
 use brigade_node::serving::{ModelCard, Purpose, Serving};
 use serde::Serialize;
@@ -20,7 +20,12 @@ use crate::embeddings::UsageObject;
 use crate::error::ApiError;
 use crate::fields::{Fields, mismatch};
 use crate::routes::{Answered, App, Shared, blocking};
-use crate::texts::{self, Batch, MAX_TEXTS, TokenCount, Vectors, Wishes, check_purpose};
+use crate::texts::{self, Batch, MAX_TEXTS, TEXT_BYTES, TokenCount, Vectors, Wishes, check_purpose};
+
+/// A byte of a document that is to come back, in the request and in the answer: a control character is six there, such
+/// as `\u0001`.
+const DOCUMENT_BYTES: usize = 1 + MAX_ESCAPED;
+const MAX_ESCAPED: usize = 6;
 
 /// A body of `POST /v1/rerank`.
 #[derive(Debug, PartialEq)]
@@ -52,16 +57,26 @@ async fn rank(app: Arc<App>, id: String, caller: Caller, request: Request) -> An
         let Rerank { query, documents, top_n, return_documents, raw_scores, wishes } = Rerank::parse(body, model)?;
         check_purpose(model, Purpose::Rank)?;
         let texts = tokenized(&*app.serving, &query, &documents)?;
+        let documents = return_documents.then_some(documents);
+        let room = texts::room_for(&app.batches, model, &texts, n_bytes(documents.as_deref()) * DOCUMENT_BYTES)?;
         tracing::debug!(texts = texts.len(), "the request is handed on");
-        let batch = Batch { id: own_id, tenant: caller.tenant, wishes, texts };
-        Ok((batch, return_documents.then_some(documents), raw_scores, top_n))
+        let batch = Batch { id: own_id, tenant: caller.tenant, wishes, texts, room };
+        Ok((batch, documents, raw_scores, top_n))
     })
     .await?;
-    let Vectors { values, prompt_tokens } = texts::vectors(&*serving, batch).await?;
-    let results = results(&values, documents, raw_scores, top_n)?;
-    let usage = UsageObject { prompt_tokens, total_tokens: prompt_tokens };
-    let model = &serving.model().name;
-    Ok(Json(Ranking { id, object: "list", model, results, usage }).into_response())
+    let Vectors { room, values, prompt_tokens } = texts::vectors(&*serving, batch).await?;
+    blocking(move || {
+        let n_bytes = n_bytes(documents.as_deref()) * MAX_ESCAPED + values.len() * TEXT_BYTES;
+        let results = results(&values, documents, raw_scores, top_n)?;
+        let usage = UsageObject { prompt_tokens, total_tokens: prompt_tokens };
+        let model = &serving.model().name;
+        texts::answer(&Ranking { id, object: "list", model, results, usage }, n_bytes, room)
+    })
+    .await
+}
+
+fn n_bytes(documents: Option<&[String]>) -> usize {
+    documents.into_iter().flatten().map(String::len).sum()
 }
 
 impl Rerank {

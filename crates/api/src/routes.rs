@@ -25,9 +25,10 @@ use crate::error::ApiError;
 use crate::fields::{Fields, clip, mismatch};
 use crate::gate::Gate;
 use crate::request::tokens;
+use crate::room::Rooms;
 use crate::template::{ChatTemplate, TemplateError};
 use crate::traffic::{Traffic, count};
-use crate::{ApiOptions, completions, embeddings, insight, rerank};
+use crate::{ApiOptions, completions, embeddings, insight, rerank, texts};
 
 /// Longest life of a ticket: a month. Who needs longer makes another one.
 const MAX_TICKET_TTL_S: i64 = 31 * 24 * 3600;
@@ -37,6 +38,8 @@ pub(crate) struct App {
     pub(crate) serving: Arc<dyn Serving>,
     access: Arc<Access>,
     pub(crate) bodies: BodyReader,
+    /// What requests with texts hold.
+    pub(crate) batches: Rooms,
     /// A model whose template is broken still takes plain completions.
     pub(crate) template: Result<ChatTemplate, TemplateError>,
     pub(crate) traffic: Arc<Traffic>,
@@ -62,7 +65,7 @@ pub(crate) fn router(serving: Arc<dyn Serving>, options: &ApiOptions, gate: Arc<
     let bodies = BodyReader::new(options.body_limit);
     let examining = Arc::new(Semaphore::new(1));
     let (guarding, counting) = (access.clone(), traffic.clone());
-    let app = Arc::new(App { serving, access, bodies, template, traffic, gate, examining });
+    let app = Arc::new(App { serving, access, bodies, batches: texts::rooms(), template, traffic, gate, examining });
     Router::new()
         .route("/v1/chat/completions", post(completions::chat))
         .route("/v1/completions", post(completions::plain))

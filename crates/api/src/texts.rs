@@ -1,23 +1,31 @@
 //! Texts that are made vectors of: what the endpoints of embeddings and of ranking share.
 //!
 //! ```text
-//! body -> texts -> tokens (blocking thread) -> a session for each, some at once -> vectors, in the order of the texts
+//! body -> texts -> tokens (blocking thread) -> room -> vectors, some at once, in the order of the texts -> answer
 //! ```
 //!
-//! A request of many texts is many sessions. Those of one request take turns with those of others by the same rules as
-//! answers do, so it never has the model to itself.
+//! For the node each text is a session, and all of a request have its id. They take turns with other requests' by the
+//! same rules as answers do, so no request ever has the model to itself. Tokens, vectors and the written answer wait
+//! in memory for the slowest text and the slowest reader: room for them is taken before anything is computed, and
+//! given back once the answer is written or given up.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use axum::http::StatusCode;
+use axum::body::Body;
+use axum::http::{StatusCode, header};
+use axum::response::IntoResponse;
 use brigade_base::{TenantId, Token};
-use brigade_node::serving::{Event, Failure, ModelCard, Purpose, Request, Serving, SubmitError};
+use brigade_node::serving::{Event, Failure, ModelCard, Purpose, Request, Serving, SubmitError, TextPlace};
+use bytes::Bytes;
+use serde::Serialize;
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use crate::error::ApiError;
 use crate::fields::Fields;
 use crate::request::{check_model, priority, timeout};
+use crate::room::{Room, Rooms};
+use crate::routes::Answered;
 
 /// Most texts of a request, as OpenAI has it.
 pub(crate) const MAX_TEXTS: usize = 2048;
@@ -26,9 +34,24 @@ pub(crate) const MAX_TEXTS: usize = 2048;
 /// takes.
 pub(crate) const MAX_TOKENS: usize = 1 << 20;
 
-/// Most values of all vectors of a request, which wait in memory until the last one is there: [`MAX_TEXTS`] of the
-/// widest usual ones, of 4096. As text each takes some ten bytes.
+/// Most values of all vectors of a request: [`MAX_TEXTS`] of the widest usual ones, of 4096.
 const MAX_VALUES: usize = 8 << 20;
+
+/// What requests with texts may hold together, beyond their bodies: one of the largest, [`MAX_VALUES`] of
+/// [`VALUE_BYTES`] and [`MAX_TOKENS`], 164 MiB, and as many again of the usual ones. Some hundred vectors of a thousand
+/// values are 2 MiB.
+const ROOM_BYTES: usize = 256 << 20;
+/// Kept for small ones on top of that, so that a few large ones, which take minutes, do not lock them out: as many as
+/// may wait in the queue.
+const SMALL_ROOM_BYTES: usize = 256 * SMALL_BYTES;
+/// What counts as small: a text of 4096 tokens with a vector of 4096 values is 97 KiB, and so are 16 of 256.
+const SMALL_BYTES: usize = 128 << 10;
+/// A value in its vector and as JSON. As Base64 it is shorter.
+const VALUE_BYTES: usize = size_of::<f32>() + MAX_WRITTEN;
+/// The longest number of 32 bits as text: sign, nine digits, point, exponent as in `e-38`, and comma.
+pub(crate) const MAX_WRITTEN: usize = 16;
+/// A text besides: what holds its tokens and its vector, and the names in its part of the answer.
+pub(crate) const TEXT_BYTES: usize = 256;
 
 /// Sessions of one request at once: the passes of a few stages stay full, and no more of the queue is taken than
 /// everyone has to himself.
@@ -57,11 +80,15 @@ pub(crate) struct Batch {
     pub(crate) tenant: TenantId,
     pub(crate) wishes: Wishes,
     pub(crate) texts: Vec<Vec<Token>>,
+    /// For all that is held of them.
+    pub(crate) room: Room,
 }
 
 /// What came of them.
 #[derive(Debug)]
 pub(crate) struct Vectors {
+    /// That of the texts, for the answer.
+    pub(crate) room: Room,
     /// One for each text, as the model gives it.
     pub(crate) values: Vec<Vec<f32>>,
     pub(crate) prompt_tokens: u64,
@@ -106,27 +133,78 @@ impl TokenCount {
     }
 }
 
+/// Room for all requests with texts.
+pub(crate) fn rooms() -> Rooms {
+    Rooms::new(ROOM_BYTES, SMALL_ROOM_BYTES, SMALL_BYTES)
+}
+
+/// Room for these texts and the answer about them, of which `more_bytes` are not vectors.
+///
+/// # Errors
+/// 400 if no request may have so many vectors, 429 if others hold too much.
+pub(crate) fn room_for(
+    rooms: &Rooms,
+    model: &ModelCard,
+    texts: &[Vec<Token>],
+    more_bytes: usize,
+) -> Result<Room, ApiError> {
+    let n_values = (model.n_values as usize).saturating_mul(texts.len());
+    if n_values > MAX_VALUES {
+        let most = MAX_VALUES / (model.n_values as usize).max(1);
+        let message =
+            format!("vectors of {} values are made of {most} texts at once; send fewer in a request", model.n_values);
+        return Err(ApiError::bad_request(message).with_code("too_many_texts"));
+    }
+    let n_tokens: usize = texts.iter().map(Vec::len).sum();
+    let bytes = n_tokens * size_of::<Token>() + texts.len() * TEXT_BYTES + n_values * VALUE_BYTES + more_bytes;
+    let message = "the server holds as many texts and vectors as it may; try again, or send fewer in a request";
+    rooms.take(bytes).ok_or_else(|| ApiError::busy(message))
+}
+
+/// An answer of some `bytes`. It keeps its room until its last byte is with the system or its reader is gone.
+///
+/// # Errors
+/// 500 if it cannot be written.
+pub(crate) fn answer(answer: &impl Serialize, bytes: usize, room: Room) -> Answered {
+    let mut text = Vec::with_capacity(bytes);
+    serde_json::to_writer(&mut text, answer).map_err(|error| ApiError::internal(error.to_string()))?;
+    let body = Bytes::from_owner(Written { text, _room: room });
+    Ok(([(header::CONTENT_TYPE, "application/json")], Body::from(body)).into_response())
+}
+
+/// An answer's text, and the room that it takes.
+struct Written {
+    text: Vec<u8>,
+    _room: Room,
+}
+
+impl AsRef<[u8]> for Written {
+    fn as_ref(&self) -> &[u8] {
+        &self.text
+    }
+}
+
 /// Has a vector made of each text.
 ///
 /// # Errors
 /// If one of them cannot be; the others are then given up.
 pub(crate) async fn vectors(serving: &dyn Serving, batch: Batch) -> Result<Vectors, ApiError> {
-    let Batch { id, tenant, wishes, texts } = batch;
+    let Batch { id, tenant, wishes, texts, room } = batch;
+    let n_values = serving.model().n_values as usize;
     let n_texts = texts.len();
     let until = wishes.timeout.map(|timeout| (Instant::now(), timeout));
     let mut waiting: VecDeque<(usize, Vec<Token>)> = texts.into_iter().enumerate().collect();
     let mut under_way: VecDeque<UnboundedReceiver<Event>> = VecDeque::new();
-    let mut vectors = Vectors { values: Vec::with_capacity(n_texts), prompt_tokens: 0 };
+    let mut vectors = Vectors { room, values: Vec::with_capacity(n_texts), prompt_tokens: 0 };
     while vectors.values.len() < n_texts {
         while under_way.len() < MAX_AT_ONCE
             && let Some((at, text)) = waiting.pop_front()
         {
-            // Each is traced by its own name.
-            let own_id = if n_texts == 1 { id.clone() } else { format!("{id}.{at}") };
+            let place = TextPlace { idx: at as u32, n_texts: n_texts as u32 };
             let request = Request {
                 priority: wishes.priority,
                 timeout: left_of(until)?,
-                ..Request::of_text(own_id, tenant, text.clone())
+                ..Request::of_text(id.clone(), tenant, text.clone(), place)
             };
             match serving.submit(request) {
                 Ok(events) => under_way.push_back(events),
@@ -140,7 +218,11 @@ pub(crate) async fn vectors(serving: &dyn Serving, batch: Batch) -> Result<Vecto
         }
         let Some(events) = under_way.pop_front() else { return Err(broken_off()) };
         let (values, n_tokens) = vector(events, wishes.timeout).await?;
-        check_size(values.len(), n_texts)?;
+        // No more than there is room for.
+        if values.len() > n_values {
+            let found = values.len();
+            return Err(ApiError::internal(format!("the model gave a vector of {found} values, not {n_values}")));
+        }
         vectors.values.push(values);
         vectors.prompt_tokens += u64::from(n_tokens);
     }
@@ -154,14 +236,6 @@ fn left_of(until: Option<(Instant, Duration)>) -> Result<Option<Duration>, ApiEr
         Some(left) => Ok(Some(left)),
         None => Err(Failure::TimedOut { after: timeout }.into()),
     }
-}
-
-fn check_size(n_values: usize, n_texts: usize) -> Result<(), ApiError> {
-    if n_values.saturating_mul(n_texts) <= MAX_VALUES {
-        return Ok(());
-    }
-    let most = MAX_VALUES / n_values.max(1);
-    Err(ApiError::bad_request(format!("vectors of {n_values} values are made of {most} texts at once; send fewer")))
 }
 
 /// The vector of one text, and its tokens. `timeout` is that of the whole request.
@@ -195,4 +269,47 @@ pub(crate) fn checked(model: &ModelCard, tokens: Result<Vec<Token>, SubmitError>
 /// The error for the text at `path`.
 pub(crate) fn at(path: String) -> impl FnOnce(SubmitError) -> ApiError {
     move |error| ApiError::from(error).with_param(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::request::tests::card;
+
+    #[test]
+    fn room_is_for_tokens_vectors_and_the_answer() {
+        let model = ModelCard { n_values: 1000, purpose: Purpose::Embed, ..card() };
+        let held = |texts: &[Vec<Token>], more_bytes| {
+            let rooms = rooms();
+            let _room = room_for(&rooms, &model, texts, more_bytes).unwrap();
+            ROOM_BYTES - rooms.free_bytes()
+        };
+        let texts = vec![vec![1; 500]; 100];
+        let expected = 100 * (500 * 4 + 256 + 1000 * 20);
+        assert!((expected..expected + 1024).contains(&held(&texts, 0)), "{}", held(&texts, 0));
+        assert!((expected + 70_000..expected + 71_024).contains(&held(&texts, 70_000)));
+        assert_eq!(held(&texts[..1], 0), 0, "a small one takes of what is kept for those");
+    }
+
+    #[tokio::test]
+    async fn an_answer_holds_its_room_until_it_is_written() {
+        let rooms = rooms();
+        let response = answer(&[1, 2, 3], 8, rooms.take(1 << 20).unwrap()).unwrap();
+        assert_eq!(response.headers()[header::CONTENT_TYPE], "application/json");
+        assert_eq!(rooms.free_bytes(), ROOM_BYTES - (1 << 20));
+        let written = axum::body::to_bytes(response.into_body(), 99).await.unwrap();
+        assert_eq!((&written[..], rooms.free_bytes()), (&b"[1,2,3]"[..], ROOM_BYTES - (1 << 20)));
+        drop(written);
+        assert_eq!(rooms.free_bytes(), ROOM_BYTES);
+    }
+
+    #[test]
+    fn no_number_is_longer_than_its_room() {
+        for value in
+            [f32::MIN_POSITIVE, -1.175_494_4e-38, f32::MIN, -1.234_567_8e-10, -0.012_345_679, f32::from_bits(1)]
+        {
+            let written = serde_json::to_string(&value).unwrap();
+            assert!(written.len() < MAX_WRITTEN, "{written}");
+        }
+    }
 }

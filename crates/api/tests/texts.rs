@@ -4,7 +4,7 @@
 
 mod common;
 
-use brigade_node::serving::{Event, Failure, FinishReason, Purpose, SubmitError, Usage};
+use brigade_node::serving::{Event, Failure, FinishReason, Purpose, SubmitError, TextPlace, Usage};
 use common::{House, Reply, Script};
 use serde_json::{Value, json};
 
@@ -78,9 +78,45 @@ fn vectors_are_cut_and_written_as_asked() {
     house.script(pooled(&[1.0, 0.0, 7.0]));
     let reply = house.post(EMBEDDINGS, &json!({"input": "a", "dimensions": 2, "encoding_format": "base64"}));
     assert_eq!(reply.json()["data"][0]["embedding"], "AACAPwAAAAA=");
-    house.script(pooled(&[1.0]));
-    let reply = house.post(EMBEDDINGS, &json!({"input": "a", "dimensions": 2}));
-    check_error(&reply, 400, Some("dimensions"), "have 1");
+    let n_asked = house.mock.requests.lock().unwrap().len();
+    let reply = house.post(EMBEDDINGS, &json!({"input": "a", "dimensions": 4}));
+    check_error(&reply, 400, Some("dimensions"), "have 3");
+    assert_eq!(house.mock.requests.lock().unwrap().len(), n_asked, "nothing is computed");
+    // What there is no room for is not taken.
+    house.script(pooled(&[1.0; 4]));
+    check_error(&house.post(EMBEDDINGS, &json!({"input": "a"})), 500, None, "4 values, not 3");
+}
+
+#[test]
+fn what_requests_hold_is_bounded_over_all_of_them() {
+    let house = House::with_vectors(Purpose::Embed, 4096);
+    let largest = json!({"input": vec!["a"; 2048]});
+    let text = largest.to_string();
+    let hold = || {
+        (0..16).for_each(|_| house.script(Script::Hold(vec![])));
+        house.send("POST", EMBEDDINGS, &[("Content-Type", "application/json")], &text)
+    };
+    let first = hold();
+    house.wait_until_held(16);
+    let refused = house.post(EMBEDDINGS, &largest);
+    refused.check_error(429, None, Some("rate_limit_exceeded"));
+    assert_eq!(refused.header("retry-after"), Some("1"));
+    assert_eq!(house.mock.requests.lock().unwrap().len(), 16, "nothing of it is computed");
+    house.script(pooled(&[2.0; 4096]));
+    assert_eq!(house.post(EMBEDDINGS, &json!({"input": "a"})).status, 200, "small ones are not locked out");
+    drop(first);
+    house.wait_until_answering(0);
+    let _second = hold();
+    house.wait_until_held(32);
+}
+
+#[test]
+fn vectors_that_no_request_may_have_are_refused() {
+    let house = House::with_vectors(Purpose::Embed, 5000);
+    let refused = house.post(EMBEDDINGS, &json!({"input": vec!["a"; 2048]}));
+    refused.check_error(400, None, Some("too_many_texts"));
+    assert!(refused.body.contains("made of 1677 texts"), "{refused:?}");
+    assert_eq!(house.mock.requests.lock().unwrap().len(), 0);
 }
 
 #[test]
@@ -91,8 +127,12 @@ fn many_texts_are_asked_a_few_at_a_time() {
     let reply = house.post(EMBEDDINGS, &json!({"input": texts}));
     assert_eq!(reply.json()["data"].as_array().unwrap().len(), 50);
     assert_eq!(reply.json()["usage"]["total_tokens"], 150);
-    let ids: Vec<String> = house.mock.requests.lock().unwrap().iter().map(|request| request.id.clone()).collect();
-    assert!(ids[0].ends_with(".0") && ids[49].ends_with(".49"), "{ids:?}");
+    // All have the name of the request, and say which text they are.
+    let id = reply.header("x-request-id").unwrap();
+    for (at, request) in house.mock.requests.lock().unwrap().iter().enumerate() {
+        assert_eq!((request.id.as_str(), request.place), (id, TextPlace { idx: at as u32, n_texts: 50 }));
+    }
+    assert_eq!(house.get(&format!("/debug/requests/{id}")).json()["id"], id);
     // One that finds the queue full waits for those before it.
     house.script(pooled(&[2.0]));
     house.script(Script::Refuse(SubmitError::Busy { waiting: 256 }));

@@ -6,12 +6,14 @@ mod ids;
 mod kv;
 mod layers;
 mod pooling;
+mod scale;
 mod units;
 
 pub use ids::{DeploymentId, Epoch, Hash, IdError, ImageId, ModelId, NodeId, PassId, SessionId, TenantId};
 pub use kv::{KvType, KvTypes, UnknownKvType};
 pub use layers::{LayerRange, LayerRangeError};
 pub use pooling::{Pooling, UnknownPooling};
+pub use scale::LayerScale;
 pub use units::{ByteSize, ByteSizeError};
 
 /// A token of a model's vocabulary, as libllama numbers them. Negative values never name a token.

@@ -15,7 +15,7 @@ use crate::models::ModelsArgs;
 use crate::pull::PullArgs;
 use crate::sources::SourceArgs;
 use crate::values::{
-    NamedNode, adapter, direct_fetch, listen_address, named_node, node_name, optimize, prefix_cache, price,
+    NamedNode, adapter, direct_fetch, listen_address, may_fetch, named_node, node_name, optimize, prefix_cache, price,
     request_timeout, temperature, throttle, ticket_ttl, wait,
 };
 
@@ -155,7 +155,7 @@ pub struct ServeArgs {
     #[arg(long, value_name = "POOLING", default_value_t = PoolingChoice::Model, env = "BRIGADE_POOLING")]
     pub pooling: PoolingChoice,
     /// A LoRA adapter for the model, a GGUF file, and how strong it is to be; may be given several times
-    #[arg(long, value_name = "FILE[:SCALE]", env = "BRIGADE_LORA", value_delimiter = ',', value_parser = adapter)]
+    #[arg(long, value_name = "FILE[:SCALE]", env = "BRIGADE_LORA", value_parser = adapter)]
     pub lora: Vec<AdapterFile>,
     /// Place the model once N nodes are here, this one counted
     #[arg(long, value_name = "N", default_value_t = 1, env = "BRIGADE_NODES", value_parser = clap::value_parser!(u32).range(1..=1024))]
@@ -220,13 +220,13 @@ pub struct JoinArgs {
     #[command(flatten)]
     pub sources: SourceArgs,
     /// The adapters of the deployment, as `brigade serve` has them, so that this node can take over with its --model
-    #[arg(long, value_name = "FILE[:SCALE]", env = "BRIGADE_LORA", value_delimiter = ',', value_parser = adapter)]
+    #[arg(long, value_name = "FILE[:SCALE]", env = "BRIGADE_LORA", value_parser = adapter)]
     pub lora: Vec<AdapterFile>,
     /// Most bytes of fetched weights that are kept on disk
     #[arg(long, value_name = "SIZE", default_value = "100GiB", env = "BRIGADE_CACHE_SIZE")]
     pub cache_size: ByteSize,
     /// Whether this node may fetch weights from where the model came from, where the coordinator wants that: auto, off
-    #[arg(long, value_name = "WHEN", default_value = "auto", env = "BRIGADE_DIRECT_FETCH", value_parser = direct_fetch)]
+    #[arg(long, value_name = "WHEN", default_value = "auto", env = "BRIGADE_DIRECT_FETCH", value_parser = may_fetch)]
     pub direct_fetch: DirectFetch,
     /// Disk for idle sessions whose memory others need; used as far as all nodes give some
     #[arg(long, value_name = "SIZE", default_value = "0B", env = "BRIGADE_KV_SPILL")]
@@ -335,6 +335,9 @@ pub struct CertifyArgs {
     pub threads: Option<u32>,
     #[command(flatten)]
     pub kv: KvArgs,
+    /// A LoRA adapter that the model is to be examined with, and how strong; may be given several times
+    #[arg(long, value_name = "FILE[:SCALE]", env = "BRIGADE_LORA", value_parser = adapter)]
+    pub lora: Vec<AdapterFile>,
     /// Print JSON
     #[arg(long, env = "BRIGADE_JSON")]
     pub json: bool,
@@ -375,6 +378,9 @@ pub struct PlanArgs {
     pub parallel: u32,
     #[command(flatten)]
     pub kv: KvArgs,
+    /// What becomes of a text, as for `serve`: model, none, mean, cls, last or rank
+    #[arg(long, value_name = "POOLING", default_value_t = PoolingChoice::Model, env = "BRIGADE_POOLING")]
+    pub pooling: PoolingChoice,
     /// Use every node, even where fewer would do
     #[arg(long, env = "BRIGADE_SPREAD")]
     pub spread: bool,
@@ -417,6 +423,9 @@ pub struct ProfileArgs {
     pub parallel: u32,
     #[command(flatten)]
     pub kv: KvArgs,
+    /// What becomes of a text, as for `serve`: model, none, mean, cls, last or rank
+    #[arg(long, value_name = "POOLING", default_value_t = PoolingChoice::Model, env = "BRIGADE_POOLING")]
+    pub pooling: PoolingChoice,
     /// Measure anew, even where that was done before
     #[arg(long, env = "BRIGADE_AGAIN")]
     pub again: bool,

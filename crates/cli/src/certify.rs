@@ -91,6 +91,7 @@ pub fn run(args: &CertifyArgs) -> Result<(), Failure> {
         n_threads: args.threads.unwrap_or_else(system::default_threads),
         seed: args.seed,
         kv: args.kv.types(),
+        adapters: args.lora.clone(),
     };
     brigade_engine::init();
     let mut bars = Bars::new();

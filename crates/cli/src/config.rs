@@ -40,7 +40,9 @@ pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Cli, ParseError> {
         (path, required) if required || path.exists() => read(&path).map_err(ParseError::Config)?,
         _ => Settings::default(),
     };
-    let command = settings.apply(without_empty_variables(Cli::command())).map_err(ParseError::Config)?;
+    let command =
+        with_lists_in_variables(without_empty_variables(Cli::command()), &args, &|name| std::env::var_os(name));
+    let command = settings.apply(command).map_err(ParseError::Config)?;
     let matches = command.try_get_matches_from(args).map_err(ParseError::Usage)?;
     resolved(&matches).map_err(ParseError::Usage)
 }
@@ -65,6 +67,24 @@ fn without_empty_variables(command: Command) -> Command {
         if arg.get_id() != "api_key" && is_empty(&arg) { arg.env(Resettable::Reset) } else { arg }
     });
     command.mut_subcommands(without_empty_variables)
+}
+
+/// Flags that may be given several times, and whose values may have commas: on the command line and in a list of the
+/// file each is one value as it stands. A variable is a single text, so there commas part them.
+const PARTED_IN_VARIABLES: [&str; 1] = ["lora"];
+
+/// Has commas part the values of those flags if they come from their variables.
+fn with_lists_in_variables(
+    command: Command,
+    args: &[OsString],
+    variable: &dyn Fn(&std::ffi::OsStr) -> Option<OsString>,
+) -> Command {
+    let is_parted = |arg: &Arg| {
+        let is_given = arg.get_long().is_some_and(|long| flag_value(args, &format!("--{long}")).is_some());
+        PARTED_IN_VARIABLES.contains(&arg.get_id().as_str()) && !is_given && arg.get_env().and_then(variable).is_some()
+    };
+    let command = command.mut_args(|arg| if is_parted(&arg) { arg.value_delimiter(',') } else { arg });
+    command.mut_subcommands(|verb| with_lists_in_variables(verb, args, variable))
 }
 
 /// Where the file is, and whether it was named and so must exist. Looked for before the command line is understood.
@@ -254,6 +274,29 @@ mod tests {
             assert_eq!(ttl("ticket-ttl = '3h'", args), 7200);
         }
         assert_eq!((ttl("ticket-ttl = '3h'", &[]), ttl("ticket-ttl = '3h'", &["create"])), (10800, 10800));
+    }
+
+    #[test]
+    fn an_adapter_may_have_a_comma_in_its_name() {
+        let paths = |toml: &str, args: &[&str]| -> Vec<String> {
+            serve(toml, args).lora.iter().map(|lora| lora.path.display().to_string()).collect()
+        };
+        assert_eq!(paths("", &["--lora", "a,b.gguf", "--lora", "c.gguf:0.5"]), ["a,b.gguf", "c.gguf"]);
+        assert_eq!(paths("lora = ['a,b.gguf', 'c.gguf']", &[]), ["a,b.gguf", "c.gguf"]);
+        assert_eq!(paths("lora = 'a,b.gguf'", &[]), ["a,b.gguf"]);
+        let is_parted = |args: &[&str], value: Option<&str>| {
+            let args: Vec<OsString> = args.iter().map(OsString::from).collect();
+            let variable = |_: &std::ffi::OsStr| value.map(OsString::from);
+            let command = with_lists_in_variables(Cli::command(), &args, &variable);
+            let verb = command.find_subcommand("serve").unwrap();
+            let delimiter =
+                |id: &str| verb.get_arguments().find(|arg| arg.get_id() == id).unwrap().get_value_delimiter();
+            assert_eq!(delimiter("host_name"), Some(','));
+            delimiter("lora").is_some()
+        };
+        assert!(is_parted(&["brigade", "serve"], Some("a,b")));
+        assert!(!is_parted(&["brigade", "serve"], None));
+        assert!(!is_parted(&["brigade", "serve", "--lora", "a,b"], Some("c,d")), "the flag wins over the variable");
     }
 
     #[test]

@@ -98,6 +98,8 @@ pub enum EndpointError {
         status: u16,
         /// What the endpoint says, or that it said nothing.
         message: String,
+        /// What that is in a word, where the endpoint says so.
+        code: Option<String>,
     },
     /// A stream brought an error object.
     #[error("{message}")]
@@ -290,7 +292,8 @@ impl Endpoint {
             let moved = place.map(|place| format!("; it points to {place}")).unwrap_or_default();
             format!("{} answered {status}{moved}", self.base)
         });
-        Err(EndpointError::Refused { status: status.as_u16(), message })
+        let code = value.pointer("/error/code").and_then(Value::as_str).map(str::to_owned);
+        Err(EndpointError::Refused { status: status.as_u16(), message, code })
     }
 
     fn too_slow(&self, limit: Duration) -> EndpointError {

@@ -17,20 +17,22 @@ struct Report {
     parameters: u64,
     quantisation: String,
     bytes: u64,
-    layers: u64,
-    embedding_length: u64,
+    layers: Option<u64>,
+    embedding_length: Option<u64>,
+    /// Of each layer; none where it does not attend. Empty if it is not known.
     heads: Vec<u32>,
     kv_heads: Vec<u32>,
-    vocabulary: u64,
-    context: u64,
+    vocabulary: Option<u64>,
+    context: Option<u64>,
     experts: u32,
     tied_head: bool,
-    embedding_bytes: u64,
-    head_bytes: u64,
+    /// What only a model that can be run is known by is `null` for others.
+    embedding_bytes: Option<u64>,
+    head_bytes: Option<u64>,
     bytes_per_layer: Vec<u64>,
-    kv_bytes_per_token: u64,
+    kv_bytes_per_token: Option<u64>,
     /// Bytes that each session keeps beside its KV cache, however long it is.
-    state_bytes: u64,
+    state_bytes: Option<u64>,
     cut_points: Vec<u32>,
     /// Why it must stay whole, if it must.
     whole_only: Option<&'static str>,
@@ -57,7 +59,7 @@ pub fn run(args: &InspectArgs) -> Result<(), Failure> {
 fn report(catalog: &Catalog, with_tensors: bool) -> Report {
     let metadata = catalog.metadata();
     let name = metadata.str("general.architecture").unwrap_or("unknown").to_owned();
-    let key = |suffix: &str| metadata.u64(&format!("{name}.{suffix}")).unwrap_or(0);
+    let key = |suffix: &str| metadata.u64(&format!("{name}.{suffix}")).filter(|n| *n > 0);
     let resolved = Architecture::of(catalog);
     let a = resolved.as_ref().ok();
     let tensors = catalog.tensors().iter().filter(|_| with_tensors).map(|t| TensorLine {
@@ -72,19 +74,19 @@ fn report(catalog: &Catalog, with_tensors: bool) -> Report {
         parameters: catalog.n_parameters(),
         quantisation: catalog.quantisation(),
         bytes: catalog.weight_bytes(),
-        layers: a.map_or_else(|| key("block_count"), |a| a.n_layers.into()),
-        embedding_length: a.map_or_else(|| key("embedding_length"), |a| a.n_embd.into()),
+        layers: a.map_or_else(|| key("block_count"), |a| Some(a.n_layers.into())),
+        embedding_length: a.map_or_else(|| key("embedding_length"), |a| Some(a.n_embd.into())),
         heads: a.map(|a| a.n_head.clone()).unwrap_or_default(),
         kv_heads: a.map(|a| a.n_head_kv.clone()).unwrap_or_default(),
-        vocabulary: a.map_or_else(|| key("vocab_size"), |a| a.n_vocab.into()),
+        vocabulary: a.map_or_else(|| key("vocab_size"), |a| Some(a.n_vocab.into())),
         context: key("context_length"),
         experts: a.map_or(0, |a| a.n_experts),
         tied_head: a.is_some_and(|a| a.tied_head),
-        embedding_bytes: a.map_or(0, Architecture::embedding_bytes),
-        head_bytes: a.map_or(0, Architecture::head_bytes),
+        embedding_bytes: a.map(Architecture::embedding_bytes),
+        head_bytes: a.map(Architecture::head_bytes),
         bytes_per_layer: catalog.bytes_per_layer(),
-        kv_bytes_per_token: a.map_or(0, |a| (0..a.n_layers).map(|i| a.kv_bytes_per_token(i, KvTypes::default())).sum()),
-        state_bytes: a.map_or(0, |a| (0..a.n_layers).map(|i| a.state_bytes(i)).sum()),
+        kv_bytes_per_token: a.map(|a| (0..a.n_layers).map(|i| a.kv_bytes_per_token(i, KvTypes::default())).sum()),
+        state_bytes: a.map(|a| (0..a.n_layers).map(|i| a.state_bytes(i)).sum()),
         cut_points: a.map(Architecture::cut_points).unwrap_or_default(),
         whole_only: a.and_then(Architecture::why_whole),
         tensors: tensors.collect(),
@@ -92,10 +94,15 @@ fn report(catalog: &Catalog, with_tensors: bool) -> Report {
     }
 }
 
-/// A list of numbers in short: `4` where all are equal.
+/// What is known, else a dash.
+fn known(what: Option<impl std::fmt::Display>) -> String {
+    what.map_or_else(|| "-".to_owned(), |what| what.to_string())
+}
+
+/// A list of numbers in short: `4` where all are equal, and a dash where there is none.
 fn short(numbers: &[u32]) -> String {
     match numbers {
-        [] => "-".to_owned(),
+        all if all.iter().all(|n| *n == 0) => "-".to_owned(),
         [first, rest @ ..] if rest.iter().all(|n| n == first) => first.to_string(),
         all => all.iter().map(u32::to_string).collect::<Vec<_>>().join(" "),
     }
@@ -113,17 +120,21 @@ fn print(report: &Report) -> Result<(), Failure> {
     field("parameters", &format_args!("{:.2} million", report.parameters as f64 / 1e6))?;
     field("quantisation", &report.quantisation)?;
     field("weights", &ByteSize(report.bytes))?;
-    field("layers", &report.layers)?;
-    field("width", &report.embedding_length)?;
-    field("heads", &format_args!("{}, of keys and values {}", short(&report.heads), short(&report.kv_heads)))?;
+    field("layers", &known(report.layers))?;
+    field("width", &known(report.embedding_length))?;
+    // A layer without heads has none for keys and values, whatever the file says of these.
+    match short(&report.heads).as_str() {
+        "-" => field("heads", &"-")?,
+        heads => field("heads", &format_args!("{heads}, of keys and values {}", short(&report.kv_heads)))?,
+    }
     if report.experts > 0 {
         field("experts", &report.experts)?;
     }
-    field("vocabulary", &report.vocabulary)?;
-    field("trained for", &format_args!("{} tokens", report.context))?;
-    field("embedding", &ByteSize(report.embedding_bytes))?;
+    field("vocabulary", &known(report.vocabulary))?;
+    field("trained for", &known(report.context.map(|n| format!("{n} tokens"))))?;
+    field("embedding", &known(report.embedding_bytes.map(ByteSize)))?;
     let head = if report.tied_head { " (the embedding itself)" } else { "" };
-    field("head", &format_args!("{}{head}", ByteSize(report.head_bytes)))?;
+    field("head", &format_args!("{}{head}", known(report.head_bytes.map(ByteSize))))?;
     let layer = report.bytes_per_layer.iter();
     if let (Some(&least), Some(&most)) = (layer.clone().min(), layer.max()) {
         let range = if least == most {
@@ -133,12 +144,13 @@ fn print(report: &Report) -> Result<(), Failure> {
         };
         field("per layer", &range)?;
     }
-    field("KV cache", &format_args!("{} per token", ByteSize(report.kv_bytes_per_token)))?;
-    if report.state_bytes > 0 {
-        field("state", &format_args!("{} per session", ByteSize(report.state_bytes)))?;
+    field("KV cache", &known(report.kv_bytes_per_token.map(|n| format!("{} per token", ByteSize(n)))))?;
+    if let Some(n_bytes) = report.state_bytes.filter(|n| *n > 0) {
+        field("state", &format_args!("{} per session", ByteSize(n_bytes)))?;
     }
     match report.whole_only {
         Some(why) => field("cut points", &format_args!("none: {why}; it runs whole, on one node"))?,
+        None if report.unsupported.is_some() => field("cut points", &"-")?,
         None if report.cut_points.is_empty() => field("cut points", &"none")?,
         None => field("cut points", &spans(&report.cut_points))?,
     }
@@ -176,5 +188,7 @@ mod tests {
         assert_eq!(spans(&[1, 2, 3, 7, 9, 10]), "1-3, 7, 9-10");
         assert_eq!(short(&[4, 4]), "4");
         assert_eq!(short(&[4, 2]), "4 2");
+        assert_eq!((short(&[]), short(&[0, 0]), short(&[0, 4])), ("-".into(), "-".into(), "0 4".into()));
+        assert_eq!((known(Some(4)), known(None::<u32>)), ("4".into(), "-".into()));
     }
 }

@@ -17,6 +17,12 @@ pub fn run(args: &JoinArgs) -> Result<(), Failure> {
     let state_dir = args.node.state.dir();
     files::make_state_dir(&state_dir)?;
     brigade_node::system::raise_open_files();
+    if args.model.is_none() && !args.lora.is_empty() {
+        return Err(Failure::usage(
+            "--lora is for this node's own copy of the model, and there is none; give --model too, or leave it out: a \
+             worker is sent what it needs of adapters",
+        ));
+    }
     // A port in use is found before a large model is read.
     let front = args.port.map(|port| http::open(&args.http, port)).transpose()?;
     let options = WorkerOptions {

@@ -9,7 +9,7 @@ use brigade_base::ByteSize;
 use brigade_gguf::{Architecture, ModelFile};
 use brigade_node::measure::machine::{self, MachineProfile};
 use brigade_node::measure::{MeasureOptions, MeasureRequest, Profiles, speed};
-use brigade_node::{DEFAULT_CONTEXT_MAX, model_profile, system};
+use brigade_node::{Work, model_profile, system};
 use brigade_plan::{Curve, ModelProfile, Speed};
 use serde::Serialize;
 
@@ -65,15 +65,18 @@ pub fn run(args: &ProfileArgs) -> Result<(), Failure> {
 
 fn model(args: &ProfileArgs, path: &Path, state_dir: &Path, threads: u32) -> Result<ModelReport, Failure> {
     let file = Arc::new(ModelFile::open(path).map_err(Failure::run)?);
-    let trained = Architecture::of(file.catalog()).map_err(Failure::run)?.n_ctx_train;
+    let Architecture { n_ctx_train, n_embd, .. } = Architecture::of(file.catalog()).map_err(Failure::run)?;
+    let work = Work::of(file.catalog(), args.pooling).map_err(Failure::run)?;
+    // As a deployment would have it: what was measured is found again there.
+    let context = work.context(n_ctx_train, n_embd, args.context, args.parallel).map_err(Failure::run)?;
     let request = MeasureRequest {
         catalog: file.catalog().clone(),
-        context: args.context.unwrap_or(DEFAULT_CONTEXT_MAX).min(trained),
+        context,
         sessions: args.parallel,
-        max_rows: brigade_node::CHUNK + args.parallel,
+        max_rows: work.max_rows(context, args.parallel),
         kv: args.kv.types(),
     };
-    let profile = model_profile(file.catalog(), args.kv.types()).map_err(Failure::run)?;
+    let profile = work.profile(model_profile(file.catalog(), args.kv.types()).map_err(Failure::run)?);
     let options = MeasureOptions::new(threads, args.throttle, Some(file));
     let speed = speed(&request, &options, &Profiles::open(state_dir), args.again).map_err(Failure::run)?;
     Ok(ModelReport {

@@ -100,6 +100,14 @@ pub fn direct_fetch(text: &str) -> Result<DirectFetch, String> {
     }
 }
 
+/// Whether a worker may have weights from there.
+pub fn may_fetch(text: &str) -> Result<DirectFetch, String> {
+    match text {
+        "on" => Err("write auto or off: `brigade serve` alone can ask for on".to_owned()),
+        _ => direct_fetch(text).map_err(|_| "write auto or off".to_owned()),
+    }
+}
+
 /// A name for people.
 pub fn node_name(text: &str) -> Result<String, String> {
     let n = text.chars().count();
@@ -174,6 +182,9 @@ mod tests {
         for wrong in ["", ":1", "a:0", "a:nan", "a:1001"] {
             assert!(adapter(wrong).is_err(), "{wrong}");
         }
+        assert_eq!((may_fetch("auto"), may_fetch("off")), (Ok(DirectFetch::Auto), Ok(DirectFetch::Off)));
+        assert!(may_fetch("on").unwrap_err().contains("brigade serve") && may_fetch("yes").is_err());
+        assert_eq!(direct_fetch("on"), Ok(DirectFetch::On));
         assert!(price("0.3") == Ok(0.3) && price("-1").is_err() && price("nan").is_err());
         let node = |device: Option<&str>| NamedNode {
             name: "a".to_owned(),

@@ -137,7 +137,16 @@ fn architectures_without_rules_are_refused_by_name() {
     let path = path.to_str().unwrap();
     check_serve(&[path], 1, "architecture \"clip\" cannot be run; `docs/architectures.md` lists the ");
     check(&["plan", path], 1, "architecture \"clip\" cannot be run");
-    assert!(run(&["inspect", path]).ok().contains("clip"));
+    let text = run(&["inspect", path]).ok();
+    // What only rules tell is not known, and no zero.
+    for line in ["architecture   clip", "layers         -", "embedding      -", "head           -", "KV cache       -"]
+    {
+        assert!(text.contains(line), "{line}: {text}");
+    }
+    let report: Value = serde_json::from_str(&run(&["inspect", path, "--json"]).ok()).unwrap();
+    for key in ["embedding_bytes", "head_bytes", "kv_bytes_per_token", "state_bytes", "layers"] {
+        assert_eq!(report.get(key), Some(&Value::Null), "{key}: {report}");
+    }
 }
 
 #[test]
@@ -179,6 +188,9 @@ fn settings_that_make_no_sense_are_refused() {
     check_serve(&["--config", "/does/not/exist.toml"], 2, "/does/not/exist.toml");
     check_serve(&["--shadow"], 2, "give --redundancy 2 too");
     check_join(&["--port", "0", "--bind", "0.0.0.0"], 2, "--api-key");
+    check_join(&["--lora", "style.gguf"], 2, "give --model too");
+    let ended = run(&["join", "--direct-fetch", "on"]);
+    assert!(ended.code == Some(2) && ended.stderr.contains("`brigade serve` alone can ask for on"), "{ended:?}");
     check_join(&["--port", "0", "--api-key", ""], 2, "--api-key must not be empty");
     check_join(&["--port", &port], 1, "--port, or 0 for any");
     check_serve(&["--context", "5000"], 1, "the 1024 tokens that this model was trained for");

@@ -18,13 +18,14 @@ fn measured(args: &[&str]) -> Value {
     serde_json::from_str(&run(&[&["bench", "--json"], args].concat()).ok()).unwrap()
 }
 
-/// Checks that a measurement fails with all of these words.
+/// Checks that a measurement fails with all of these words; what it says in all.
 #[track_caller]
-fn check_fails(args: &[&str], words: &[&str]) {
+fn check_fails(args: &[&str], words: &[&str]) -> String {
     let ended = run(&[&["bench", "--runs", "1", "--tokens", "4", "--prompt-tokens", "8"], args].concat());
     assert_eq!(ended.code, Some(1), "{ended:?}");
     assert_eq!(ended.stderr.lines().count(), 1, "{ended:?}");
     assert!(words.iter().all(|word| ended.stderr.contains(word)), "{words:?}: {ended:?}");
+    ended.stderr
 }
 
 /// All notes of a report.
@@ -191,6 +192,16 @@ fn what_prevents_a_measurement_is_said_with_what_to_do() {
     check_fails(&[&refusing(404, "model 'm' not found"), "--model", "m"], &["model 'm' not found", "--model"]);
     check_fails(&[&refusing(404, "no such page")], &["lists no model", "--model"]);
     check_fails(&[&refusing(400, "too long"), "--model", "m"], &["too long", "--prompt-tokens"]);
+    let coded = |code: &'static str| {
+        let error = json!({"error": {"message": "no such thing", "type": "invalid_request_error", "code": code}});
+        Fake::start(move |_, _| Say::Json(400, error.clone())).url
+    };
+    check_fails(&[&coded("context_length_exceeded"), "--model", "m"], &["no such thing: if prompt", "--prompt-tokens"]);
+    let said =
+        check_fails(&[&coded("unsupported_model"), "--model", "m"], &["no such thing: only models that generate"]);
+    assert!(!said.contains("--prompt-tokens"), "{said}");
+    let said = check_fails(&[&coded("invalid_value"), "--model", "m"], &["no such thing"]);
+    assert!(!said.contains("--prompt-tokens"), "{said}");
     let cut = Fake::start(|_, _| Say::Cut(tokens(1)));
     check_fails(&[&cut.url, "--model", "m"], &["broke off in the middle", "does it still run"]);
     let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();

@@ -6,7 +6,7 @@ mod support;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use brigade_gguf::{Builder, Metadata, ModelFile};
+use brigade_gguf::{Builder, GgmlType, Metadata, ModelFile};
 use serde_json::Value;
 use support::{abacus, quantised_abacus, run};
 
@@ -69,6 +69,57 @@ fn what_is_not_cut_or_not_run_has_an_exit_code_of_its_own() {
     let report: Value = serde_json::from_str(&refused.stdout).unwrap();
     assert_eq!((&report["verdict"], &report["architecture"]), (&"refused".into(), &"gptj".into()));
     assert!(report["reason"].as_str().unwrap().contains("gptj"));
+}
+
+/// An adapter of the first matrix of some layers, with values that change what comes out.
+fn write_adapter(path: &Path, layers: &[u32], value: f32) {
+    let mut metadata = Metadata::new();
+    for (key, value) in [("general.architecture", "llama"), ("general.type", "adapter"), ("adapter.type", "lora")] {
+        metadata.set(key, value);
+    }
+    let mut builder = Builder::new(&metadata);
+    for layer in layers {
+        builder.tensor(format!("blk.{layer}.attn_q.weight.lora_a"), &[256, 2], GgmlType::F32).unwrap();
+        builder.tensor(format!("blk.{layer}.attn_q.weight.lora_b"), &[2, 256], GgmlType::F32).unwrap();
+    }
+    let fill = |_: usize, offset: u64, bytes: &mut [u8]| {
+        for (at, element) in bytes.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+            let odd = (offset / 4 + at as u64) % 3;
+            *element = (value * (odd as f32 - 1.0)).to_le_bytes();
+        }
+        Ok(())
+    };
+    builder.write(&mut File::create(path).unwrap(), fill).unwrap();
+}
+
+#[test]
+fn a_model_is_examined_with_its_adapters() {
+    let dir = tempfile::tempdir().unwrap();
+    let [one, other] = ["one,two.gguf", "other.gguf"].map(|name| dir.path().join(name));
+    write_adapter(&one, &[0, 3, 7], 0.05);
+    write_adapter(&other, &[3, 4], 0.02);
+    let [one, other] = [one, other].map(|path| path.to_str().unwrap().to_owned());
+    let given = |adapters: &[&str]| {
+        let args: Vec<&str> = adapters.iter().flat_map(|adapter| ["--lora", adapter]).collect();
+        let json = certify(&abacus(), &[&["--cuts", "3", "--tokens", "16", "--json"], &args[..]].concat()).ok();
+        serde_json::from_str::<Value>(&json).unwrap()
+    };
+    let weights = |report: &Value| report["stages"].as_array().unwrap().last().unwrap()["found"]["weights"].clone();
+    let (plain, scaled, both) = (given(&[]), given(&[&format!("{one}:3")]), given(&[&one, &other]));
+    for report in [&plain, &scaled, &both] {
+        assert_eq!(report["verdict"], "exact", "{report:#}");
+        assert_eq!(report["runs"].as_array().unwrap().len(), 4);
+        for stage in report["stages"].as_array().unwrap() {
+            let total = |of: &str| -> f64 {
+                ["weights", "kv", "compute"].iter().map(|part| stage[of][part].as_f64().unwrap()).sum()
+            };
+            assert!((total("predicted") / total("found") - 1.0).abs() < 0.05, "{stage}");
+        }
+    }
+    // The last stage has layer 7, which the first adapter changes.
+    assert_eq!(weights(&scaled).as_u64().unwrap() - weights(&plain).as_u64().unwrap(), 2 * 4 * 2 * 256);
+    let wrong = certify(&abacus(), &["--lora", abacus().to_str().unwrap()]);
+    assert!(wrong.code == Some(1) && wrong.stderr.contains("it is no adapter"), "{wrong:?}");
 }
 
 #[test]

@@ -73,7 +73,9 @@ fn a_text_is_as_long_as_the_model_takes() {
     assert_eq!(reply["usage"]["prompt_tokens"], N_CTX);
     let refused = cluster.endpoint.post("/v1/embeddings", &json!({"input": ["a", text(N_CTX + 1)]}));
     assert_eq!((refused.status, refused.code()), (400, "context_length_exceeded"), "{refused:?}");
-    assert!(refused.message().contains("at most 64"), "{refused:?}");
+    assert!(refused.message().contains("has 65 tokens, but at most 64"), "{refused:?}");
+    let refused = cluster.endpoint.post("/v1/embeddings", &json!({"input": text(50 * N_CTX)}));
+    assert!(refused.message().contains("has at least "), "{refused:?}");
 }
 
 #[test]
@@ -115,6 +117,32 @@ fn any_node_embeds_and_ranks() {
     assert_eq!(found.body["results"], expected["results"]);
 }
 
+/// However many texts it has; its id is that of the answer's header, on any node.
+#[test]
+fn a_request_is_one_in_metrics_and_traces() {
+    let cluster = Setup::of(2).serve(&["--pooling", "last"]).join(&["--port", "0"]).start();
+    let other = Endpoint::new(cluster.workers[0].line("serving ").trim_end_matches("/v1"), None);
+    let texts: Vec<String> = (0..100).map(|n| format!("What is {n} + {}?", n * 7 % 100)).collect();
+    let body = json!({"input": texts});
+    let mut n_tokens = 0;
+    for (at, endpoint) in [&cluster.endpoint, &other].into_iter().enumerate() {
+        let reply = eventually("vectors", || Some(endpoint.post("/v1/embeddings", &body)).filter(|r| r.status == 200));
+        let of_request = reply.body["usage"]["prompt_tokens"].as_u64().unwrap();
+        n_tokens += of_request;
+        let trace = cluster.trace_of_done(&reply.request_id.unwrap());
+        let found = ["finish", "texts", "texts_done", "prompt_tokens", "completion_tokens"].map(|name| &trace[name]);
+        assert_eq!(found, [&json!("stop"), &json!(100), &json!(100), &json!(of_request), &json!(0)]);
+        let rows: u64 = trace["passes"].as_array().unwrap().iter().map(|pass| pass["rows"].as_u64().unwrap()).sum();
+        assert!(trace["passes_left_out"] != 0 || rows == of_request, "{rows} rows of {of_request} tokens");
+        let metrics = cluster.metrics();
+        assert_eq!(metrics.labelled("request_success_total", &[("finished_reason", "stop")]), 1.0 + at as f64);
+        assert_eq!(metrics.get("e2e_request_latency_seconds_count"), 1.0 + at as f64);
+        assert_eq!((metrics.get("prompt_tokens_total"), metrics.get("request_prompt_tokens_sum")), {
+            (n_tokens as f64, n_tokens as f64)
+        });
+    }
+}
+
 /// The texts that were on their way are embedded on what is left, and none is missing.
 #[test]
 fn a_worker_may_be_lost() {
@@ -129,6 +157,17 @@ fn a_worker_may_be_lost() {
     assert_eq!(cluster.placement().len(), 2);
 }
 
+/// Nothing that is predicted of generated text is told of a model that generates none, although it was measured.
+#[test]
+fn no_tokens_are_promised_of_a_model_that_embeds() {
+    let cluster = Setup::of(1).serve(&["--pooling", "last", "--optimize", "latency"]).start();
+    let said = cluster.coordinator.line("plan ");
+    assert!(said.contains("a 0..8") && !said.contains("tokens/s") && !said.contains("first token"), "{said}");
+    let status = cluster.status();
+    assert!(!status["nodes"][0]["speed"].is_null(), "{status:#}");
+    assert!(status["prediction"].is_null() && status["advice"] == json!([]), "{status:#}");
+}
+
 #[test]
 fn what_a_model_cannot_do_ends_the_start() {
     let dir = tempfile::tempdir().unwrap();
@@ -141,5 +180,5 @@ fn what_a_model_cannot_do_ends_the_start() {
     };
     check(&abacus(), "rank", "no classifier");
     check(&bert, "none", "generates no text");
-    check(&bert, "middle", "no pooling");
+    check(&bert, "middle", "there are model, none, mean, cls, last and rank");
 }

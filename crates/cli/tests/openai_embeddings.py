@@ -11,6 +11,7 @@ import sys
 import openai
 
 given = json.loads(sys.argv[1])
+base = given["base_url"].removesuffix("/v1")
 client = openai.OpenAI(base_url=given["base_url"], api_key="none", max_retries=0)
 
 
@@ -24,6 +25,8 @@ def check_reply(reply):
     assert [item.index for item in reply.data] == list(range(len(given["texts"])))
     n_tokens = sum(map(len, given["tokens"]))
     assert (reply.usage.prompt_tokens, reply.usage.total_tokens) == (n_tokens, n_tokens), reply.usage
+    trace = client.get(base + "/debug/requests/" + reply._request_id, cast_to=object)
+    assert (trace["texts"], trace["prompt_tokens"]) == (len(given["texts"]), n_tokens), trace
 
 
 def texts():

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use serde_json::{Value, json};
+use support::encoder::{N_CTX, write_bert};
 use support::{Cluster, abacus, run};
 
 fn docs() -> PathBuf {
@@ -124,6 +125,56 @@ fn models_that_cannot_be_run_are_planned_for_and_told() {
     let text = run(&["plan", "deepseek-v3", "--node", "a=800GiB@h100-pcie"]).ok();
     assert!(text.contains("note     This version cannot run deepseek-v3 (deepseek2)"), "{text}");
     check_error(&["deepseek-v3", "--node", "a=8GiB@h100-pcie"], 1, "cannot run deepseek-v3");
+}
+
+#[test]
+fn a_model_that_embeds_is_planned_for_as_it_would_be_served() {
+    let (abacus, dir) = (abacus(), tempfile::tempdir().unwrap());
+    let (bert, reranker) = (write_bert(dir.path(), false), write_bert(dir.path(), true));
+    let plan = |model: &Path, args: &[&str]| {
+        let given = [&[model.to_str().unwrap(), "--node", "a=22GiB@rtx-3090,b=22GiB@rtx-3090"], args].concat();
+        let text = run(&[&["plan"], &given[..]].concat()).ok();
+        assert!(!text.contains("tokens/s") && !text.contains("first "), "{text}");
+        assert!(text.contains("not predicted: this model "), "{text}");
+        let report = planned(&given);
+        assert!(report["plan"]["prediction"].is_null() && report["cost"].is_null(), "{report}");
+        assert_eq!((&report["alternatives"], &report["advice"]), (&json!([]), &json!([])));
+        (report, text)
+    };
+    let compute = |report: &Value| report["plan"]["stages"][0]["memory"]["compute"].as_u64().unwrap();
+    let (whole, text) = plan(&abacus, &["--pooling", "mean"]);
+    assert!(text.contains("4 texts of 1024 tokens") && text.contains("embeds texts, each whole"), "{text}");
+    let (chunks, text) = plan(&abacus, &["--pooling", "last"]);
+    assert!(text.contains("embeds texts, in chunks"), "{text}");
+    let said = |report: &Value| (report["model"]["purpose"].clone(), report["model"]["pooling"].clone());
+    assert_eq!((said(&whole), said(&chunks)), ((json!("embed"), json!("mean")), (json!("embed"), json!("last"))));
+    assert!(compute(&whole) > compute(&chunks), "buffers are as large as a whole text");
+    assert_eq!(whole["optimize"], "memory", "what is measured of others does not happen there");
+
+    let (bert, _) = plan(&bert, &["--explain"]);
+    assert_eq!((said(&bert), &bert["context"]), ((json!("embed"), json!("mean")), &json!(N_CTX)));
+    assert_eq!(bert["plan"]["stages"][0]["memory"]["kv"], 0);
+    let (reranker, text) = plan(&reranker, &[]);
+    assert!(text.contains("ranks texts"), "{text}");
+    assert_eq!(said(&reranker), (json!("rank"), json!("rank")));
+
+    let (named, _) = plan(Path::new("llama-3.1-8b"), &["--quant", "Q2_K", "--pooling", "mean"]);
+    assert_eq!(named["context"], 2048, "a text that travels whole");
+    let text = planned(&[abacus.to_str().unwrap(), "--node", "a=4GiB@rtx-3090"]);
+    assert_eq!(said(&text), (json!("generate"), Value::Null));
+    let path = abacus.to_str().unwrap();
+    check_error(&[path, "--pooling", "rank"], 1, "no classifier");
+    check_error(&["llama-3.1-8b", "--pooling", "mean", "--context", "20000"], 1, "give it 4028 or less");
+}
+
+/// Neither verb takes time to measure what is of no use, nor refuses what `serve` takes.
+#[test]
+fn a_model_that_takes_texts_whole_is_not_measured_for_a_plan() {
+    let dir = tempfile::tempdir().unwrap();
+    let bert = write_bert(dir.path(), false);
+    let report = planned(&[bert.to_str().unwrap(), "--state-dir", dir.path().to_str().unwrap()]);
+    assert_eq!((&report["machines"]["notes"], stages(&report)[0].1.clone()), (&json!([]), json!([0, 6])));
+    assert!(!dir.path().join("profiles").exists());
 }
 
 #[test]

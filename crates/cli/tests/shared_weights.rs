@@ -33,7 +33,8 @@ fn cached(cluster: &Cluster, node: &str) -> Vec<PathBuf> {
 }
 
 fn n_cached(cluster: &Cluster, node: &str) -> u64 {
-    cached(cluster, node).iter().map(|path| std::fs::metadata(path).unwrap().len()).sum()
+    // A file that was still being written may have got another name meanwhile.
+    cached(cluster, node).iter().filter_map(|path| Some(std::fs::metadata(path).ok()?.len())).sum()
 }
 
 /// Every tensor of a node's cache has the hash that it is named by.

@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 
 use brigade_base::{KvTypes, LayerRange};
 use brigade_engine::{Stage, StageMemory, StageOptions};
-use brigade_gguf::{Builder, Catalog, GgmlType, Metadata, ModelFile, StageView, SyntheticTensors, Value};
+use brigade_gguf::{
+    AdapterView, Builder, Catalog, GgmlType, Metadata, ModelFile, StageView, SyntheticTensors, Value, bundle_adapters,
+};
 use brigade_node::trial::{self, TrialError};
 use support::{Setup, abacus, eventually, run};
 
@@ -68,9 +70,17 @@ impl Header {
 
     /// What a trial of the first `n_layers` layers finds, where our own rules let it come that far.
     fn attempt(&self, n_layers: u32) -> Option<Result<StageMemory, TrialError>> {
-        let view = StageView::new(&self.catalog()?, LayerRange::new(0, n_layers).unwrap()).ok()?;
+        self.attempt_with(n_layers, None)
+    }
+
+    /// The same with an adapter.
+    fn attempt_with(&self, n_layers: u32, adapter: Option<&Catalog>) -> Option<Result<StageMemory, TrialError>> {
+        let catalog = self.catalog()?;
+        let view = StageView::new(&catalog, LayerRange::new(0, n_layers).unwrap()).ok()?;
         enable();
-        let result = trial::stage(&view, &options(&view)).map(Option::unwrap);
+        let bundle = adapter.map(|adapter| bundle_adapters(&catalog, &[(adapter, 1.0)]).unwrap());
+        let adapter = bundle.and_then(|bundle| AdapterView::new(&bundle, &catalog, &view).unwrap());
+        let result = trial::stage(&view, adapter.as_ref(), &options(&view)).map(Option::unwrap);
         let is_found_out = !matches!(result, Err(TrialError::Untried(_) | TrialError::Late));
         assert!(is_found_out, "{result:?}");
         Some(result)
@@ -93,6 +103,7 @@ fn options(view: &StageView) -> StageOptions {
         input_node: view.input_node(),
         looks_up_rows: view.looks_up_rows(),
         stop_node: view.stop_node(),
+        layer_scales: view.layer_scales(),
         pooling: None,
         kv: KvTypes::default(),
     }
@@ -217,6 +228,30 @@ fn a_large_model_is_tried_in_pieces() {
     // Layers that are alike are tried once, and this one is like no other.
     let error = hostile.attempt(n_layers).unwrap().unwrap_err();
     assert!(error.to_string().contains("unsupported types"), "{error}");
+}
+
+/// libllama makes room for an adapter's nodes in a graph as if each matrix were used once.
+#[test]
+fn adapters_are_tried_with_their_stage() {
+    let abacus = Header::of_abacus();
+    let mut adapter = Header { metadata: Metadata::new(), tensors: Vec::new() };
+    let mut model = Header { metadata: Metadata::new(), tensors: abacus.tensors.clone() };
+    for (key, value) in abacus.metadata.iter() {
+        model.metadata.set(key.replace("llama.", "nanbeige."), value.clone());
+    }
+    let keys = [("general.architecture", "nanbeige"), ("general.type", "adapter"), ("adapter.type", "lora")];
+    keys.into_iter().for_each(|(key, value)| adapter.metadata.set(key, value));
+    model.metadata.set("general.architecture", "nanbeige");
+    for (name, dims, _) in abacus.tensors.iter().filter(|(name, dims, _)| name.starts_with("blk.") && dims.len() > 1) {
+        adapter.tensors.push((format!("{name}.lora_a"), vec![dims[0], 4], GgmlType::F32));
+        adapter.tensors.push((format!("{name}.lora_b"), vec![4, dims[1]], GgmlType::F32));
+    }
+    let adapter = adapter.catalog().unwrap();
+    let looped = |n: u32| model.with("nanbeige.num_loops", Value::U32(n));
+    assert!(looped(1).attempt_with(8, Some(&adapter)).unwrap().is_ok());
+    assert!(looped(6).attempt(8).unwrap().is_ok());
+    let error = looped(6).attempt_with(8, Some(&adapter)).unwrap().unwrap_err();
+    assert!(matches!(&error, TrialError::Ended(why) if why.contains("GGML_ASSERT")), "{error}");
 }
 
 #[test]

@@ -263,6 +263,7 @@ mod tests {
             input_node: None,
             looks_up_rows: false,
             stop_node: None,
+            layer_scales: Vec::new(),
             pooling: None,
             kv: brigade_base::KvTypes::default(),
         };

@@ -8,7 +8,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
-use brigade_base::KvType;
+use brigade_base::{KvType, LayerScale};
 use llama_cpp_sys_2 as sys;
 
 use crate::backend::{Captured, capture};
@@ -78,6 +78,8 @@ pub(crate) struct Context {
 pub(crate) struct Hook {
     /// The node whose value is replaced by `input`.
     input_node: Option<CString>,
+    /// It is the first sum of that node and another one instead.
+    enters_at_sum: bool,
     /// The node at which the graph stops.
     stop_node: Option<CString>,
     /// It stops at the sum of that node and another one instead.
@@ -91,6 +93,10 @@ pub(crate) struct Hook {
     pub(crate) entered: bool,
     /// `[n_rows, n_embd]` of the last decode.
     pub(crate) values: Vec<f32>,
+    /// Factors that the graph is told: the start of their nodes' names, up to the layer's number.
+    scales: Vec<(Vec<u8>, f32)>,
+    /// How often the graph was told one in the present decode.
+    pub(crate) n_scaled: u32,
     /// How often the node was reached in the present decode.
     pub(crate) n_hits: u32,
     /// The node's shape, if it was not `[n_rows, n_embd]` of F32.
@@ -104,14 +110,20 @@ unsafe extern "C" fn on_abort(data: *mut c_void) -> bool {
 
 /// Asked (`ask`) for each node whether its value is wanted, then called with it; `false` stops the graph there.
 unsafe extern "C" fn on_node(node: *mut sys::ggml_tensor, ask: bool, user_data: *mut c_void) -> bool {
-    // SAFETY: the scheduler passes a node of the graph and the hook of this context; the owner of the hook does not
-    // touch it while a decode runs.
-    let (node, hook) = unsafe { (&*node, &mut *user_data.cast::<Hook>()) };
+    // SAFETY: the owner of the hook does not touch it while a decode runs.
+    let hook = unsafe { &mut *user_data.cast::<Hook>() };
+    if ask && !hook.scales.is_empty() {
+        // SAFETY: the scheduler passes a node of the graph, which it has not computed yet and nobody else uses now.
+        hook.scale(unsafe { &mut *node });
+    }
+    // SAFETY: as above; nothing changes the node while this function reads it.
+    let node = unsafe { &*node };
     // SAFETY: ggml ends all names with NUL inside their array.
     let name = unsafe { CStr::from_ptr(node.name.as_ptr()) };
     let is = |wanted: &Option<CString>| wanted.as_deref() == Some(name);
     let stops = if hook.stops_at_sum { is_sum_of(node, &hook.stop_node) } else { is(&hook.stop_node) };
-    let enters = is(&hook.input_node);
+    let enters =
+        if hook.enters_at_sum { !hook.entered && is_sum_of(node, &hook.input_node) } else { is(&hook.input_node) };
     if !enters && !stops {
         return !ask;
     }
@@ -277,27 +289,59 @@ impl Drop for Context {
 impl Hook {
     /// The hook that the options ask for, if they ask for one.
     fn new(options: &StageOptions, n_embd: usize) -> Result<Option<Self>, LoadError> {
-        if options.input_node.is_none() && options.stop_node.is_none() {
+        if options.input_node.is_none() && options.stop_node.is_none() && options.layer_scales.is_empty() {
             return Ok(None);
         }
         let n_values = n_embd * options.max_rows as usize;
-        let (stop_node, stops_at_sum) = match options.stop_node.as_deref() {
-            Some(name) => (Some(name.strip_suffix('+').unwrap_or(name)), name.ends_with('+')),
-            None => (None, false),
+        let node = |name: &Option<String>| -> Result<_, LoadError> {
+            let is_sum = name.as_deref().is_some_and(|name| name.ends_with('+'));
+            let name = name.as_deref().map(|name| node_name(name.strip_suffix('+').unwrap_or(name)));
+            Ok((name.transpose()?, is_sum))
         };
+        let (input_node, enters_at_sum) = node(&options.input_node)?;
+        let (stop_node, stops_at_sum) = node(&options.stop_node)?;
+        let prefix = |scale: &LayerScale| Ok((node_name(&format!("{}-", scale.node))?.into_bytes(), scale.factor));
         let reserve = |node: &Option<String>| Vec::with_capacity(if node.is_some() { n_values } else { 0 });
         Ok(Some(Self {
-            input_node: options.input_node.as_deref().map(node_name).transpose()?,
-            stop_node: stop_node.map(node_name).transpose()?,
+            input_node,
+            enters_at_sum,
+            stop_node,
             stops_at_sum,
             n_embd,
             n_rows: 0,
             input: reserve(&options.input_node),
             entered: false,
             values: reserve(&options.stop_node),
+            scales: options.layer_scales.iter().map(prefix).collect::<Result<_, LoadError>>()?,
+            n_scaled: 0,
             n_hits: 0,
             odd_shape: None,
         }))
+    }
+
+    /// How often the graph of a model with `n_layers` is told a factor.
+    pub(crate) fn n_scales(&self, n_layers: u32) -> u32 {
+        self.scales.len() as u32 * n_layers
+    }
+
+    /// Tells the factor to a node that multiplies by it. ggml keeps it as the first parameter of the operation and
+    /// reads it when it computes (`ggml_scale`).
+    fn scale(&mut self, node: &mut sys::ggml_tensor) {
+        if node.op != sys::GGML_OP_SCALE {
+            return;
+        }
+        // SAFETY: operands of a node live as long as it.
+        let operand = unsafe { node.src[0].as_ref() };
+        let is_of = |prefix: &[u8], tensor: &sys::ggml_tensor| {
+            // SAFETY: ggml ends all names with NUL inside their array.
+            let name = unsafe { CStr::from_ptr(tensor.name.as_ptr()) }.to_bytes();
+            name.strip_prefix(prefix).is_some_and(|layer| !layer.is_empty() && layer.iter().all(u8::is_ascii_digit))
+        };
+        let names_it = |prefix: &[u8]| is_of(prefix, node) || operand.is_some_and(|operand| is_of(prefix, operand));
+        if let Some((_, factor)) = self.scales.iter().find(|(prefix, _)| names_it(prefix)) {
+            node.op_params[0] = factor.to_bits().cast_signed();
+            self.n_scaled += 1;
+        }
     }
 
     /// Forgets the last decode. `hidden` is what enters the next one.
@@ -308,6 +352,7 @@ impl Hook {
             self.input.extend_from_slice(hidden);
         }
         self.entered = self.input_node.is_none();
+        self.n_scaled = 0;
         self.n_hits = 0;
         self.odd_shape = None;
     }
@@ -341,9 +386,7 @@ fn context_params(
     } else if !HAS_DEVICES && n_scores <= MAX_SCORES_BYTES / size_of::<f32>() as u64 {
         params.flash_attn_type = sys::LLAMA_FLASH_ATTN_TYPE_DISABLED;
     }
-    // Buffers are measured with rows dealt evenly over all sessions. Kimi-Linear's graph cannot be made otherwise,
-    // which would end the process.
-    let n_rows = options.max_rows.next_multiple_of(options.n_sessions);
+    let n_rows = options.n_graph_rows();
     params.n_batch = n_rows;
     params.n_ubatch = n_rows;
     params.n_outputs_max = options.n_outputs();

@@ -42,5 +42,5 @@ pub use shapes::{TensorShape, tensor_shapes};
 pub use source::ReadSeek;
 pub use stage::{Activity, Canceller, Stage, StageMemory, StageOptions};
 pub use tensor::{TensorError, dequantize_rows, quantize_rows};
-pub use trial::try_passes;
+pub use trial::{hollow, try_passes};
 pub use vocabulary::{TokenizeError, Vocabulary};

@@ -130,6 +130,14 @@ pub enum RunError {
         /// Rows of the call.
         n_rows: usize,
     },
+    /// The graph did not multiply by the factors that it was to be told, as expected.
+    #[error("the graph was told {found} factors, but {wanted} were expected; the architecture needs other nodes")]
+    Scales {
+        /// How often it was told one.
+        found: u32,
+        /// How often it should have been.
+        wanted: u32,
+    },
     /// llama.cpp failed.
     #[error("llama.cpp failed with code {code}: {message}")]
     Decode {
@@ -298,10 +306,13 @@ impl Stage {
         captured.log();
         self.context.copies_queued = 0;
         let n_rows = call.len();
-        match self.context.hook() {
-            Some(hook) if !hook.entered => Err(RunError::StopNode { n_hits: 0, shape: hook.odd_shape, n_embd, n_rows }),
-            _ => Ok(()),
+        let n_layers = self.model.n_layers();
+        let Some(hook) = self.context.hook() else { return Ok(()) };
+        if !hook.entered {
+            return Err(RunError::StopNode { n_hits: 0, shape: hook.odd_shape, n_embd, n_rows });
         }
+        let (found, wanted) = (hook.n_scaled, hook.n_scales(n_layers));
+        if found == wanted { Ok(()) } else { Err(RunError::Scales { found, wanted }) }
     }
 
     fn scatter_hidden(&mut self, range: Range<usize>, out: &mut [f32]) -> Result<(), RunError> {

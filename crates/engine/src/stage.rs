@@ -28,7 +28,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use brigade_base::{KvTypes, Pooling};
+use brigade_base::{KvTypes, LayerScale, Pooling};
 
 use crate::adapter::{Adapter, AdapterSource};
 use crate::batch::Scratch;
@@ -56,7 +56,7 @@ const MAX_CELLS: u64 = 1 << 30;
 const MAX_THREADS: u32 = 512;
 
 /// How a stage is loaded.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct StageOptions {
     /// Most tokens of one session.
     pub n_ctx: u32,
@@ -76,7 +76,8 @@ pub struct StageOptions {
     /// the other stages carry a vocabulary of a few rows.
     pub n_vocab: u32,
     /// Name of the graph node, shape `[n_rows, n_embd]`, whose value is replaced by the given hidden states, for
-    /// graphs that change them first. `None` for all others.
+    /// graphs that change them first; with a `+` behind it, the first sum of that node and another one. `None` for
+    /// all others.
     pub input_node: Option<String>,
     /// Whether the graph must look its rows up itself and ends the process over hidden states: it is given tokens then,
     /// any, and the hidden states replace the value of the input node.
@@ -84,6 +85,8 @@ pub struct StageOptions {
     /// Name of the graph node, shape `[n_rows, n_embd]`, at which the pass stops and whose value it yields; with a `+`
     /// behind it, the sum of that node and another one. `None` for the last stage, which yields logits or pools.
     pub stop_node: Option<String>,
+    /// Factors that the graph is told, since they depend on the number of layers of the whole model.
+    pub layer_scales: Vec<LayerScale>,
     /// The last stage yields one pooled vector for each text, not logits.
     pub pooling: Option<Pooling>,
     /// How keys and values are stored. Values in blocks bring flash attention with them.
@@ -107,11 +110,18 @@ impl StageOptions {
         u64::from(self.n_ctx.next_multiple_of(CELL_PADDING)) * u64::from(self.n_sessions)
     }
 
-    /// Most outputs that llama.cpp must be ready for; it reserves at least one for each session.
+    /// Rows of the graphs that buffers are measured with. llama.cpp deals them evenly over all sessions; the graph of
+    /// Kimi-Linear cannot be made otherwise, which would end the process.
+    pub(crate) fn n_graph_rows(&self) -> u32 {
+        self.max_rows.next_multiple_of(self.n_sessions)
+    }
+
+    /// Most outputs that llama.cpp must be ready for; it reserves at least one for each session. Where all rows are
+    /// outputs, none may be missing in the graphs that buffers are measured with either: the mean of a text is a
+    /// product over its rows, and ends the process if they are fewer.
     pub(crate) fn n_outputs(&self) -> u32 {
         let all = self.stop_node.is_some() || self.pooling.is_some() || self.max_outputs == 0;
-        let outputs = if all { self.max_rows } else { self.max_outputs };
-        outputs.min(self.max_rows).max(self.n_sessions)
+        if all { self.n_graph_rows() } else { self.max_outputs.min(self.max_rows).max(self.n_sessions) }
     }
 }
 
@@ -189,7 +199,15 @@ impl Stage {
         progress: &mut dyn FnMut(f32) -> bool,
     ) -> Result<Self, LoadError> {
         options.check()?;
-        let model = Model::from_reader(reader, n_bytes, Content::All, progress)?;
+        Self::adapted(Model::from_reader(reader, n_bytes, Content::All, progress)?, adapter, options)
+    }
+
+    /// The stage of a loaded model, with an adapter that is loaded now.
+    pub(crate) fn adapted(
+        model: Model,
+        adapter: Option<AdapterSource>,
+        options: StageOptions,
+    ) -> Result<Self, LoadError> {
         let Some(adapter) = adapter else { return Self::new(model, options) };
         let weight_bytes = adapter.weight_bytes;
         let adapter = Adapter::load(&model, adapter)?;

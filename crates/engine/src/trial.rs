@@ -2,13 +2,15 @@
 //! are there.
 //!
 //! A rehearsal ([`rehearse`](crate::rehearse)) builds graphs; but some inputs are asserted when they are set, and types
-//! of tensors when they are computed with. So a stage is loaded with zeros in place of all weights, and computes. It
-//! takes the memory of the weights, so it is for stages of few layers, in a process that may be lost.
+//! of tensors when they are computed with. So a stage is loaded with zeros in place of all weights, and computes, with
+//! its adapter where it has one: that is a part of the graphs from the first pass on. It takes the memory of the
+//! weights, so it is for stages of few layers, in a process that may be lost.
 
 use std::io::{self, Read, Seek, SeekFrom};
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
+use crate::adapter::AdapterSource;
 use crate::model::{Content, Model};
 use crate::run::{Input, Row};
 use crate::source::ReadSeek;
@@ -20,15 +22,25 @@ const CHUNK_ROWS: u32 = 2;
 /// How long loading and computing may take together. Zeros are loaded at a GiB in a second and more.
 const MAX_TIME: Duration = Duration::from_secs(2);
 
-/// Computes a chunk and a single row with the GGUF of `n_bytes` that begins with `header`, as far as time allows.
-/// `takes_tokens` says what enters it.
+/// A GGUF without its data: the header, and zeros behind it without end.
+pub fn hollow(header: Vec<u8>) -> Box<dyn ReadSeek + Send> {
+    Box::new(Hollow { header, position: 0 })
+}
+
+/// Computes a chunk and a single row with the GGUF of `n_bytes` that begins with `header`, and with an adapter (as a
+/// [hollow] one, too), as far as time allows. `takes_tokens` says what enters it.
 ///
 /// What does not assert is of no interest here: errors of a stage without weights and with little memory are dropped.
-pub fn try_passes(header: Vec<u8>, n_bytes: u64, options: &StageOptions, takes_tokens: bool) {
+pub fn try_passes(
+    header: Vec<u8>,
+    n_bytes: u64,
+    adapter: Option<AdapterSource>,
+    options: &StageOptions,
+    takes_tokens: bool,
+) {
     let deadline = Instant::now() + MAX_TIME;
-    let reader: Box<dyn ReadSeek + Send> = Box::new(Hollow { header, position: 0 });
-    let model = Model::from_reader(reader, n_bytes, Content::All, &mut |_| Instant::now() < deadline);
-    let Ok(mut stage) = model.and_then(|model| Stage::new(model, options.clone())) else { return };
+    let model = Model::from_reader(hollow(header), n_bytes, Content::All, &mut |_| Instant::now() < deadline);
+    let Ok(mut stage) = model.and_then(|model| Stage::adapted(model, adapter, options.clone())) else { return };
     let (canceller, (done, is_done)) = (stage.canceller(), channel::<()>());
     std::thread::scope(|scope| {
         let watch = move || {
@@ -116,9 +128,10 @@ mod tests {
             input_node: None,
             looks_up_rows: false,
             stop_node: None,
+            layer_scales: Vec::new(),
             pooling: None,
             kv: brigade_base::KvTypes::default(),
         };
-        try_passes(b"GGUF".to_vec(), 1 << 20, &options, false);
+        try_passes(b"GGUF".to_vec(), 1 << 20, None, &options, false);
     }
 }

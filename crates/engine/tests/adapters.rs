@@ -141,6 +141,7 @@ impl Adapted {
             n_vocab: view.n_vocab(),
             input_node: view.input_node(),
             stop_node: view.stop_node(),
+            layer_scales: view.layer_scales(),
             ..options()
         };
         let reader = Box::new(view.reader(self.model.clone()));

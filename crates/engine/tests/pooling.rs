@@ -102,6 +102,7 @@ fn embed_split(source: &Arc<ModelFile>, cuts: &[u32], pooling: Pooling, text: &[
             n_vocab: view.n_vocab(),
             input_node: view.input_node(),
             stop_node: view.stop_node(),
+            layer_scales: view.layer_scales(),
             pooling: view.is_final().then_some(pooling),
             ..options()
         };

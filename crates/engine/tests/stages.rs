@@ -9,7 +9,7 @@ use std::sync::Arc;
 use brigade_base::{KvType, KvTypes, LayerRange, Token};
 use brigade_engine::{Input, Row, RunError, Stage, StageOptions, Vocabulary, dequantize_rows};
 use brigade_gguf::{Architecture, ModelFile, StageView, TensorSource, vocabulary_header};
-use support::synthetic::{ALL, N_VOCAB};
+use support::synthetic::{ALL, GEMMA2_27B, N_VOCAB};
 use support::{abacus, difference, generate, options, tokens, whole};
 
 /// Stages one behind the other, with the token embedding before them.
@@ -34,6 +34,7 @@ impl Pipeline {
                 input_node: view.input_node(),
                 looks_up_rows: view.looks_up_rows(),
                 stop_node: view.stop_node(),
+                layer_scales: view.layer_scales(),
                 ..options.clone()
             };
             let reader = Box::new(view.reader(source.clone()));
@@ -128,6 +129,13 @@ fn each_architecture_is_exact() {
         model.write(&path);
         check(&path, N_VOCAB, 0.0, &[1, 2, 3]);
     }
+}
+
+#[test]
+fn a_model_that_is_known_by_its_number_of_layers_is_exact() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    GEMMA2_27B.write(file.path());
+    check(file.path(), N_VOCAB, 0.0, &[1, 2]);
 }
 
 #[test]

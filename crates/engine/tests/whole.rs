@@ -5,7 +5,9 @@ mod support;
 
 use std::io::{self, Cursor, Read, Seek, SeekFrom};
 
+use brigade_base::LayerScale;
 use brigade_engine::{Input, KvError, LoadError, Row, RunError, Stage, StageOptions};
+use support::synthetic::named;
 use support::{N_VOCAB, abacus, difference, feed, generate, lone_rows_agree, open, options, rows, tokens, whole};
 
 #[test]
@@ -246,6 +248,24 @@ fn a_stop_node_yields_its_value() {
     let error = stage.run(&row, Input::Tokens(&[1]), &mut out).unwrap_err();
     assert!(matches!(error, RunError::StopNode { n_hits: 1, shape: Some([512, 1, 1, 1]), .. }), "{error}");
     assert_eq!(stage.len(0), 0);
+}
+
+/// gemma2 scales its queries once in each layer: told the same factor it gives the same bits, told another one others,
+/// and a factor that no node has a use for is an error.
+#[test]
+fn a_graph_is_told_its_factors() {
+    let told = |node: &str, factor: f32| {
+        let scale = LayerScale { node: node.to_owned(), factor };
+        let mut stage = named("gemma2").load(|o| o.layer_scales = vec![scale]);
+        let row = [Row { slot: 0, position: 0, output: true }, Row { slot: 0, position: 1, output: true }];
+        let mut out = Vec::new();
+        stage.run(&row, Input::Tokens(&[1, 2]), &mut out).map(|()| out)
+    };
+    let mut stage = named("gemma2").load(|_| ());
+    let own = feed(&mut stage, 0, &[1, 2]);
+    assert_eq!(told("Qcur", 1.0 / 32f32.sqrt()).unwrap(), own);
+    assert_ne!(told("Qcur", 0.5).unwrap(), own);
+    assert_eq!(told("Kcur", 0.5).unwrap_err(), RunError::Scales { found: 0, wanted: 6 });
 }
 
 #[test]

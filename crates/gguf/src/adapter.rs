@@ -126,10 +126,7 @@ pub fn bundle_adapters(model: &Catalog, adapters: &[(&Catalog, f32)]) -> Result<
     if adapters.len() > MAX_ADAPTERS {
         return Err(AdapterError::TooMany { found: adapters.len() });
     }
-    let n_bytes = adapters.iter().map(|(adapter, _)| adapter.weight_bytes()).fold(0, u64::saturating_add);
-    if n_bytes > MAX_ADAPTER_BYTES {
-        return Err(AdapterError::TooLarge { n_bytes });
-    }
+    check_bytes(adapters.iter().map(|(adapter, _)| *adapter))?;
     let mut metadata = Metadata::new();
     metadata.set("general.type", "adapters");
     metadata.set("adapters.count", adapters.len() as u32);
@@ -321,6 +318,11 @@ impl AdapterView {
         self.file.n_bytes
     }
 
+    /// The virtual file up to where tensor data starts.
+    pub fn header_bytes(&self) -> &[u8] {
+        &self.file.header
+    }
+
     /// Bytes of its tensors: what they take in memory.
     pub fn weight_bytes(&self) -> u64 {
         self.weight_bytes
@@ -362,7 +364,14 @@ pub fn adapter_bytes(bundle: &Catalog, model: &Catalog, n_layers: u32) -> Result
     Ok((layers, head))
 }
 
+/// Refuses adapters that take too much memory.
+fn check_bytes<'a>(catalogs: impl Iterator<Item = &'a Catalog>) -> Result<(), AdapterError> {
+    let n_bytes = catalogs.map(Catalog::weight_bytes).fold(0, u64::saturating_add);
+    if n_bytes > MAX_ADAPTER_BYTES { Err(AdapterError::TooLarge { n_bytes }) } else { Ok(()) }
+}
+
 fn adapters_of(bundle: &Catalog, model: &Catalog) -> Result<Vec<Adapter>, AdapterError> {
+    check_bytes([bundle].into_iter())?;
     let n_adapters = bundle.metadata().u32("adapters.count").ok_or(AdapterError::Bundle)?;
     if n_adapters as usize > MAX_ADAPTERS {
         return Err(AdapterError::TooMany { found: n_adapters as usize });
@@ -711,10 +720,24 @@ mod tests {
             assert!(matches!(bundle_adapters(&model, &[(&good, scale)]), Err(AdapterError::Scale { .. })), "{scale}");
         }
         assert!(matches!(bundle_adapters(&model, &[(&good, 1.0); 17]), Err(AdapterError::TooMany { found: 17 })));
-        assert!(matches!(
-            AdapterView::new(&good, &model, &StageView::whole(&model).unwrap()),
-            Err(AdapterError::Bundle)
-        ));
+        let whole = StageView::whole(&model).unwrap();
+        assert!(matches!(AdapterView::new(&good, &model, &whole), Err(AdapterError::Bundle)));
+        let of_rank = |rank| {
+            let (a, b) = ([96, rank], [rank, 64]);
+            catalog(&metadata(8.0), &[(DOWN[0].0, &a, f), (DOWN[1].0, &b, f)])
+        };
+        let mut large = Metadata::new();
+        large.set("adapters.count", 1u32);
+        large.set("adapters.0.alpha", 1.0f32);
+        large.set("adapters.0.scale", 1.0f32);
+        let (names, rank) = (DOWN.iter().map(|(name, ..)| format!("0.{name}")).collect::<Vec<_>>(), 1u64 << 24);
+        let bundle = catalog(&large, &[(&names[0], &[96, rank], f), (&names[1], &[rank, 64], f)]);
+        for refused in [
+            bundle_adapters(&model, &[(&of_rank(rank), 1.0)]).map(drop),
+            AdapterView::new(&bundle, &model, &whole).map(drop),
+        ] {
+            assert!(matches!(refused, Err(AdapterError::TooLarge { .. })), "{refused:?}");
+        }
     }
 
     #[test]

@@ -6,12 +6,12 @@
 
 use std::collections::HashSet;
 
-use brigade_base::{KvType, KvTypes};
+use brigade_base::{KvType, KvTypes, LayerScale};
 
 use crate::catalog::{Catalog, TensorRole};
 use crate::cuts;
 use crate::rules::{
-    AttentionScale, Experts, Input, Recurrent, Rules, Sliding, Step, Whole, Window, rules_of, supported_architectures,
+    Experts, Factor, Input, Recurrent, Rules, Sliding, Step, Whole, Window, rules_of, supported_architectures,
 };
 use crate::stage::zero_type;
 use crate::state::{Kv, RecurrentState};
@@ -199,9 +199,6 @@ impl Architecture {
             head_bytes: if tied_head { untied_bytes.saturating_add(embedding_bytes) } else { untied_bytes },
             rules,
         };
-        if architecture.is_scaled_by_layer_count() {
-            architecture.why_whole = Some("libllama scales its attention by its number of layers");
-        }
         if architecture.why_whole.is_none() {
             let facts = cuts::Facts { steps: keys.steps(rules), rotates, indexes, swa_differs };
             architecture.cut_points = cuts::cut_points(&architecture, &facts);
@@ -216,9 +213,16 @@ impl Architecture {
         Ok(architecture)
     }
 
-    /// Bytes that one token takes in the KV cache of `layer`; 0 for a layer that has none or is not there.
+    /// Bytes of the key and the value that one token has in the KV cache of `layer`; 0 for a layer that has none or is
+    /// not there.
     pub fn kv_bytes_per_token(&self, layer: u32, types: KvTypes) -> u64 {
-        self.kv.bytes_per_token(layer, types)
+        let (key, value) = self.kv.bytes_per_token(layer, types);
+        key.saturating_add(value)
+    }
+
+    /// Of [`Architecture::kv_bytes_per_token`] those of the value.
+    pub fn value_bytes_per_token(&self, layer: u32, types: KvTypes) -> u64 {
+        self.kv.bytes_per_token(layer, types).1
     }
 
     /// The length of a head's key or value that cannot be stored in one of these types, since it is no whole number of
@@ -264,35 +268,26 @@ impl Architecture {
         self.takes_tokens
     }
 
-    /// Whether stages make up for another attention scale by rescaled weights, which rounds: a cut model then agrees
-    /// with the whole to about a thousandth, and not to the bit.
-    pub fn is_rescaled(&self) -> bool {
-        let recognises = |scale: &AttentionScale| scale.by_query_norm && self.n_layers >= scale.n_layers;
-        self.rules.attention_scale.as_ref().is_some_and(recognises) && self.head_width() != self.key_length
-    }
-
-    /// Whether cutting the model would change its attention scale with nothing to make up for that.
-    fn is_scaled_by_layer_count(&self) -> bool {
-        match self.rules.attention_scale {
-            Some(scale) if !scale.by_query_norm && self.n_layers >= scale.n_layers => {
-                self.head_width() != self.key_length
-            }
-            _ => false,
-        }
-    }
-
     /// `n_embd / n_head`, which some graphs use in place of the key length.
     fn head_width(&self) -> u32 {
         self.n_embd / self.n_head.first().copied().unwrap_or(1).max(1)
     }
 
-    /// By how much the attention scale of the whole model is larger than what libllama takes for a stage of
-    /// `n_stage_layers`; 1 if they are equal.
-    pub(crate) fn attention_scale_ratio(&self, n_stage_layers: u32) -> f64 {
-        let Some(scale) = self.rules.attention_scale else { return 1.0 };
-        let divisor = |n_layers| if n_layers == scale.n_layers { self.head_width() } else { self.key_length };
-        let (whole, stage) = (divisor(self.n_layers), divisor(n_stage_layers));
-        (f64::from(stage) / f64::from(whole)).sqrt()
+    /// Factors that libllama would work out otherwise for a stage of `n_stage_layers`, as they are in the whole.
+    pub(crate) fn scales(&self, n_stage_layers: u32) -> Vec<LayerScale> {
+        let all = |n_layers| self.rules.scales.iter().map(move |(_, factor)| self.factor(*factor, n_layers));
+        let pairs = all(self.n_layers).zip(all(n_stage_layers));
+        let told = self.rules.scales.iter().zip(pairs).filter(|(_, (whole, stage))| whole != stage);
+        told.map(|((node, _), (factor, _))| LayerScale { node: (*node).to_owned(), factor }).collect()
+    }
+
+    /// As libllama computes it, with the same bits.
+    fn factor(&self, factor: Factor, n_layers: u32) -> f32 {
+        match factor {
+            Factor::Queries(recognised) if n_layers == recognised => 1.0 / (self.head_width() as f32).sqrt(),
+            Factor::Queries(_) => 1.0 / (self.key_length as f32).sqrt(),
+            Factor::OverRootOfLayers(numerator) => numerator / (n_layers as f32).sqrt(),
+        }
     }
 
     /// Bytes of the tensors of `layer`; 0 for a layer that is not there.

@@ -1,7 +1,6 @@
 //! Reads the virtual file of a stage view: header and padding from memory, tensors from their source.
 //!
-//! A reader holds the header and one small tensor at most. It owns its position; several readers of a view are
-//! independent.
+//! A reader holds the header at most. It owns its position; several readers of a view are independent.
 
 use std::fmt;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -18,8 +17,6 @@ pub struct StageReader {
     file: Arc<VirtualFile>,
     source: Arc<dyn TensorSource>,
     position: u64,
-    /// The rescaled tensor that was read last: its segment, and its bytes.
-    scaled: Option<(usize, Vec<u8>)>,
 }
 
 impl fmt::Debug for StageReader {
@@ -30,7 +27,7 @@ impl fmt::Debug for StageReader {
 
 impl StageReader {
     pub(crate) fn new(file: Arc<VirtualFile>, source: Arc<dyn TensorSource>) -> Self {
-        Self { file, source, position: 0, scaled: None }
+        Self { file, source, position: 0 }
     }
 
     /// Bytes of the virtual file.
@@ -51,11 +48,11 @@ impl StageReader {
         }
         let next = file.segments.partition_point(|segment| segment.start <= position);
         let next_start = file.segments.get(next).map_or(file.n_bytes, |segment| segment.start);
-        if let Some((idx, segment)) = next.checked_sub(1).and_then(|idx| Some((idx, file.segments.get(idx)?)))
+        if let Some(segment) = next.checked_sub(1).and_then(|idx| file.segments.get(idx))
             && position < segment.start + segment.n_bytes
         {
             let n = clamp(segment.start + segment.n_bytes - position, buf.len());
-            self.read_segment(idx, *segment, position - segment.start, &mut buf[..n])?;
+            self.read_segment(*segment, position - segment.start, &mut buf[..n])?;
             return Ok(n);
         }
         let n = clamp(next_start - position, buf.len());
@@ -63,29 +60,13 @@ impl StageReader {
         Ok(n)
     }
 
-    fn read_segment(&mut self, idx: usize, segment: Segment, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+    fn read_segment(&self, segment: Segment, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         match segment.origin {
             Origin::Zeros => {
                 buf.fill(0);
                 Ok(())
             }
             Origin::Tensor(tensor_idx) => self.source.read_tensor(tensor_idx, offset, buf),
-            Origin::Scaled(tensor_idx, factor) => {
-                if self.scaled.as_ref().is_none_or(|(cached, _)| *cached != idx) {
-                    // One head's norm: the architecture caps its width at 16 MiB, and in practice it has 512 bytes.
-                    let mut bytes = vec![0; segment.n_bytes as usize];
-                    self.source.read_tensor(tensor_idx, 0, &mut bytes)?;
-                    for element in bytes.as_chunks_mut::<4>().0 {
-                        *element = ((f64::from(f32::from_le_bytes(*element)) * factor) as f32).to_le_bytes();
-                    }
-                    self.scaled = Some((idx, bytes));
-                }
-                if let Some((_, bytes)) = &self.scaled {
-                    let start = offset as usize;
-                    buf.copy_from_slice(&bytes[start..start + buf.len()]);
-                }
-                Ok(())
-            }
         }
     }
 }

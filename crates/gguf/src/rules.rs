@@ -14,7 +14,7 @@ pub(crate) enum Input {
     /// It multiplies rows that it looked up from tokens itself by `sqrt(n_embd)`; given rows are taken as they are.
     ScaledTokens,
     /// It changes all rows, given ones too: a scale, a norm, embeddings of positions. The node with this name holds
-    /// what enters the first layer.
+    /// what enters the first layer; with a `+` behind it, the first sum of that node and another one.
     Changed(&'static str),
     /// It multiplies all rows by what this key says; 0 means that it does not.
     Scaled(&'static str),
@@ -87,14 +87,13 @@ pub(crate) enum Step {
     Key(&'static str),
 }
 
-/// libllama recognises one size of a model by its number of layers and scales its attention by
-/// `1/sqrt(n_embd / n_head)`, all others by `1/sqrt(key_length)`. A stage has another number of layers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct AttentionScale {
-    /// The number of layers that it recognises.
-    pub n_layers: u32,
-    /// Whether the query passes a norm whose weights can take up the difference (`attn_q_norm`).
-    pub by_query_norm: bool,
+/// A factor of each layer that libllama works out from the number of layers. A stage has fewer, and is told.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Factor {
+    /// Of queries: `1/sqrt(n_embd / n_head)` in a model with this many layers, `1/sqrt(key_length)` in all others.
+    Queries(u32),
+    /// This divided by the root of the number of layers.
+    OverRootOfLayers(f32),
 }
 
 /// Which models of an architecture cannot be cut.
@@ -145,7 +144,8 @@ pub(crate) struct Rules {
     pub norm_is_token_embd_norm: bool,
     /// It sees a text from both ends: there is neither a KV cache nor a head.
     pub is_encoder: bool,
-    pub attention_scale: Option<AttentionScale>,
+    /// Factors by the number of layers, and the nodes that they are found at (see `brigade_base::LayerScale`).
+    pub scales: &'static [(&'static str, Factor)],
     /// The node behind a layer that holds the hidden state.
     pub stop: Stop,
     /// Numbers of layers by which libllama recognises a kind of model; no stage may have so many, unless the model has.
@@ -167,7 +167,7 @@ const FREE: Rules = Rules {
     always_tied: false,
     norm_is_token_embd_norm: false,
     is_encoder: false,
-    attention_scale: None,
+    scales: &[],
     stop: Stop::Numbered("l_out"),
     recognised: &[],
 };
@@ -201,6 +201,8 @@ const fn full_first(period: u32, window: Window) -> Sliding {
     Sliding::Pattern { period, dense_first: true, window }
 }
 
+const MINICPM3: Factor = Factor::OverRootOfLayers(1.4);
+
 const TOKENS: &str = "its layers use the tokens themselves, not only hidden states";
 const STREAMS: &str = "more than one hidden state per token passes from layer to layer";
 const FIRST_LAYER: &str = "all its layers use what the first one got or computed";
@@ -218,7 +220,7 @@ const RULES: &[Rules] = &[
         experts: Experts::Never,
         uniform_heads: true,
         always_tied: true,
-        attention_scale: Some(AttentionScale { n_layers: 46, by_query_norm: false }),
+        scales: &[("Qcur", Factor::Queries(46))],
         ..FREE
     },
     Rules {
@@ -227,7 +229,7 @@ const RULES: &[Rules] = &[
         sliding: sliding(6, Window::Separable),
         experts: Experts::Never,
         uniform_heads: true,
-        attention_scale: Some(AttentionScale { n_layers: 62, by_query_norm: true }),
+        scales: &[("Qcur", Factor::Queries(62))],
         ..FREE
     },
     Rules { name: "phi3", rotates_whole_head: false, ..PLAIN },
@@ -239,7 +241,12 @@ const RULES: &[Rules] = &[
     Rules { name: "granite_swa", input: Input::Scaled("embedding_scale"), sliding: sliding(0, Window::Told), ..FREE },
     Rules { name: "minicpm", input: Input::Scaled("embedding_scale"), ..FREE },
     Rules { name: "grok", input: Input::Scaled("embedding_scale"), ..FREE },
-    Rules { name: "minicpm3", whole: &[Whole::Always("libllama scales its layers by their number")], ..FREE },
+    Rules {
+        name: "minicpm3",
+        input: Input::Changed("inp_scaled"),
+        scales: &[("hidden_scaled", MINICPM3), ("hidden_scaled_ffn", MINICPM3)],
+        ..FREE
+    },
     Rules { name: "gemma", input: Input::Changed("inp_scaled"), always_tied: true, ..FREE },
 
     Rules { name: "gpt2", input: Input::Changed("inpL"), ..FREE },
@@ -329,8 +336,8 @@ const RULES: &[Rules] = &[
     Rules { name: "bailingmoe3", recurrent: Recurrent::NoKvHeads, ..FREE },
     Rules {
         name: "rwkv6",
+        input: Input::Changed("norm_w-0+"),
         recurrent: Recurrent::All,
-        whole: &[Whole::Always("its input passes a norm that has no name in the graph")],
         ..FREE
     },
     Rules { name: "rwkv7", recurrent: Recurrent::All, whole: &[Whole::Always(FIRST_LAYER)], ..FREE },

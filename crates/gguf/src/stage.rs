@@ -16,7 +16,7 @@
 
 use std::sync::Arc;
 
-use brigade_base::LayerRange;
+use brigade_base::{LayerRange, LayerScale};
 
 use crate::architecture::{Architecture, ArchitectureError};
 use crate::builder::{BuildError, Builder};
@@ -70,19 +70,15 @@ pub enum StageViewError {
     NotCuttable { layers: LayerRange, architecture: &'static str, cuts: Vec<u32> },
     #[error("this {architecture} model cannot be cut: {why}; it runs whole, on one node")]
     Whole { architecture: &'static str, why: &'static str },
-    #[error("the tensor {name:?} is stored as {ty}, but a stage of this model must rescale it, which needs F32")]
-    NotRescalable { name: String, ty: GgmlType },
     #[error(transparent)]
     Build(#[from] BuildError),
 }
 
 /// Where the bytes of a view's tensor come from.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Origin {
     Zeros,
     Tensor(usize),
-    /// A small F32 tensor, each element multiplied by the factor.
-    Scaled(usize, f64),
 }
 
 /// A tensor's place in the virtual file.
@@ -111,6 +107,7 @@ pub struct StageView {
     n_vocab: u32,
     input_scale: f32,
     input_node: Option<&'static str>,
+    scales: Vec<LayerScale>,
     stop: Stop,
     looks_up_rows: bool,
     takes_tokens: bool,
@@ -196,10 +193,16 @@ impl StageView {
     }
 
     /// The graph node that must hold this stage's input rows instead of what the graph makes of them; `None` where it
-    /// takes them as they are. gemma2's graph multiplies all input rows by `sqrt(n_embd)`, which hidden states already
-    /// are; dividing beforehand would round them once more.
+    /// takes them as they are. With a `+` behind it, the first sum of that node and another one. gemma2's graph
+    /// multiplies all input rows by `sqrt(n_embd)`, which hidden states already are; dividing beforehand would round
+    /// them once more.
     pub fn input_node(&self) -> Option<String> {
         self.input_node.map(str::to_owned)
+    }
+
+    /// Factors that libllama derives from the number of layers and the stage's graph is to be told.
+    pub fn layer_scales(&self) -> Vec<LayerScale> {
+        self.scales.clone()
     }
 
     /// Whether libllama must be given tokens in place of hidden states, any tokens, since its graph ends the process
@@ -315,6 +318,7 @@ impl<'a> Draft<'a> {
             n_vocab: self.n_vocab,
             input_scale: input_scale(self.architecture, self.layers),
             input_node: input_node(self.architecture, self.layers),
+            scales: self.architecture.scales(self.layers.len()),
             stop: self.architecture.rules.stop,
             looks_up_rows: self.architecture.looks_up_rows(),
             takes_tokens: self.architecture.takes_tokens(),
@@ -374,14 +378,7 @@ impl<'a> Draft<'a> {
     fn add_layer_tensor(&mut self, idx: usize, tensor: &TensorInfo) -> Result<(), StageViewError> {
         let Some((layer, rest)) = layer_and_rest(&tensor.name) else { return Ok(()) };
         let name = format!("blk.{}.{rest}", layer - self.layers.start());
-        let factor = self.architecture.attention_scale_ratio(self.layers.len());
-        if factor == 1.0 || rest != "attn_q_norm.weight" {
-            return self.add_source(idx, &name, tensor);
-        }
-        if tensor.ty != GgmlType::F32 || tensor.dims != [u64::from(self.architecture.key_length)] {
-            return Err(StageViewError::NotRescalable { name: tensor.name.clone(), ty: tensor.ty });
-        }
-        self.add(&name, &tensor.dims, tensor.ty, Origin::Scaled(idx, factor))
+        self.add_source(idx, &name, tensor)
     }
 }
 
@@ -389,7 +386,7 @@ impl Origin {
     fn tensor_idx(self) -> Option<usize> {
         match self {
             Self::Zeros => None,
-            Self::Tensor(idx) | Self::Scaled(idx, _) => Some(idx),
+            Self::Tensor(idx) => Some(idx),
         }
     }
 }

@@ -18,8 +18,6 @@ const MAX_SIZE: u64 = 1 << 24;
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Kv {
     layers: Vec<(u64, u64)>,
-    /// Elements of values in the layer with most.
-    widest_value: u64,
     /// Lengths of one head's key and value that occur.
     lengths: Vec<(u64, u64)>,
 }
@@ -63,7 +61,6 @@ impl Kv {
             (n_heads * u64::from(k) + index, if is_latent { 0 } else { n_heads * u64::from(v) })
         };
         let layers: Vec<(u64, u64)> = (0..indexes.len() as u32).map(layer).collect();
-        let widest_value = layers.iter().map(|(_, v)| *v).max().unwrap_or(0);
         let value = |length: u64| if is_latent { 0 } else { length };
         let mut lengths = vec![(heads.key_length.into(), value(heads.value_length.into()))];
         if rules.is_encoder {
@@ -72,15 +69,13 @@ impl Kv {
         if window.is_some() && !rules.is_encoder {
             lengths.push((key_swa.into(), value(value_swa.into())));
         }
-        Ok(Self { layers, widest_value, lengths })
+        Ok(Self { layers, lengths })
     }
 
-    pub(crate) fn bytes_per_token(&self, layer: u32, types: KvTypes) -> u64 {
+    /// Bytes of a token's key and value.
+    pub(crate) fn bytes_per_token(&self, layer: u32, types: KvTypes) -> (u64, u64) {
         let (k, v) = self.layers.get(layer as usize).copied().unwrap_or_default();
-        // Values in F16 are stored transposed, as long as attention is computed plainly, which takes as many rows in
-        // every layer.
-        let v = if types.v == KvType::F16 && k + v > 0 { self.widest_value } else { v };
-        types.k.bytes(k).saturating_add(types.v.bytes(v))
+        (types.k.bytes(k), types.v.bytes(v))
     }
 
     pub(crate) fn is_in(&self, layer: u32) -> bool {

@@ -74,7 +74,7 @@ fn check(model: &Arc<Model>, layers: LayerRange) -> StageView {
             TensorRole::Layer(layer) if layers.contains(layer) => {
                 tensor.name.replacen(&format!("blk.{layer}."), &format!("blk.{}.", layer - layers.start()), 1)
             }
-            TensorRole::EveryStage => tensor.name.clone(),
+            TensorRole::EveryStage if reads_rope_factors(&whole, layers) => tensor.name.clone(),
             TensorRole::Head if is_final => tensor.name.clone(),
             TensorRole::TokenEmbedding if is_final && is_head => tensor.name.clone(),
             TensorRole::TokenEmbedding if is_final && whole.tied_head => "output.weight".to_owned(),
@@ -87,6 +87,12 @@ fn check(model: &Arc<Model>, layers: LayerRange) -> StageView {
         assert!(stage.tensor_bytes("token_embd.weight").iter().all(|byte| *byte == 0));
     }
     view
+}
+
+/// gemma4 has rope factors for its full layers; libllama stops at them in a model that has none.
+fn reads_rope_factors(architecture: &Architecture, layers: LayerRange) -> bool {
+    let window = architecture.sliding_window.as_ref().filter(|_| architecture.name == "gemma4");
+    window.is_none_or(|window| layers.iter().any(|layer| !window.slides[layer as usize]))
 }
 
 #[test]
@@ -206,31 +212,32 @@ fn every_stage_of_a_model_that_must_slide_has_a_sliding_layer() {
 }
 
 #[test]
-fn a_stage_that_changes_the_attention_scale_makes_up_for_it_or_is_refused() {
-    // 64 / 4 heads = 16 wide; with keys of another length the two formulas differ.
+fn a_stage_is_told_the_factors_that_depend_on_the_number_of_layers() {
+    // 64 / 2 heads = 32 wide and keys of 16: the two formulas of gemma differ.
     let odd = |architecture, n_layers| {
         let recipe = Recipe::new(architecture, n_layers).with("attention.head_count", 2);
         recipe.with("attention.head_count_kv", 1).model()
     };
-    let model = odd("gemma3", 62);
-    let source: Arc<dyn TensorSource> = Arc::<Model>::clone(&model);
-    let view = StageView::new(&model.catalog, range(30, 62)).unwrap();
-    let stage = materialise(&view, &source);
-    let floats = |bytes: &[u8]| bytes.as_chunks().0.iter().map(|chunk| f32::from_le_bytes(*chunk)).collect::<Vec<_>>();
-    let whole = floats(model.tensor_bytes("blk.31.attn_q_norm.weight"));
-    let ratio = (16f64 / 32.0).sqrt();
-    let expected: Vec<f32> = whole.iter().map(|x| (f64::from(*x) * ratio) as f32).collect();
-    assert_eq!(floats(stage.tensor_bytes("blk.1.attn_q_norm.weight")), expected);
-    assert_eq!(stage.tensor_bytes("blk.1.attn_norm.weight"), model.tensor_bytes("blk.31.attn_norm.weight"));
-    check(&model, range(0, 62));
-
-    let model = odd("gemma2", 46);
-    assert!(Architecture::of(&model.catalog).unwrap().cut_points().is_empty());
-    let error = StageView::new(&model.catalog, range(0, 23)).unwrap_err();
-    assert!(matches!(error, StageViewError::Whole { architecture: "gemma2", .. }), "{error}");
-    check(&model, range(0, 46));
-    assert_eq!(Architecture::of(&odd("gemma2", 44).catalog).unwrap().cut_points().len(), 21);
-    assert_eq!(Architecture::of(&Recipe::new("gemma2", 46).model().catalog).unwrap().cut_points().len(), 22);
+    let told = |model: &Arc<Model>, start, end| {
+        let scales = check(model, range(start, end)).layer_scales();
+        scales.into_iter().map(|scale| (scale.node, scale.factor)).collect::<Vec<_>>()
+    };
+    let queries = |factor: f32| vec![("Qcur".to_owned(), factor)];
+    for (architecture, n_layers) in [("gemma2", 46), ("gemma3", 62)] {
+        let model = odd(architecture, n_layers);
+        assert_eq!(told(&model, 24, n_layers), queries(1.0 / 32f32.sqrt()), "{architecture}");
+        assert_eq!(told(&model, 0, n_layers), []);
+        // Here a stage has the number of layers by which libllama recognises the model that this is not.
+        let model = odd(architecture, n_layers + 6);
+        assert_eq!(told(&model, 0, n_layers), queries(1.0 / 16f32.sqrt()), "{architecture}");
+        assert_eq!(told(&model, 0, n_layers + 6), []);
+        let even = Recipe::new(architecture, n_layers).model();
+        assert_eq!(told(&even, 24, n_layers), []);
+    }
+    let model = Recipe::new("minicpm3", 7).model();
+    let factor = 1.4 / 7f32.sqrt();
+    let both = vec![("hidden_scaled".to_owned(), factor), ("hidden_scaled_ffn".to_owned(), factor)];
+    assert_eq!((told(&model, 0, 3), told(&model, 3, 7), told(&model, 0, 7)), (both.clone(), both, vec![]));
 }
 
 #[test]
@@ -411,7 +418,9 @@ proptest! {
         }
         for (idx, tensor) in model.catalog.tensors().iter().enumerate() {
             let expected = match TensorRole::of(&tensor.name) {
-                TensorRole::EveryStage => borders.len() - 1,
+                TensorRole::EveryStage => {
+                    borders.windows(2).filter(|pair| reads_rope_factors(&architecture, range(pair[0], pair[1]))).count()
+                }
                 TensorRole::TokenEmbedding if architecture.is_encoder() => 0,
                 TensorRole::TokenEmbedding => usize::from(recipe.tied || TAKES_TOKENS.contains(&name)),
                 _ => 1,

@@ -37,10 +37,11 @@ use crate::ticket::{SECRET_BYTES, Secret, TICKET_ID_BYTES, TicketId, TicketSecre
 /// | 2 | 0.1 | frames carry KV steps and five times of each stage; offers say how much disk there is for sessions |
 /// | 3 | 0.1 | stages are assigned as a whole, with standbys and hand-over; links for requests and for the council |
 /// | 4 | 0.1 | nodes measure how fast they compute the model and how far they are from each other |
-pub const PROTOCOL_VERSION: u16 = 4;
+/// | 5 | 0.1 | weights from any node or from the hub; pooling, adapters, types of KV caches, recurrent states |
+pub const PROTOCOL_VERSION: u16 = 5;
 
 /// The lowest protocol version that this build speaks.
-pub const MIN_PROTOCOL_VERSION: u16 = 4;
+pub const MIN_PROTOCOL_VERSION: u16 = 5;
 
 /// Longest wait for the other side's preamble: a round trip and a look into two small tables, on a machine that may be
 /// busy loading a model.

@@ -34,11 +34,16 @@ pub struct AdapterFile {
 
 /// The adapters of a model.
 pub(crate) struct Adapters {
-    bundle: Catalog,
+    bundle: Bundle,
     hashes: Vec<Hash>,
-    files: Arc<Files>,
     id: Hash,
     names: Vec<String>,
+}
+
+/// Adapters of a model as one catalog, and the files with its tensors: all that stages are made with.
+pub(crate) struct Bundle {
+    catalog: Catalog,
+    files: Arc<Files>,
 }
 
 /// The files of a bundle, whose tensors follow each other.
@@ -58,29 +63,60 @@ impl TensorSource for Files {
     }
 }
 
+impl Bundle {
+    /// Opens adapters of `model`.
+    ///
+    /// # Errors
+    /// If one is no adapter for the model.
+    pub(crate) fn open(model: &Catalog, adapters: &[AdapterFile]) -> Result<Self, ModelError> {
+        let mut files = Vec::new();
+        for AdapterFile { path, .. } in adapters {
+            let file = Arc::new(ModelFile::open(path)?);
+            check_adapter(model, file.catalog())
+                .map_err(|source| ModelError::Adapter { path: path.clone(), source })?;
+            files.push(file);
+        }
+        let given: Vec<_> = files.iter().zip(adapters).map(|(file, wanted)| (file.catalog(), wanted.scale)).collect();
+        let catalog = bundle_adapters(model, &given).map_err(ModelError::Adapters)?;
+        Ok(Self { catalog, files: Arc::new(Files(files)) })
+    }
+
+    /// What of them a stage of the model needs; `None` if nothing.
+    ///
+    /// # Errors
+    /// As [`AdapterView::new`].
+    pub(crate) fn cut(&self, model: &Catalog, stage: &StageView) -> Result<Option<StageAdapter>, AdapterError> {
+        let view = AdapterView::new(&self.catalog, model, stage)?;
+        Ok(view.map(|view| StageAdapter { view, source: Arc::clone(&self.files) as Arc<dyn TensorSource> }))
+    }
+
+    /// Adds what they take to what the model costs.
+    pub(crate) fn add_to(&self, profile: &mut ModelProfile, model: &Catalog) {
+        // They were checked when they were opened.
+        let Ok((layers, head)) = adapter_bytes(&self.catalog, model, profile.n_layers()) else { return };
+        profile.layer_bytes.iter_mut().zip(layers).for_each(|(all, own)| *all += own);
+        profile.head_bytes += head;
+    }
+}
+
 impl Adapters {
     /// Opens adapters of `model` and hashes them; the hashes are kept in `state_dir`.
     ///
     /// # Errors
     /// If one is no adapter for the model.
     pub(crate) fn open(model: &Catalog, adapters: &[AdapterFile], state_dir: &Path) -> Result<Self, ModelError> {
-        let (mut files, mut hashes, mut names) = (Vec::new(), Vec::new(), Vec::new());
-        for AdapterFile { path, scale } in adapters {
-            let file = Arc::new(ModelFile::open(path)?);
-            let catalog = file.catalog();
-            check_adapter(model, catalog).map_err(|source| ModelError::Adapter { path: path.clone(), source })?;
-            let manifest = manifest(&file, &catalog.header_hash(), state_dir, &|_, _| {});
+        let bundle = Bundle::open(model, adapters)?;
+        let (mut hashes, mut names) = (Vec::new(), Vec::new());
+        for (file, AdapterFile { path, scale }) in bundle.files.0.iter().zip(adapters) {
+            let manifest = manifest(file, &file.catalog().header_hash(), state_dir, &|_, _| {});
             let manifest = manifest.map_err(|source| ModelError::Read { path: path.clone(), source })?;
             hashes.extend(manifest.tensors);
             let name = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
             names.push(if *scale == 1.0 { name } else { format!("{name}:{scale}") });
-            files.push(file);
         }
-        let given: Vec<_> = files.iter().zip(adapters).map(|(file, wanted)| (file.catalog(), wanted.scale)).collect();
-        let bundle = bundle_adapters(model, &given).map_err(ModelError::Adapters)?;
         let manifest = Manifest { tensors: hashes };
-        let id = Hash::from_bytes(*model_id(&bundle.header_hash(), &manifest).as_bytes());
-        Ok(Self { bundle, hashes: manifest.tensors, files: Arc::new(Files(files)), id, names })
+        let id = Hash::from_bytes(*model_id(&bundle.catalog.header_hash(), &manifest).as_bytes());
+        Ok(Self { bundle, hashes: manifest.tensors, id, names })
     }
 
     /// What they are, scales and bytes.
@@ -95,40 +131,38 @@ impl Adapters {
 
     /// What workers need to know of them.
     pub(crate) fn to_ref(&self) -> AdapterRef {
-        AdapterRef { id: self.id, header: self.bundle.header_bytes(true), tensors: self.hashes.clone() }
+        AdapterRef { id: self.id, header: self.bundle.catalog.header_bytes(true), tensors: self.hashes.clone() }
     }
 
     /// Their tensors, for those who ask for them.
     pub(crate) fn stock(&self) -> Stock {
-        Stock::new(Arc::clone(&self.files) as Arc<dyn TensorSource>, &self.bundle, &self.hashes)
+        Stock::new(Arc::clone(&self.bundle.files) as Arc<dyn TensorSource>, &self.bundle.catalog, &self.hashes)
     }
 
-    /// What of them a stage of the model needs; `None` if nothing.
-    ///
-    /// # Errors
-    /// As [`AdapterView::new`].
-    pub(crate) fn cut(&self, model: &Catalog, stage: &StageView) -> Result<Option<AdapterSource>, AdapterError> {
-        let view = AdapterView::new(&self.bundle, model, stage)?;
-        let source = Arc::clone(&self.files) as Arc<dyn TensorSource>;
-        Ok(view.map(|view| adapter_source(&view, source)))
-    }
-
-    /// Adds what they take to what the model costs.
-    pub(crate) fn add_to(&self, profile: &mut ModelProfile, model: &Catalog) {
-        // They were checked when they were opened.
-        let Ok((layers, head)) = adapter_bytes(&self.bundle, model, profile.n_layers()) else { return };
-        profile.layer_bytes.iter_mut().zip(layers).for_each(|(all, own)| *all += own);
-        profile.head_bytes += head;
+    /// The same without hashes and names.
+    pub(crate) fn bundle(&self) -> &Bundle {
+        &self.bundle
     }
 }
 
-/// An adapter for the engine, whose tensors are those of `source`.
-pub(crate) fn adapter_source(view: &AdapterView, source: Arc<dyn TensorSource>) -> AdapterSource {
-    AdapterSource {
-        reader: Box::new(view.reader(source)),
-        n_bytes: view.n_bytes(),
-        weight_bytes: view.weight_bytes(),
-        scale: view.scale(),
+/// The adapter of a stage.
+pub struct StageAdapter {
+    /// What of the adapters the stage needs.
+    pub view: AdapterView,
+    /// Their tensors.
+    pub source: Arc<dyn TensorSource>,
+}
+
+impl StageAdapter {
+    /// As the engine loads it.
+    pub(crate) fn into_source(self) -> AdapterSource {
+        let Self { view, source } = self;
+        AdapterSource {
+            reader: Box::new(view.reader(source)),
+            n_bytes: view.n_bytes(),
+            weight_bytes: view.weight_bytes(),
+            scale: view.scale(),
+        }
     }
 }
 

@@ -58,6 +58,7 @@ impl Shared {
             eos_text: text(vocabulary.eos()),
             purpose: work.purpose(),
             rank_template: model.file().catalog().metadata().str("tokenizer.chat_template.rerank").map(str::to_owned),
+            n_values: model.n_values(work.pooling),
         };
         let starting = "the model is about to be placed".to_owned();
         let status = ClusterStatus {

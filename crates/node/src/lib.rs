@@ -64,7 +64,7 @@ pub use handle::Handle;
 pub use meter::CONTENT_TYPE as METRICS_TYPE;
 pub use model::{LocalModel, ModelError, model_profile};
 pub use node::{Node, NodeError, NodeStopper, Part};
-pub use purpose::PoolingChoice;
+pub use purpose::{PoolingChoice, PurposeError, UnknownPoolingChoice, Work};
 pub use reach::ReachError;
 pub use rehearsal::rehearse;
 pub use share::DirectFetch;

@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use brigade_base::{ByteSize, Pooling};
-use brigade_engine::{AdapterSource, LoadError, Stage, StageOptions};
+use brigade_engine::{LoadError, Stage, StageOptions};
 use brigade_gguf::{StageView, TensorSource};
 pub use brigade_protocol::worker::StageKey;
 
+use crate::adapters::StageAdapter;
 use crate::images::Images;
 use crate::sizes::{StageShape, stage_options};
 use crate::stage_pass::PassRunner;
@@ -60,7 +61,7 @@ pub struct StageFiles<'a> {
     /// The tensors of its model.
     pub source: Arc<dyn TensorSource>,
     /// What is added to its matrices.
-    pub adapter: Option<AdapterSource>,
+    pub adapter: Option<StageAdapter>,
 }
 
 /// Loads a stage from wherever its tensors are, once it was tried; the last one may pool. `images` keeps its idle
@@ -79,7 +80,8 @@ pub fn load_stage(
     let StageFiles { view, source, adapter } = files;
     let options = options_of(&key, view, pooling, n_threads);
     check_positions(view, key.context)?;
-    trial::stage(view, &options)?;
+    trial::stage(view, adapter.as_ref().map(|adapter| &adapter.view), &options)?;
+    let adapter = adapter.map(StageAdapter::into_source);
     let stage = Stage::load_adapted(Box::new(view.reader(source)), view.n_bytes(), adapter, options, progress)?;
     let memory = ByteSize(stage.memory().total());
     let mut runner = PassRunner::new(stage, view.input_scale(), key.sessions, images);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::UNIX_EPOCH;
 
-use brigade_base::{Hash, KvType, KvTypes, ModelId, Token};
+use brigade_base::{Hash, KvType, KvTypes, ModelId, Pooling, Token};
 use brigade_engine::{TokenizeError, Vocabulary};
 use brigade_gguf::{
     AdapterError, Architecture, ArchitectureError, Catalog, Manifest, ModelFile, OpenError, Value, model_id,
@@ -195,9 +195,28 @@ impl LocalModel {
     pub fn profile(&self, kv: KvTypes) -> ModelProfile {
         let mut profile = profile_of(&self.architecture, kv);
         if let Some(adapters) = &self.adapters {
-            adapters.add_to(&mut profile, self.file.catalog());
+            adapters.bundle().add_to(&mut profile, self.file.catalog());
         }
         profile
+    }
+
+    /// Values of what the last stage makes of a text: of its vector, or scores of the classifier's labels. 0 without
+    /// `pooling`.
+    pub fn n_values(&self, pooling: Option<Pooling>) -> u32 {
+        let metadata = self.file.catalog().metadata();
+        let architecture = metadata.str("general.architecture").unwrap_or_default();
+        match pooling {
+            None => 0,
+            Some(Pooling::Rank) => {
+                let labels = metadata.array(&format!("{architecture}.classifier.output_labels"));
+                labels.map_or(1, |labels| u32::try_from(labels.len()).unwrap_or(u32::MAX))
+            }
+            Some(_) => {
+                let width = metadata.get(&format!("{architecture}.embedding_length_out"));
+                let width = width.and_then(|value| u32::try_from(value.as_u64()?).ok());
+                width.filter(|&width| width > 0).unwrap_or(self.architecture.n_embd)
+            }
+        }
     }
 
     /// Looks up the embeddings of `tokens` as the file has them; `out` becomes `[n_tokens, n_embd]`. For a model whose
@@ -259,7 +278,7 @@ pub(crate) fn tokenize(
 ) -> Result<Vec<Token>, SubmitError> {
     let most = card.context as usize;
     vocabulary.tokenize_at_most(text, add_special, parse_special, most).map_err(|error| match error {
-        TokenizeError::TooManyTokens { at_least: tokens, .. } => card.too_long(tokens),
+        TokenizeError::TooManyTokens { at_least: tokens, .. } => card.too_long(tokens, true),
         other => SubmitError::Invalid(other.to_string()),
     })
 }
@@ -284,7 +303,7 @@ pub(crate) fn tokenize_pair(
             marks.around(query, document)
         }
     };
-    if tokens.len() > card.context as usize { Err(card.too_long(tokens.len())) } else { Ok(tokens) }
+    if tokens.len() > card.context as usize { Err(card.too_long(tokens.len(), false)) } else { Ok(tokens) }
 }
 
 /// A template with query and document in their places. What they say themselves is left as it is.
@@ -358,6 +377,7 @@ pub(crate) fn profile_of(a: &Architecture, kv: KvTypes) -> ModelProfile {
     ModelProfile {
         layer_bytes: (0..a.n_layers).map(|i| a.layer_bytes(i)).collect(),
         kv_bytes_per_token: (0..a.n_layers).map(|i| a.kv_bytes_per_token(i, kv)).collect(),
+        value_bytes_per_token: (0..a.n_layers).map(|i| a.value_bytes_per_token(i, kv)).collect(),
         state_bytes: (0..a.n_layers).map(|i| a.state_bytes(i)).collect(),
         is_flash: kv.v != KvType::F16,
         rehearsed: None,

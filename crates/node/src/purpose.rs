@@ -6,7 +6,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use brigade_base::{Pooling, UnknownPooling};
+use brigade_base::Pooling;
 use brigade_gguf::{Catalog, PLACEHOLDER_VOCAB, Value};
 use brigade_net::MAX_FRAME;
 use brigade_plan::{ModelProfile, Optimize};
@@ -61,14 +61,19 @@ impl fmt::Display for PoolingChoice {
     }
 }
 
-impl FromStr for PoolingChoice {
-    type Err = UnknownPooling;
+/// A text names no way to choose a pooling.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is no pooling; there are model, none, mean, cls, last and rank")]
+pub struct UnknownPoolingChoice(String);
 
-    fn from_str(text: &str) -> Result<Self, UnknownPooling> {
+impl FromStr for PoolingChoice {
+    type Err = UnknownPoolingChoice;
+
+    fn from_str(text: &str) -> Result<Self, UnknownPoolingChoice> {
         match text.to_ascii_lowercase().as_str() {
             "model" => Ok(Self::Model),
             "none" => Ok(Self::None),
-            other => other.parse().map(Self::As),
+            other => other.parse().map(Self::As).map_err(|_| UnknownPoolingChoice(text.chars().take(40).collect())),
         }
     }
 }
@@ -91,6 +96,14 @@ pub enum PurposeError {
     /// It has no classifier.
     #[error("this model has no classifier, so it ranks nothing; embed texts with --pooling mean, cls or last")]
     NoClassifier,
+    /// More tokens are asked for than it was trained for.
+    #[error("--context {asked} is more than the {trained} tokens that this model was trained for")]
+    Untrained {
+        /// Tokens asked for.
+        asked: u32,
+        /// Tokens that it was trained for.
+        trained: u32,
+    },
     /// More tokens are asked for than travel at once.
     #[error(
         "--context {asked} is too long: this model takes all of a text at once, and a batch has {most} rows beside one \
@@ -128,14 +141,31 @@ impl Work {
         if pooling == Some(Pooling::Rank) && !has_classifier {
             return Err(PurposeError::NoClassifier);
         }
-        let Some(pooling) = pooling else { return Ok(Self::default()) };
+        let ranks_by_last_row = number("classifier.pooling_type") != Some(Pooling::Mean);
+        Ok(Self::pooled(pooling, is_causal, ranks_by_last_row))
+    }
+
+    /// What is done with a model for text of which there is no header.
+    ///
+    /// # Errors
+    /// If such a model cannot do what was chosen.
+    pub fn of_text_model(choice: PoolingChoice) -> Result<Self, PurposeError> {
+        match choice {
+            PoolingChoice::Model | PoolingChoice::None => Ok(Self::default()),
+            PoolingChoice::As(Pooling::Rank) => Err(PurposeError::NoClassifier),
+            PoolingChoice::As(pooling) => Ok(Self::pooled(Some(pooling), true, true)),
+        }
+    }
+
+    fn pooled(pooling: Option<Pooling>, is_causal: bool, ranks_by_last_row: bool) -> Self {
+        let Some(pooling) = pooling else { return Self::default() };
         // Of a decoder that looks at the last row the others may come before, in chunks.
         let by_last_row = match pooling {
             Pooling::Last => true,
-            Pooling::Rank => number("classifier.pooling_type") != Some(Pooling::Mean),
+            Pooling::Rank => ranks_by_last_row,
             Pooling::Mean | Pooling::Cls => false,
         };
-        Ok(Self { pooling: Some(pooling), task: Task::Pool { at_once: !is_causal || !by_last_row } })
+        Self { pooling: Some(pooling), task: Task::Pool { at_once: !is_causal || !by_last_row } }
     }
 
     /// What requests can ask of it.
@@ -147,22 +177,41 @@ impl Work {
         }
     }
 
-    fn is_at_once(self) -> bool {
+    /// Whether a text travels whole, in one pass.
+    pub fn is_at_once(self) -> bool {
         self.task == Task::Pool { at_once: true }
     }
 
-    /// Tokens of a session if nobody asks for more or less, of a model whose hidden state is `n_embd` wide.
-    pub fn default_context(self, n_embd: u32, parallel: u32) -> u32 {
-        if self.is_at_once() { DEFAULT_TEXT_MAX.min(most_at_once(n_embd, parallel)) } else { DEFAULT_CONTEXT_MAX }
+    /// Whether it generates text: what is predicted of placements, tokens in a second and the first token of an answer,
+    /// is of this alone.
+    pub fn generates(self) -> bool {
+        self.pooling.is_none()
     }
 
-    /// Checks what is asked for against what travels at once.
+    /// Tokens of a session: what was `asked` for, else what this program and the model allow. The model was `trained`
+    /// for so many, 0 if it does not say, and its hidden state is `n_embd` wide.
     ///
     /// # Errors
-    /// If it is more.
-    pub fn check_context(self, asked: u32, n_embd: u32, parallel: u32) -> Result<u32, PurposeError> {
-        let most = most_at_once(n_embd, parallel);
-        if self.is_at_once() && asked > most { Err(PurposeError::TooLong { asked, most }) } else { Ok(asked) }
+    /// If more are asked for than the model was trained for, or than travel at once.
+    pub fn context(self, trained: u32, n_embd: u32, asked: Option<u32>, parallel: u32) -> Result<u32, PurposeError> {
+        let most = if self.is_at_once() { most_at_once(n_embd, parallel) } else { u32::MAX };
+        match asked {
+            Some(asked) if trained > 0 && asked > trained => Err(PurposeError::Untrained { asked, trained }),
+            Some(asked) if asked > most => Err(PurposeError::TooLong { asked, most }),
+            Some(asked) => Ok(asked),
+            None => {
+                let usual = if self.is_at_once() { DEFAULT_TEXT_MAX } else { DEFAULT_CONTEXT_MAX };
+                Ok(if trained > 0 { usual.min(most).min(trained) } else { usual.min(most) })
+            }
+        }
+    }
+
+    /// The longest session that can be asked for, where that is known. The model was `trained` for so many tokens, 0 if
+    /// it does not say.
+    pub fn longest_context(self, trained: u32, n_embd: u32, parallel: u32) -> Option<u32> {
+        let of_model = (trained > 0).then_some(trained);
+        let of_a_batch = self.is_at_once().then(|| most_at_once(n_embd, parallel));
+        of_model.into_iter().chain(of_a_batch).min()
     }
 
     /// What the model costs, where it does this: a stage that pools has no head.
@@ -182,6 +231,11 @@ impl Work {
     /// Prompt rows of one pass.
     pub fn chunk(self, context: u32) -> u32 {
         if self.is_at_once() { context } else { CHUNK }
+    }
+
+    /// Most rows of a batch: those of a prompt, and one for each other session.
+    pub fn max_rows(self, context: u32, parallel: u32) -> u32 {
+        self.chunk(context) + parallel
     }
 }
 
@@ -258,13 +312,48 @@ mod tests {
     #[test]
     fn texts_that_travel_whole_are_as_long_as_a_batch_at_most() {
         let work = Work { pooling: Some(Pooling::Mean), task: WHOLE };
-        assert_eq!(work.check_context(MAX_BATCH_ROWS - 4, 64, 4), Ok(MAX_BATCH_ROWS - 4));
-        assert!(work.check_context(MAX_BATCH_ROWS, 64, 4).is_err());
-        assert!(Work::default().check_context(MAX_BATCH_ROWS, 64, 4).is_ok());
+        let context = |n_embd: u32, asked: u32| work.context(0, n_embd, Some(asked), 4);
+        assert_eq!(context(64, MAX_BATCH_ROWS - 4), Ok(MAX_BATCH_ROWS - 4));
+        assert!(context(64, MAX_BATCH_ROWS).is_err());
+        assert!(Work::default().context(0, 64, Some(MAX_BATCH_ROWS), 4).is_ok());
         // 63 MiB hold 2016 rows of 8192 values.
-        assert_eq!(work.check_context(2012, 8192, 4), Ok(2012));
-        assert_eq!(work.check_context(2013, 8192, 4), Err(PurposeError::TooLong { asked: 2013, most: 2012 }));
-        assert_eq!((work.default_context(8192, 4), work.default_context(1024, 4)), (2012, DEFAULT_TEXT_MAX));
+        assert_eq!(context(8192, 2012), Ok(2012));
+        assert_eq!(context(8192, 2013), Err(PurposeError::TooLong { asked: 2013, most: 2012 }));
+        assert_eq!((work.context(0, 8192, None, 4), work.context(0, 1024, None, 4)), (Ok(2012), Ok(DEFAULT_TEXT_MAX)));
+        let longest = |work: Work, trained| work.longest_context(trained, 8192, 4);
+        assert_eq!((longest(work, 0), longest(work, 512), longest(work, 8192)), (Some(2012), Some(512), Some(2012)));
+        assert_eq!((longest(Work::default(), 8192), longest(Work::default(), 0)), (Some(8192), None));
         assert_eq!((work.chunk(512), Work::default().chunk(512)), (512, CHUNK));
+        assert_eq!((work.max_rows(512, 4), Work::default().max_rows(512, 4)), (516, CHUNK + 4));
+    }
+
+    #[test]
+    fn a_session_is_no_longer_than_the_model_was_trained_for() {
+        let work = Work::default();
+        assert_eq!(work.context(1024, 64, None, 4), Ok(1024));
+        assert_eq!(work.context(1 << 20, 64, None, 4), Ok(DEFAULT_CONTEXT_MAX));
+        assert_eq!(work.context(0, 64, None, 4), Ok(DEFAULT_CONTEXT_MAX), "a model that does not say");
+        assert_eq!(work.context(1024, 64, Some(100), 4), Ok(100));
+        let refused = work.context(1024, 64, Some(1025), 4);
+        assert_eq!(refused, Err(PurposeError::Untrained { asked: 1025, trained: 1024 }));
+    }
+
+    #[test]
+    fn a_model_without_a_header_pools_as_one_for_text_does() {
+        let of = |choice: &str| Work::of_text_model(choice.parse().unwrap());
+        assert_eq!((of("model"), of("none")), (Ok(Work::default()), Ok(Work::default())));
+        assert_eq!(of("mean"), Ok(Work { pooling: Some(Pooling::Mean), task: WHOLE }));
+        assert_eq!(of("last"), Ok(Work { pooling: Some(Pooling::Last), task: IN_CHUNKS }));
+        assert_eq!(of("rank"), Err(PurposeError::NoClassifier));
+    }
+
+    #[test]
+    fn all_choices_are_named_where_one_is_wrong() {
+        let error = "bogus".parse::<PoolingChoice>().unwrap_err().to_string();
+        let all = Pooling::ALL.map(PoolingChoice::As).into_iter().chain([PoolingChoice::Model, PoolingChoice::None]);
+        for choice in all {
+            assert!(error.contains(&choice.to_string()), "{choice}: {error}");
+            assert_eq!(choice.to_string().parse(), Ok(choice));
+        }
     }
 }

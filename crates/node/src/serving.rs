@@ -100,6 +100,8 @@ pub struct ModelCard {
     /// How a model that ranks wants query and document put together, if it says so: a text with `{query}` and
     /// `{document}` in it.
     pub rank_template: Option<String>,
+    /// Values of the vector of a text, scores of its classes from a model that ranks; 0 from one that generates text.
+    pub n_values: u32,
 }
 
 /// What a model does with a text.
@@ -135,7 +137,7 @@ impl ModelCard {
     pub fn check_length(&self, tokens: usize) -> Result<(), SubmitError> {
         match tokens {
             0 => Err(SubmitError::PromptEmpty),
-            _ if tokens > self.most_tokens() => Err(self.too_long(tokens)),
+            _ if tokens > self.most_tokens() => Err(self.too_long(tokens, false)),
             _ => Ok(()),
         }
     }
@@ -145,11 +147,11 @@ impl ModelCard {
         (self.context as usize).saturating_sub(usize::from(self.purpose == Purpose::Generate))
     }
 
-    /// The error for a prompt of so many tokens, or more.
-    pub(crate) fn too_long(&self, tokens: usize) -> SubmitError {
+    /// The error for a prompt of so many tokens, or more if that is only a bound.
+    pub(crate) fn too_long(&self, tokens: usize, is_bound: bool) -> SubmitError {
         match self.purpose {
             Purpose::Generate => SubmitError::PromptTooLong { tokens, context: self.context },
-            Purpose::Embed | Purpose::Rank => SubmitError::TextTooLong { tokens, most: self.context },
+            Purpose::Embed | Purpose::Rank => SubmitError::TextTooLong { tokens, is_bound, most: self.context },
         }
     }
 }
@@ -168,7 +170,7 @@ pub enum Readiness {
 /// One completion to make.
 #[derive(Debug, Clone)]
 pub struct Request {
-    /// Names it in log lines and traces.
+    /// Names it in log lines and traces; all texts of one request have the same.
     pub id: String,
     /// Whose it is.
     pub tenant: TenantId,
@@ -188,11 +190,32 @@ pub struct Request {
     pub logprobs: Option<u8>,
     /// Go on after the model's end token.
     pub ignore_end: bool,
+    /// Which text of its request this is.
+    pub place: TextPlace,
+}
+
+/// Where a text stands among those of one request, each of which is a session. They are submitted in their order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TextPlace {
+    /// From 0.
+    pub idx: u32,
+    /// How many there are; at least one, and more than `idx`.
+    pub n_texts: u32,
+}
+
+impl TextPlace {
+    /// The only one, as a completion is.
+    pub const ONLY: Self = Self { idx: 0, n_texts: 1 };
+
+    /// Whether no text of the request comes after this one.
+    pub fn is_last(self) -> bool {
+        self.idx + 1 >= self.n_texts
+    }
 }
 
 impl Request {
     /// One text for a model that embeds or ranks.
-    pub fn of_text(id: String, tenant: TenantId, text: Vec<Token>) -> Self {
+    pub fn of_text(id: String, tenant: TenantId, text: Vec<Token>, place: TextPlace) -> Self {
         Self {
             id,
             tenant,
@@ -204,6 +227,7 @@ impl Request {
             stop: Vec::new(),
             logprobs: None,
             ignore_end: false,
+            place,
         }
     }
 }
@@ -333,11 +357,15 @@ pub enum SubmitError {
     },
     /// The text is longer than what is embedded or ranked at once.
     #[error(
-        "the text has {tokens} tokens or more, but at most {most} are taken; shorten it or serve with a larger --context"
+        "the text has {}{tokens} tokens, but at most {most} are taken; shorten it, or serve with a larger --context if \
+         the model was trained for more",
+        if *is_bound { "at least " } else { "" }
     )]
     TextTooLong {
-        /// Tokens that it has for certain.
+        /// Tokens that it has.
         tokens: usize,
+        /// It may have more than that; so long a text is not tokenized.
+        is_bound: bool,
         /// Most tokens.
         most: u32,
     },
@@ -425,7 +453,8 @@ pub struct ClusterStatus {
     pub last_recovery: Option<Recovery>,
     /// What placements are to be best at.
     pub optimize: Optimize,
-    /// What the present placement will do, by what was measured; missing where a speed is not known.
+    /// What the present placement will do, by what was measured; missing where a speed is not known, and of a model
+    /// that generates no text.
     pub prediction: Option<Prediction>,
     /// Why it is as it is, one thought per line.
     pub explanation: Vec<String>,

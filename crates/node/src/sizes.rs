@@ -49,6 +49,7 @@ pub(crate) fn stage_options(view: &StageView, shape: StageShape, n_threads: u32)
         input_node: view.input_node(),
         looks_up_rows: view.looks_up_rows(),
         stop_node: view.stop_node(),
+        layer_scales: view.layer_scales(),
         pooling: shape.pooling,
         kv: shape.kv,
     }
@@ -89,10 +90,12 @@ pub fn rehearse_model(
     let (n_layers, cuts) = (architecture.n_layers, architecture.cut_points());
     let (context, parallel, max_rows) = (demand.context, demand.parallel, demand.max_rows);
     let shape = StageShape { n_ctx: context, n_sessions: parallel, max_rows, kv, pooling: None };
-    let mut rehearsed = Rehearsed { context, parallel, max_rows, runs: Vec::new() };
+    let tail_bytes = architecture.head_bytes().saturating_add(architecture.unread_embedding_bytes());
+    let mut rehearsed = Rehearsed { context, parallel, max_rows, runs: Vec::new(), tail_bytes };
     let bounds: Vec<u32> = [0].into_iter().chain(cuts).chain([n_layers]).collect();
-    // Runs are alike whose views have the same header.
-    let mut known: HashMap<Vec<u8>, (u64, u64)> = HashMap::new();
+    // Runs are alike whose views have the same header and end alike: of a model that embeds texts, the last stage has
+    // the header of any other.
+    let mut known: HashMap<(Vec<u8>, bool), (u64, u64)> = HashMap::new();
     for (start, end) in runs_of(&bounds) {
         let Ok(layers) = LayerRange::new(start, end) else { continue };
         let pooling = pooling.filter(|_| end == n_layers);
@@ -100,7 +103,8 @@ pub fn rehearse_model(
             Some(_) => StageView::pooled(&catalog, layers)?,
             None => StageView::new(&catalog, layers)?,
         };
-        let (compute, weights) = match known.get(view.header_bytes()) {
+        let key = (view.header_bytes().to_vec(), view.is_final());
+        let (compute, weights) = match known.get(&key) {
             Some(bytes) => *bytes,
             None if known.len() >= MAX_REHEARSALS => continue,
             None => {
@@ -109,7 +113,7 @@ pub fn rehearse_model(
                     Some(memory) => memory,
                     None => rehearse(Box::new(view.reader(source.clone())), view.n_bytes(), &options)?,
                 };
-                known.insert(view.header_bytes().to_vec(), (memory.compute, memory.weights));
+                known.insert(key, (memory.compute, memory.weights));
                 (memory.compute, memory.weights)
             }
         };

@@ -50,6 +50,12 @@ pub struct RequestTrace {
     pub first_token_ms: Option<f64>,
     /// When it ended; how old it is, if it has not.
     pub total_ms: f64,
+    /// How many texts it has, if those are more than one; all other numbers are of all of them together.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub texts: Option<u32>,
+    /// Of these, how many have their vector.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub texts_done: Option<u32>,
     /// The passes that had rows of it, oldest first, with a gap where some were left out.
     pub passes: Vec<PassTrace>,
     /// Passes between the first and the last ones that were not kept.
@@ -160,6 +166,8 @@ mod tests {
             queued_ms: Some(1.0),
             first_token_ms: None,
             total_ms: 7.0,
+            texts: Some(9),
+            texts_done: Some(8),
             passes: vec![pass],
             passes_left_out: 8,
         };

@@ -66,6 +66,10 @@ pub struct Rehearsed {
     pub max_rows: u32,
     /// Short runs of layers.
     pub runs: Vec<RehearsedRun>,
+    /// What the header says that head and embedding take in the last stage. libllama holds an embedding that is the
+    /// head, too, twice if it computes with heads in buffers of another kind, which depends on the processor. A profile
+    /// that says more than the header has adapters.
+    pub tail_bytes: u64,
 }
 
 /// What a run of layers takes as a stage.
@@ -84,12 +88,15 @@ impl Rehearsed {
         (self.context, self.parallel, self.max_rows) == (demand.context, demand.parallel, demand.max_rows)
     }
 
-    /// Bytes of the buffers of a stage of a model with `n_layers`, whose logits take `logits`: those of the smallest
-    /// run around it, or of the largest inside of it, since layers are computed one after the other. `None` if there is
-    /// neither.
+    /// Bytes of the buffers of a stage of a model with `n_layers`, whose logits take `logits`: its own if it was
+    /// rehearsed, else those of the smallest run around it, or of the largest inside of it, since layers are computed
+    /// one after the other. `None` if there is neither.
     fn compute(&self, layers: LayerRange, n_layers: u32, logits: u64) -> Option<u64> {
         let is_tail = |run: LayerRange| run.end() == n_layers;
         let contains = |a: LayerRange, b: LayerRange| a.start() <= b.start() && b.end() <= a.end();
+        if let Some(own) = self.runs.iter().find(|run| run.layers == layers) {
+            return Some(own.compute);
+        }
         let same = self.runs.iter().filter(|run| is_tail(run.layers) == is_tail(layers));
         let around = same.filter(|run| contains(run.layers, layers)).map(|run| run.compute).min();
         let inside = self.runs.iter().filter(|run| contains(layers, run.layers));
@@ -100,10 +107,11 @@ impl Rehearsed {
         around.or_else(|| inside.map(with_logits).max())
     }
 
-    /// Bytes of tensors that belong to no layer, in a stage with or without the head.
-    fn beside_layers(&self, is_tail: bool, n_layers: u32) -> Option<u64> {
-        let same = self.runs.iter().filter(|run| (run.layers.end() == n_layers) == is_tail);
-        same.map(|run| run.beside_layers).max()
+    /// Bytes of tensors that belong to no layer, in a stage of `layers` with or without the head.
+    fn beside_layers(&self, layers: LayerRange, is_tail: bool, n_layers: u32) -> Option<u64> {
+        let same = || self.runs.iter().filter(|run| (run.layers.end() == n_layers) == is_tail);
+        let own = same().find(|run| run.layers == layers).map(|run| run.beside_layers);
+        own.or_else(|| same().map(|run| run.beside_layers).max())
     }
 }
 
@@ -112,11 +120,12 @@ pub fn stage_memory(model: &ModelProfile, demand: &Demand, layers: LayerRange, i
     let of = |bytes: &[u64]| own(bytes, layers).iter().fold(0u64, |sum, &b| sum.saturating_add(b));
     let state = of(&model.state_bytes).saturating_mul(demand.parallel.into());
     let floor = if is_tail { COMPUTE_FLOOR + COORDINATOR_FLOOR } else { COMPUTE_FLOOR };
-    let kv =
-        of(&model.kv_bytes_per_token).saturating_mul(padded_context(demand)).saturating_mul(demand.parallel.into());
+    let kv_per_token = model.kv_bytes_per_token_of(layers, scores(model, demand).is_some());
+    let kv = kv_per_token.saturating_mul(padded_context(demand)).saturating_mul(demand.parallel.into());
     let rehearsed = model.rehearsed.as_ref().filter(|it| it.fits(demand));
-    let beside = rehearsed.and_then(|it| it.beside_layers(is_tail, model.n_layers())).unwrap_or(0);
-    let beside = if is_tail { beside.max(tail_bytes(model)) } else { beside };
+    let told = if is_tail { tail_bytes(model) } else { 0 };
+    let found = rehearsed.and_then(|it| Some((it.beside_layers(layers, is_tail, model.n_layers())?, it.tail_bytes)));
+    let beside = found.map_or(told, |(found, in_header)| found.saturating_add(told.saturating_sub(in_header)));
     StageMemory {
         weights: ByteSize(layer_bytes(model, layers).saturating_add(beside)),
         kv: ByteSize(kv.saturating_add(state)),
@@ -130,7 +139,7 @@ pub(crate) fn layer_bytes(model: &ModelProfile, layers: LayerRange) -> u64 {
     own(&model.layer_bytes, layers).iter().fold(0, |sum, &bytes| sum.saturating_add(bytes))
 }
 
-fn own(bytes: &[u64], layers: LayerRange) -> &[u64] {
+pub(crate) fn own(bytes: &[u64], layers: LayerRange) -> &[u64] {
     bytes.get(layers.start() as usize..layers.end() as usize).unwrap_or_default()
 }
 
@@ -147,18 +156,23 @@ fn compute_bytes(model: &ModelProfile, demand: &Demand, layers: LayerRange, is_t
     found.unwrap_or_else(|| graph_bytes(model, demand).saturating_add(logits))
 }
 
+/// Bytes of the attention scores of a batch, where they are held: it is computed plainly then.
+fn scores(model: &ModelProfile, demand: &Demand) -> Option<u64> {
+    let [heads, context, rows] = [model.n_heads, demand.context, demand.max_rows].map(u64::from);
+    let of = |context: u64| (4 * heads).saturating_mul(context).saturating_mul(rows);
+    (of(context) <= MAX_SCORES_BYTES && !model.is_flash).then(|| of(padded_context(demand)))
+}
+
 /// Bytes of the buffers of any number of layers, by what libllama's graphs of plain decoders hold at once, in F32:
 /// layers come one after the other, and so do attention and feed-forward part. Compared with rehearsals of a llama of
 /// 1.2 billion weights and of a tiny one it is right to 3 %; other architectures hold up to some rows more.
 fn graph_bytes(model: &ModelProfile, demand: &Demand) -> u64 {
     let [embd, ff, rows] = [model.n_embd, model.n_ff, demand.max_rows].map(u64::from);
-    let (heads, context) = (u64::from(model.n_heads), padded_context(demand));
+    let context = padded_context(demand);
     // In elements of two bytes; fewer bytes of a smaller type make no difference that counts.
     let keys_and_values = model.kv_bytes_per_token.iter().copied().max().unwrap_or(0) / 2;
-    let scores = 4 * heads.saturating_mul(context).saturating_mul(rows);
-    let is_plain = scores <= MAX_SCORES_BYTES && !model.is_flash;
     // The mask is F32, and F16 for flash attention.
-    let (scores, mask) = if is_plain { (scores, 4) } else { (0, 2) };
+    let (scores, mask) = scores(model, demand).map_or((0, 2), |scores| (scores, 4));
     let attention = (4 * rows).saturating_mul(6 * embd + keys_and_values).saturating_add(scores);
     let experts = 2 * u64::from(model.n_experts_used) * embd;
     let feed_forward = (4 * rows).saturating_mul(5 * embd + 3 * ff + experts);
@@ -188,11 +202,13 @@ mod tests {
             RehearsedRun { layers: range(start, end), compute, beside_layers }
         };
         let runs = runs.map(run).to_vec();
-        let rehearsed = Rehearsed { context: 512, parallel: 2, max_rows: 64, runs };
+        let rehearsed = Rehearsed { context: 512, parallel: 2, max_rows: 64, runs, tail_bytes: 90 };
         let model = ModelProfile {
             layer_bytes: vec![10; 8],
             kv_bytes_per_token: vec![1; 8],
             n_vocab: 100,
+            head_bytes: 85,
+            embedding_bytes: 5,
             rehearsed: Some(rehearsed),
             ..ModelProfile::default()
         };
@@ -206,7 +222,32 @@ mod tests {
         }
         let weights = |start, end| stage_memory(&model, &demand, range(start, end), end == 8).weights.0;
         assert_eq!([weights(0, 3), weights(0, 8)], [37, 150]);
+        let adapted = ModelProfile { head_bytes: 95, ..model.clone() };
+        assert_eq!(stage_memory(&adapted, &demand, range(0, 8), true).weights.0, 160);
         let other = Demand { max_rows: 65, ..demand.clone() };
+        assert_eq!(stage_memory(&model, &other, range(0, 8), true).weights.0, 80 + 90);
         assert_eq!(compute(&other, 0, 1), 2 * 65 * 512 * 2);
+    }
+
+    #[test]
+    fn values_are_as_wide_as_in_the_widest_layer_of_the_stage() {
+        let model = ModelProfile {
+            layer_bytes: vec![0; 4],
+            kv_bytes_per_token: vec![4, 8, 0, 12],
+            value_bytes_per_token: vec![2, 4, 0, 6],
+            n_heads: 1,
+            ..ModelProfile::default()
+        };
+        let check = |model: &ModelProfile, context, expected: [u64; 3]| {
+            let demand = Demand { context, parallel: 1, max_rows: 1024, ..Demand::default() };
+            let kv = |(start, end)| stage_memory(model, &demand, LayerRange::new(start, end).unwrap(), false).kv.0;
+            assert_eq!([(0, 2), (0, 4), (2, 3)].map(kv), expected.map(|bytes| bytes * u64::from(context)), "{context}");
+        };
+        check(&model, 1024, [2 + 4 + 4 + 4, 2 + 4 + 6 + 3 * 6, 0]);
+        let all_alike = ModelProfile { value_bytes_per_token: Vec::new(), ..model.clone() };
+        check(&all_alike, 1024, [12, 24, 0]);
+        // Flash attention stores each layer as it is.
+        check(&ModelProfile { is_flash: true, ..model.clone() }, 1024, [12, 24, 0]);
+        check(&model, 1 << 20, [12, 24, 0]);
     }
 }

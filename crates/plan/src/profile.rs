@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use brigade_base::{ByteSize, LayerRange, NodeId};
 use serde::{Deserialize, Serialize};
 
-use crate::memory::Rehearsed;
+use crate::memory::{Rehearsed, own};
 
 /// What a model costs, layer by layer.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -18,6 +18,8 @@ pub struct ModelProfile {
     pub layer_bytes: Vec<u64>,
     /// Bytes of KV cache per token of each layer; as long as `layer_bytes`.
     pub kv_bytes_per_token: Vec<u64>,
+    /// Of those, the bytes of values; as long as `layer_bytes`, or empty for a model whose layers are all as wide.
+    pub value_bytes_per_token: Vec<u64>,
     /// Bytes of the state that each session has in each layer, however long it is; as long as `layer_bytes`, or empty
     /// for a model without such layers.
     pub state_bytes: Vec<u64>,
@@ -55,6 +57,16 @@ impl ModelProfile {
     /// Number of layers.
     pub fn n_layers(&self) -> u32 {
         self.layer_bytes.len() as u32
+    }
+
+    /// Bytes of KV cache per token of `layers` in one stage. Attention that is computed plainly has libllama store the
+    /// values of each layer that has any as wide as those of the widest layer of the stage.
+    pub fn kv_bytes_per_token_of(&self, layers: LayerRange, is_plain: bool) -> u64 {
+        let (all, values) = (own(&self.kv_bytes_per_token, layers), own(&self.value_bytes_per_token, layers));
+        let widest = values.iter().copied().max().filter(|_| is_plain).unwrap_or(0);
+        let padding =
+            all.iter().zip(values).filter(|(all, _)| **all > 0).map(|(_, value)| widest.saturating_sub(*value));
+        all.iter().copied().chain(padding).fold(0, u64::saturating_add)
     }
 
     /// What computing `layers` takes, as a multiple of the mean layer: their share of the bytes.

@@ -198,6 +198,7 @@ fn tiny_llama() -> ModelProfile {
     ModelProfile {
         layer_bytes: vec![2 * weights; 22],
         kv_bytes_per_token: vec![1024; 22],
+        value_bytes_per_token: Vec::new(),
         state_bytes: Vec::new(),
         is_flash: false,
         rehearsed: None,
@@ -307,6 +308,7 @@ fn petals_cases() -> Vec<Case> {
         ModelProfile {
             layer_bytes: vec![weights; n_layers],
             kv_bytes_per_token: vec![4 * embd; n_layers],
+            value_bytes_per_token: Vec::new(),
             state_bytes: Vec::new(),
             is_flash: false,
             rehearsed: None,

@@ -49,6 +49,9 @@ pub const MAX_TIMEOUT_MS: u64 = 7 * 24 * 3600 * 1000;
 /// Most entries of a logit bias: what the sampler takes.
 pub const MAX_LOGIT_BIASES: u64 = 4096;
 
+/// Most texts of which one request has vectors made, four times what HTTP takes.
+pub const MAX_TEXTS: u32 = 8192;
+
 /// Most values of a pooled vector: the widest hidden state that is taken.
 pub const MAX_POOLED: u64 = crate::frame::MAX_N_EMBD as u64;
 
@@ -107,6 +110,10 @@ pub struct Submit {
     pub logprobs: Option<u8>,
     /// Go on after the model's end token.
     pub ignore_end: bool,
+    /// Which text of its request it is, from 0; those of one request have one id.
+    pub text_idx: u32,
+    /// How many texts the request has, 1 to [`MAX_TEXTS`]; a completion is the only one.
+    pub n_texts: u32,
     /// The beginning of the answer: what another coordinator told already. It is not told again.
     pub answer: Vec<Token>,
 }
@@ -248,6 +255,8 @@ pub struct Card {
     pub purpose: Purpose,
     /// How a model that ranks wants query and document put together: a text with `{query}` and `{document}` in it.
     pub rank_template: Option<String>,
+    /// Values of the vector of a text; 0 from a model that generates text.
+    pub n_values: u32,
     /// BLAKE3 of the vocabulary that [`FromGateway::FetchVocabulary`] brings.
     pub vocabulary: Hash,
 }
@@ -389,6 +398,11 @@ impl Submit {
         if self.stop.iter().any(String::is_empty) {
             return Err(DecodeError::Malformed { what: "request", why: "a stop string is empty".to_owned() });
         }
+        cap("number of texts", self.n_texts.into(), MAX_TEXTS.into())?;
+        if self.text_idx >= self.n_texts {
+            let why = format!("it is text {} of {}", self.text_idx, self.n_texts);
+            return Err(DecodeError::Malformed { what: "request", why });
+        }
         Ok(())
     }
 }
@@ -451,6 +465,8 @@ mod tests {
             stop: vec!["END".into()],
             logprobs: Some(2),
             ignore_end: true,
+            text_idx: 4,
+            n_texts: 5,
             answer: vec![9, 8],
         }
     }
@@ -486,6 +502,7 @@ mod tests {
             eos_text: String::new(),
             purpose: Purpose::Rank,
             rank_template: Some("{query} {document}".into()),
+            n_values: 2,
             vocabulary: Hash::from_bytes([2; 32]),
         };
         let number = 7;
@@ -519,7 +536,10 @@ mod tests {
         too_many(altered(|s| s.stop = vec!["x".repeat(4097)]));
         too_many(altered(|s| s.sampling.logit_bias = vec![(1, 1.0); 4097]));
         too_many(altered(|s| s.answer = vec![1; MAX_REQUEST_TOKENS as usize]));
+        too_many(altered(|s| s.n_texts = MAX_TEXTS + 1));
         assert!(matches!(altered(|s| s.stop = vec![String::new()]), Err(DecodeError::Malformed { .. })));
+        assert!(matches!(altered(|s| s.text_idx = 5), Err(DecodeError::Malformed { .. })));
+        assert!(matches!(altered(|s| (s.text_idx, s.n_texts) = (0, 0)), Err(DecodeError::Malformed { .. })));
         let ask = FromGateway::Ask { number: 1, question: Question::Trace("x".repeat(513)) };
         too_many(FromGateway::decode(&ask.encode()));
         for (total, n_bytes) in [(MAX_VOCABULARY_BYTES + 1, 0), (9, VOCABULARY_CHUNK + 1)] {

@@ -293,6 +293,8 @@ fn submit(host: &Host<'_>, number: u64, caller: usize) -> Submit {
         stop: Vec::new(),
         logprobs: None,
         ignore_end: true,
+        text_idx: 0,
+        n_texts: 1,
         answer: of.expected[of.n_prompt..known].to_vec(),
     }
 }

@@ -76,8 +76,6 @@ pub struct Finding {
     pub error: f64,
     /// The prediction of a stage's memory that was farthest off, as a share.
     pub memory_error: f64,
-    /// Whether it embeds texts.
-    pub pools: bool,
 }
 
 /// The verdict.
@@ -200,7 +198,6 @@ impl Case {
             n_cuts: 0,
             error: 0.0,
             memory_error: 0.0,
-            pools: false,
         }
     }
 
@@ -232,7 +229,6 @@ impl Case {
             cut_points: report.cut_points.clone(),
             n_cuts: report.plans.len() - 1,
             error,
-            pools: report.pooling.is_some(),
             memory_error: report.worst_prediction(0).map_or(0.0, |line| line.error()),
             ..self.finding(word, &reason)
         }

@@ -30,8 +30,7 @@ certify` does the same with a model of yours, and `brigade inspect` shows where 
 
 - **exact**: every result had the bits of the whole.
 - **within tolerance**: every greedy choice was the same, and no result was further off than 0.0001 of its largest
-  value; for the one model of which weights must be rescaled, 0.005, and another token may be chosen where two are as
-  likely.
+  value.
 - **whole only**: it runs on one node, with the bits of llama.cpp alone; the reason is in the last column.
 - **refused**: Brigade does not run it.
 
@@ -39,19 +38,11 @@ certify` does the same with a model of yours, and `brigade inspect` shows where 
 kind of model that libllama treats in another way: with experts, with its head tied to the embedding, or with a number
 of layers by which it recognises a size.
 
-What each stage took in memory was predicted within 5 %, with two exceptions. Buffers of models that embed texts are
-estimated, and may be a third smaller than predicted. Stages of openelm may take less than predicted for their KV
-cache, since libllama makes its rows as wide as the widest of the stage, and Brigade as the widest of the model.
+What each stage took in memory was predicted within 5 %.
 ";
 
 /// Largest error of a prediction of what a stage takes in memory, as a share.
 const MAX_MEMORY_ERROR: f64 = 0.05;
-
-/// The same where it may be too high: buffers of models that embed texts are estimated.
-const MAX_ESTIMATE_ERROR: f64 = 0.5;
-
-/// Models whose KV cache may be smaller than predicted; the page says why.
-const SMALLER_KV: [&str; 1] = ["openelm"];
 
 /// A row of the table.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -70,7 +61,7 @@ pub fn finish(root: &Path, findings: &[Finding], is_quick: bool, only_check: boo
         let (n, name) = (wrong.len(), &first.name);
         return Err(Failure::said(format!("{n} models differ, the first is {name}: {}", first.reason)));
     }
-    if let Some(off) = findings.iter().find(|finding| !is_predicted(finding)) {
+    if let Some(off) = findings.iter().find(|finding| finding.memory_error.abs() > MAX_MEMORY_ERROR) {
         let (name, percent) = (&off.name, 100.0 * off.memory_error);
         return Err(Failure::said(format!("the memory of a stage of {name} was predicted {percent:+.1} % off")));
     }
@@ -92,13 +83,6 @@ pub fn finish(root: &Path, findings: &[Finding], is_quick: bool, only_check: boo
         return line(format_args!("{PATH} is up to date"));
     }
     Err(Failure::said(format!("{PATH} is stale; run `cargo xtask certify` and commit it")))
-}
-
-/// Whether the memory of all stages was predicted well enough.
-fn is_predicted(finding: &Finding) -> bool {
-    let is_estimate = finding.pools || SMALLER_KV.contains(&finding.arch.as_str());
-    let most = if is_estimate { MAX_ESTIMATE_ERROR } else { MAX_MEMORY_ERROR };
-    (-MAX_MEMORY_ERROR..=most).contains(&finding.memory_error)
 }
 
 /// A row for each recipe, in the order of the findings.
@@ -215,7 +199,6 @@ mod tests {
             n_cuts: cut_points.len(),
             error: 0.0,
             memory_error: 0.0,
-            pools: false,
         }
     }
 
@@ -265,11 +248,17 @@ mod tests {
 
     #[test]
     fn memory_must_be_predicted() {
-        let check = |name, memory_error, pools| {
-            is_predicted(&Finding { memory_error, pools, ..finding(name, "F16", Word::Exact, &[1]) })
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("docs")).unwrap();
+        let check = |memory_error| {
+            let off = Finding { memory_error, ..finding("bert", "F16", Word::Exact, &[1]) };
+            let result = finish(dir.path(), &[some(), vec![off]].concat(), false, false);
+            result.map_err(|failure| failure.to_string())
         };
-        assert!(check("llama", 0.04, false) && !check("llama", 0.06, false) && !check("llama", -0.06, false));
-        assert!(check("bert", 0.3, true) && !check("bert", -0.06, true) && check("openelm", 0.1, false));
+        assert_eq!([check(0.04), check(-0.04)], [Ok(()), Ok(())]);
+        for off in [0.06, -0.06] {
+            assert!(check(off).is_err_and(|why| why.contains("of bert was predicted")), "{off}");
+        }
     }
 
     #[test]

@@ -344,6 +344,7 @@ pub const ALL: &[Recipe] = &[
     of("falcon-h1", 4, &[MAMBA2]),
     of("xverse", 4, &[]),
     of("command-r", 4, &[]).keys(&[("logit_scale", F(0.25))]),
+    of("command-r", 64, &[NARROW]).variant("64").fixed().keys(&[("logit_scale", F(0.25))]),
     of("cohere2", 8, &[WINDOW]).keys(&[("logit_scale", F(0.25))]),
     of("cohere2moe", 9, &[WINDOW, MOE, SHARED, LEAD, SIGMOID]).keys(&[("logit_scale", F(0.25))]),
     of("dbrx", 4, &[MOE]).keys(&[("attention.clamp_kqv", F(8.0))]),

@@ -8,10 +8,10 @@ use clap::CommandFactory;
 use super::{Problem, Text, Tree};
 
 /// Where the verbs of `brigade` and most of their flags are declared.
-const ARGS: &str = "crates/cli/src/args.rs";
+pub(super) const ARGS: &str = "crates/cli/src/args.rs";
 
 /// Where the flags of verbs are declared that have a file of their own.
-const CLI: &str = "crates/cli/src/";
+pub(super) const CLI: &str = "crates/cli/src/";
 
 /// Words that may stand before a program's name.
 const BEFORE_PROGRAM: [&str; 5] = ["$", "sudo", "exec", "time", "-"];
@@ -168,7 +168,7 @@ fn verbs(args: &str) -> Vec<String> {
 }
 
 /// Names of all fields with `#[arg(long ..)]`, as the command line has them.
-fn flags(args: &str) -> Vec<String> {
+pub(super) fn flags(args: &str) -> Vec<String> {
     let mut flags = vec!["help".to_owned(), "version".to_owned()];
     let mut attribute = String::new();
     let mut is_open = false;

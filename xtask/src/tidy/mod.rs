@@ -5,9 +5,11 @@
 //! - [`arrows`]: which crate may use which, and what pure crates may not touch.
 //! - [`sources`]: heads, widths and lengths of source files, words that must not stay, files that nothing includes.
 //! - [`commands`]: commands and links in documents lead to something.
+//! - [`flags`]: the page about configuration names each flag.
 
 mod arrows;
 mod commands;
+mod flags;
 mod sources;
 
 use std::fmt;
@@ -158,6 +160,7 @@ fn problems(root: &Path) -> Outcome<Vec<Problem>> {
     let mut problems = arrows::check(&tree);
     problems.extend(sources::check(&tree));
     problems.extend(commands::check(&tree));
+    problems.extend(flags::check(&tree));
     problems.sort_by(|a, b| (&a.path, a.line).cmp(&(&b.path, b.line)));
     Ok(problems)
 }

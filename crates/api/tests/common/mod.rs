@@ -123,6 +123,8 @@ impl Serving for Mock {
             queued_ms: None,
             first_token_ms: None,
             total_ms: 2.5,
+            texts: None,
+            texts_done: None,
             passes: Vec::new(),
             passes_left_out: 0,
         })
@@ -203,15 +205,21 @@ impl House {
     }
 
     pub fn with_template(options: ApiOptions, template: Option<&str>) -> Self {
-        Self::of(Purpose::Generate, options, template)
+        Self::of(Purpose::Generate, 0, options, template)
     }
 
     /// With a model that embeds or ranks texts.
     pub fn that(purpose: Purpose) -> Self {
-        Self::of(purpose, ApiOptions::default(), None)
+        Self::with_vectors(purpose, 3)
     }
 
-    fn of(purpose: Purpose, options: ApiOptions, template: Option<&str>) -> Self {
+    /// With one that makes vectors of so many values of them.
+    pub fn with_vectors(purpose: Purpose, n_values: u32) -> Self {
+        Self::of(purpose, n_values, ApiOptions::default(), None)
+    }
+
+    fn of(purpose: Purpose, n_values: u32, options: ApiOptions, template: Option<&str>) -> Self {
+        let n_values = if purpose == Purpose::Generate { 0 } else { n_values };
         let card = ModelCard {
             name: "team/abacus".to_owned(),
             id: ModelId::from_bytes([0xab; 32]),
@@ -223,6 +231,7 @@ impl House {
             eos_text: "</s>".to_owned(),
             purpose,
             rank_template: None,
+            n_values,
         };
         let mock = Arc::new(Mock {
             card,

@@ -28,6 +28,9 @@ use report::{Level, Report};
 use target::Target;
 use wave::{Broken, Wave};
 
+/// What OpenAI's API calls a prompt that is too long, and with it most others.
+const TOO_LONG: &str = "context_length_exceeded";
+
 /// Measures and reports.
 pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     let endpoint =
@@ -70,7 +73,7 @@ fn first_model(endpoint: &Endpoint, notes: &mut Vec<String>) -> Result<String, F
     };
     let reply = endpoint.get("/v1/models").map_err(|error| match error {
         EndpointError::Refused { status: 404 | 405 | 501, .. } => missing(),
-        EndpointError::Refused { status: 401 | 403, ref message } => wants_key(message),
+        EndpointError::Refused { status: 401 | 403, ref message, .. } => wants_key(message),
         error => error.into(),
     })?;
     let models: Vec<&str> = reply
@@ -94,11 +97,18 @@ fn wants_key(message: &str) -> Failure {
 /// What an endpoint's error means for who measures.
 fn failure(error: EndpointError) -> Failure {
     let advice = match &error {
-        EndpointError::Refused { status: 401 | 403, message } => return wants_key(message),
+        EndpointError::Refused { status: 401 | 403, message, .. } => return wants_key(message),
         EndpointError::Refused { status: 429, .. } => {
             "the endpoint is busy: come again when nobody else asks it, or with fewer --streams"
         }
         EndpointError::Refused { status: 404, .. } => "is that its address, and has it this --model?",
+        EndpointError::Refused { code: Some(code), .. } if code == "unsupported_model" => {
+            "only models that generate text are measured"
+        }
+        // An endpoint that says what is wrong needs no guess.
+        EndpointError::Refused { status: 400 | 413 | 422, code: Some(code), .. } if code != TOO_LONG => {
+            return error.into();
+        }
         EndpointError::Refused { status: 400 | 413 | 422, .. } => {
             "if prompt and answer are too long for it, ask for less with --prompt-tokens and --tokens"
         }

@@ -105,7 +105,7 @@ impl Target {
                 Ok(_) => break,
                 Err(error) => error,
             };
-            let EndpointError::Refused { status, message } = &error else { return Err(error) };
+            let EndpointError::Refused { status, message, .. } = &error else { return Err(error) };
             let note = target.dialect.concede(*status, message);
             match note {
                 Some(note) => notes.push(note),

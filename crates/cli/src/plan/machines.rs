@@ -6,7 +6,7 @@ use brigade_node::measure::{MeasureRequest, speed_of_here};
 use brigade_node::serving::{ClusterStatus, LinkStatus};
 use brigade_node::system;
 use brigade_plan::catalogue::{Catalogue, Device, MAX_FILE_BYTES, Prices, Scenario, made_up_id};
-use brigade_plan::{Coordinator, Demand, LinkProfile, Links, ModelProfile, NodeProfile, Speed};
+use brigade_plan::{Coordinator, Demand, LinkProfile, Links, ModelProfile, NodeProfile, Optimize, Speed};
 
 use super::model::{Model, Origin};
 use crate::args::{EndpointArgs, PlanArgs};
@@ -125,7 +125,7 @@ impl Machines {
                 speed: node.speed.clone(),
             })
             .collect();
-        if !is_same && nodes.iter().any(|node| node.speed.is_some()) {
+        if !is_same && is_speed_of_use(model, demand) && nodes.iter().any(|node| node.speed.is_some()) {
             let here = id_here(args).and_then(|id| Ok((id, measured_here(args, model, demand)?)));
             notes.push(rescaled(&mut nodes, here, &status.model));
         }
@@ -142,9 +142,10 @@ impl Machines {
     }
 
     fn here(args: &PlanArgs, model: &Model, demand: &Demand) -> Self {
-        let (speed, notes) = match measured_here(args, model, demand) {
-            Ok(speed) => (Some(speed), Vec::new()),
-            Err(why) => (None, vec![format!("This machine's speed is not known: {why}.")]),
+        let (speed, notes) = match is_speed_of_use(model, demand).then(|| measured_here(args, model, demand)) {
+            Some(Ok(speed)) => (Some(speed), Vec::new()),
+            Some(Err(why)) => (None, vec![format!("This machine's speed is not known: {why}.")]),
+            None => (None, Vec::new()),
         };
         let name = system::host_name();
         Self {
@@ -187,6 +188,11 @@ impl Machines {
 
 fn counted(n: usize) -> String {
     if n == 1 { "1 machine".to_owned() } else { format!("{n} machines") }
+}
+
+/// Whether anything depends on speeds: a placement, or what is predicted of it.
+fn is_speed_of_use(model: &Model, demand: &Demand) -> bool {
+    model.work.generates() || demand.optimize != Optimize::Memory
 }
 
 /// How fast this machine is with a model.

@@ -5,6 +5,7 @@
 //! - [`machines`] finds out who there is: from a description, from flags, from the cluster that runs here, or this
 //!   machine alone, measured.
 //! - `brigade_plan::study` does the rest; [`what_if`] asks it about machines that are not there, [`cost`] about money.
+//!   What it predicts is how text is generated, so of a model that embeds or ranks texts nothing is left of that.
 //! - [`show`] writes the text; the JSON is [`Report`].
 
 mod cost;
@@ -15,9 +16,9 @@ mod what_if;
 
 use std::fmt::Write as _;
 
-use brigade_base::KvTypes;
-use brigade_node::DEFAULT_CONTEXT_MAX;
-use brigade_plan::{Demand, Forecast, Optimize, PlanError, Study, study};
+use brigade_base::{KvTypes, Pooling};
+use brigade_node::serving::Purpose;
+use brigade_plan::{Demand, Forecast, Optimize, Plan, PlanError, Study, study};
 use serde::Serialize;
 
 use crate::args::PlanArgs;
@@ -57,6 +58,13 @@ struct ModelReport {
     layers: u32,
     /// Bytes of all weights.
     bytes: u64,
+    /// What it does with texts: `generate`, `embed` or `rank`.
+    purpose: &'static str,
+    /// How it makes one vector or score of a text, if it does.
+    pooling: Option<Pooling>,
+    /// Whether a text is computed in one pass, and not in chunks.
+    #[serde(skip)]
+    is_at_once: bool,
     /// Whether this version can run it; the others can be planned for.
     supported: bool,
     /// What is doubtful about it.
@@ -75,18 +83,10 @@ struct MachinesReport {
 /// Prints the plan.
 pub fn run(args: &PlanArgs) -> Result<(), Failure> {
     let model = Model::find(args)?;
-    let demand = Demand {
-        context: context(model.trained, args.context)?,
-        parallel: args.parallel,
-        max_rows: brigade_node::CHUNK + args.parallel,
-        spread: args.spread,
-        split: args.layers.clone(),
-        optimize: args.optimize,
-    };
+    let demand = demand(args, &model)?;
     let machines = Machines::find(args, &model, &demand)?;
-    let (nodes, links, coordinator) = (&machines.nodes, &machines.links, machines.coordinator);
-    let study = study(&model.profile, nodes, links, &demand, coordinator)
-        .map_err(|error| does_not_fit(&error, &model, &machines, &demand))?;
+    let study =
+        studied(&model, &machines, &demand).map_err(|error| does_not_fit(&error, &model, &machines, &demand))?;
     let what_if = if args.explain { what_if::all(&model, &machines, &demand, &study) } else { Vec::new() };
     let cost = study.plan.prediction.as_ref().and_then(|prediction| {
         let watts = machines.watts(study.plan.stages.iter().map(|stage| stage.node))?;
@@ -100,6 +100,13 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
             quantisation: model.quantisation.clone(),
             layers: model.profile.n_layers(),
             bytes: model.profile.layer_bytes.iter().sum::<u64>().saturating_add(model.profile.head_bytes),
+            purpose: match model.work.purpose() {
+                Purpose::Generate => "generate",
+                Purpose::Embed => "embed",
+                Purpose::Rank => "rank",
+            },
+            pooling: model.work.pooling,
+            is_at_once: model.work.is_at_once(),
             supported: model.unsupported.is_none(),
             notes: cannot_run(&model).into_iter().chain(stays_whole(&model)).collect(),
         },
@@ -113,6 +120,30 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
         what_if,
     };
     if args.json { output::json(&report) } else { output::text(&show::text(&report, args.explain)) }
+}
+
+/// What a deployment would be asked for: the same as by `brigade serve` with these flags.
+fn demand(args: &PlanArgs, model: &Model) -> Result<Demand, Failure> {
+    let context = model.work.context(model.trained, model.profile.n_embd, args.context, args.parallel);
+    let context = context.map_err(Failure::run)?;
+    Ok(Demand {
+        context,
+        parallel: args.parallel,
+        max_rows: model.work.max_rows(context, args.parallel),
+        spread: args.spread,
+        split: args.layers.clone(),
+        optimize: model.work.optimize(args.optimize),
+    })
+}
+
+/// The plan and what else could be done. All that is predicted and compared is how text is generated, which of a model
+/// that generates none would be made up.
+fn studied(model: &Model, machines: &Machines, demand: &Demand) -> Result<Study, PlanError> {
+    let study = study(&model.profile, &machines.nodes, &machines.links, demand, machines.coordinator)?;
+    Ok(match model.work.generates() {
+        true => study,
+        false => Study { plan: Plan { prediction: None, ..study.plan }, alternatives: Vec::new(), advice: Vec::new() },
+    })
 }
 
 /// Why there is no plan, and of a model that is given by name the largest quantisation that would fit.
@@ -150,28 +181,4 @@ fn cannot_run(model: &Model) -> Option<String> {
         "This version cannot run {} ({architecture}): the plan is what a version that can would do.",
         model.name
     ))
-}
-
-/// Tokens of a session, as `brigade serve` would have it: what was asked for, or what the model was `trained` for.
-fn context(trained: u32, asked: Option<u32>) -> Result<u32, Failure> {
-    match asked {
-        Some(context) if context > trained => Err(Failure::run(format!(
-            "--context {context} is more than the {trained} tokens that this model was trained for"
-        ))),
-        Some(context) => Ok(context),
-        None => Ok(trained.min(DEFAULT_CONTEXT_MAX)),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_session_is_no_longer_than_the_model_was_trained_for() {
-        assert_eq!(context(1024, None).unwrap(), 1024);
-        assert_eq!(context(1 << 20, None).unwrap(), DEFAULT_CONTEXT_MAX);
-        assert_eq!(context(1024, Some(100)).unwrap(), 100);
-        assert!(context(1024, Some(1025)).unwrap_err().to_string().contains("the 1024 tokens"));
-    }
 }

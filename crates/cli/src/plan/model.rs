@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use brigade_base::KvTypes;
 use brigade_gguf::{Architecture, Catalog, ModelFile};
-use brigade_node::model_profile;
+use brigade_node::{PoolingChoice, Work, model_profile};
 use brigade_plan::ModelProfile;
 use brigade_plan::catalogue::models::{self, Quant};
 use brigade_store::ModelSource;
@@ -22,7 +22,9 @@ pub struct Model {
     pub name: String,
     /// How its weights are stored.
     pub quantisation: String,
-    /// What it costs with keys and values stored as `kv` says.
+    /// What is done with it.
+    pub work: Work,
+    /// What it costs with keys and values stored as `kv` says, where that is done with it.
     pub profile: ModelProfile,
     /// How they are stored.
     pub kv: KvTypes,
@@ -47,30 +49,33 @@ pub enum Origin {
 impl Model {
     /// The model that the arguments name: a place on the network, a file, or a name.
     pub fn find(args: &PlanArgs) -> Result<Self, Failure> {
-        let (text, kv) = (args.model.to_str().unwrap_or_default(), args.kv.types());
+        let (text, wish) = (args.model.to_str().unwrap_or_default(), (args.pooling, args.kv.types()));
         if !matches!(sources::parse(&args.model)?, ModelSource::Local(_)) {
             let (name, catalog) = sources::look(&args.model, &args.sources, &args.state)?;
-            return Self::of(&name, catalog.clone(), Origin::Header(catalog), kv);
+            return Self::of(&name, catalog.clone(), Origin::Header(catalog), wish);
         }
         let looks_like_a_path = args.model.components().count() != 1 || text.is_empty() || text.ends_with(".gguf");
         if looks_like_a_path || args.model.exists() {
             let file = Arc::new(ModelFile::open(&args.model).map_err(Failure::run)?);
             let name = args.model.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-            return Self::of(&name, file.catalog().clone(), Origin::File(file), kv);
+            return Self::of(&name, file.catalog().clone(), Origin::File(file), wish);
         }
         let quant: Quant = args.quant.parse().map_err(Failure::usage)?;
-        Self::by_name(text, quant, kv).map_err(|error| {
+        // The catalogue has models for text alone.
+        let work = Work::of_text_model(args.pooling).map_err(Failure::run)?;
+        Self::by_name(text, quant, (work, args.kv.types())).map_err(|error| {
             Failure::usage(format!("{text} is no file here, and no model that is known by name: {error}"))
         })
     }
 
-    /// A model of the catalogue.
-    pub fn by_name(name: &str, quant: Quant, kv: KvTypes) -> Result<Self, models::UnknownModel> {
+    /// A model of the catalogue, what is done with it, and how its keys and values are stored.
+    pub fn by_name(name: &str, quant: Quant, (work, kv): (Work, KvTypes)) -> Result<Self, models::UnknownModel> {
         let shape = models::shape(name)?;
         Ok(Self {
             name: shape.name.clone(),
             quantisation: quant.to_string(),
-            profile: shape.profile(quant, kv),
+            work,
+            profile: work.profile(shape.profile(quant, kv)),
             kv,
             trained: SHAPE_CONTEXT,
             unsupported: (!shape.supported).then(|| shape.architecture.clone()),
@@ -80,18 +85,27 @@ impl Model {
 
     /// The same with keys and values stored otherwise, where its heads allow that.
     pub fn with_kv(&self, kv: KvTypes) -> Option<ModelProfile> {
-        match (&self.origin, self.catalog()) {
-            (Origin::Name(quant), _) => models::shape(&self.name).ok().map(|shape| shape.profile(*quant, kv)),
-            (_, catalog) => model_profile(catalog?, kv).ok(),
-        }
+        let profile = match (&self.origin, self.catalog()) {
+            (Origin::Name(quant), _) => models::shape(&self.name).ok()?.profile(*quant, kv),
+            (_, catalog) => model_profile(catalog?, kv).ok()?,
+        };
+        Some(self.work.profile(profile))
     }
 
-    fn of(file_name: &str, catalog: Catalog, origin: Origin, kv: KvTypes) -> Result<Self, Failure> {
+    fn of(
+        file_name: &str,
+        catalog: Catalog,
+        origin: Origin,
+        (pooling, kv): (PoolingChoice, KvTypes),
+    ) -> Result<Self, Failure> {
         let profile = model_profile(&catalog, kv).map_err(Failure::run)?;
+        let work = Work::of(&catalog, pooling).map_err(Failure::run)?;
+        let profile = work.profile(profile);
         let trained = Architecture::of(&catalog).map_err(Failure::run)?.n_ctx_train;
         let name = file_name.strip_suffix(".gguf").unwrap_or(file_name).to_owned();
         // A header of another architecture was refused above.
-        Ok(Self { name, quantisation: catalog.quantisation(), profile, kv, trained, unsupported: None, origin })
+        let quantisation = catalog.quantisation();
+        Ok(Self { name, quantisation, work, profile, kv, trained, unsupported: None, origin })
     }
 
     /// Its header, where it has one.

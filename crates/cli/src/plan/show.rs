@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use brigade_base::{ByteSize, KvTypes};
 use brigade_plan::{Alternative, Bound, Forecast, Plan, Prediction, figure, seconds};
 
-use super::Report;
+use super::{ModelReport, Report};
 
 /// Room for names; longer ones push their row to the right.
 const NAME_WIDTH: usize = 20;
@@ -14,10 +14,10 @@ const NAME_WIDTH: usize = 20;
 pub fn text(report: &Report, explain: bool) -> String {
     let mut text = String::new();
     head(&mut text, report);
-    table(&mut text, &report.study.plan);
+    table(&mut text, &report.study.plan, if report.model.pooling.is_some() { "-" } else { "?" });
     match &report.study.plan.prediction {
         Some(prediction) => speed(&mut text, &report.study.plan, prediction),
-        None => line(&mut text, "speed", "not known"),
+        None => line(&mut text, "speed", &no_speed(&report.model)),
     }
     if let Some(cost) = &report.cost {
         cost.lines().iter().for_each(|said| line(&mut text, "power", said));
@@ -33,6 +33,16 @@ pub fn text(report: &Report, explain: bool) -> String {
     text
 }
 
+/// Why nothing is said about speed.
+fn no_speed(model: &ModelReport) -> String {
+    if model.pooling.is_none() {
+        return "not known".to_owned();
+    }
+    let does = if model.purpose == "rank" { "ranks" } else { "embeds" };
+    let how = if model.is_at_once { "each whole in one pass" } else { "in chunks, as prompts are" };
+    format!("not predicted: this model {does} texts, {how}, and generates none")
+}
+
 fn line(text: &mut String, what: &str, said: &str) {
     // Writing to a string cannot fail.
     let _ = writeln!(text, "{what:<8} {said}");
@@ -40,9 +50,10 @@ fn line(text: &mut String, what: &str, said: &str) {
 
 fn head(text: &mut String, report: &Report) {
     let model = &report.model;
+    let thing = if model.pooling.is_some() { "text" } else { "session" };
     let sessions = match report.parallel {
-        1 => "1 session".to_owned(),
-        n => format!("{n} sessions"),
+        1 => format!("1 {thing}"),
+        n => format!("{n} {thing}s"),
     };
     let kv = match report.kv {
         kv if kv == KvTypes::default() => String::new(),
@@ -60,7 +71,8 @@ fn head(text: &mut String, report: &Report) {
     line(text, "for", &report.machines.source);
 }
 
-fn table(text: &mut String, plan: &Plan) {
+/// Who holds what; `no_share` stands where there is no share of time.
+fn table(text: &mut String, plan: &Plan, no_share: &str) {
     let row = |text: &mut String, cells: [&str; 6]| {
         let [name, layers, memory, offered, share, hop] = cells;
         let row = format!("{name:<NAME_WIDTH$} {layers:>9} {memory:>11} {offered:>11} {share:>7}  {hop}");
@@ -70,7 +82,7 @@ fn table(text: &mut String, plan: &Plan) {
     row(text, ["node", "layers", "memory", "of", "time", "link"]);
     for (k, stage) in plan.stages.iter().enumerate() {
         let predicted = plan.prediction.as_ref().and_then(|prediction| prediction.stages.get(k));
-        let share = predicted.map_or_else(|| "?".to_owned(), |stage| format!("{:.0} %", stage.share * 100.0));
+        let share = predicted.map_or_else(|| no_share.to_owned(), |stage| format!("{:.0} %", stage.share * 100.0));
         let next = &plan.stages[(k + 1) % plan.stages.len()].name;
         let hop = match predicted {
             Some(_) if plan.stages.len() < 2 => String::new(),
@@ -151,8 +163,13 @@ fn what_ifs(text: &mut String, report: &Report) {
     if report.what_if.is_empty() {
         return;
     }
-    let many = streams(report.parallel);
-    let _ = writeln!(text, "\n{:<44} {:>10} {:>10} {:>11}", "what if", "1 stream", many, "first token");
+    let _ = match report.what_if.iter().any(|what_if| what_if.forecast.is_some()) {
+        true => {
+            let many = streams(report.parallel);
+            writeln!(text, "\n{:<44} {:>10} {:>10} {:>11}", "what if", "1 stream", many, "first token")
+        }
+        false => writeln!(text, "\nwhat if"),
+    };
     for what_if in &report.what_if {
         let name = &what_if.change;
         let _ = match &what_if.forecast {

@@ -82,7 +82,7 @@ fn smaller(model: &Model) -> impl Iterator<Item = (Model, Quant)> {
         Origin::File(_) | Origin::Header(_) => None,
     };
     let quants = std::iter::successors(now, |quant| quant.smaller()).skip(1);
-    quants.filter_map(|quant| Some((Model::by_name(&model.name, quant, model.kv).ok()?, quant)))
+    quants.filter_map(|quant| Some((Model::by_name(&model.name, quant, (model.work, model.kv)).ok()?, quant)))
 }
 
 fn placed(
@@ -182,11 +182,13 @@ fn best_of(one: LinkProfile, other: LinkProfile) -> LinkProfile {
     LinkProfile { latency_s: one.latency_s.min(other.latency_s), bytes_per_s: one.bytes_per_s.max(other.bytes_per_s) }
 }
 
-/// The longest session that fits, as long as the model was trained for it.
+/// The longest session that fits, as long as the model takes it.
 fn longest_context(model: &Model, machines: &Machines, demand: &Demand) -> Option<WhatIf> {
+    let longest = model.work.longest_context(model.trained, model.profile.n_embd, demand.parallel)?;
     // Whether it fits is no question of speed.
     let fits = |context: u32| {
-        let demand = Demand { context, optimize: Optimize::Memory, spread: false, ..demand.clone() };
+        let max_rows = model.work.max_rows(context, demand.parallel);
+        let demand = Demand { context, max_rows, optimize: Optimize::Memory, spread: false, ..demand.clone() };
         placed(&model.profile, &machines.nodes, &machines.links, &demand, machines.coordinator).is_some()
     };
     let sessions = demand.parallel;
@@ -195,10 +197,11 @@ fn longest_context(model: &Model, machines: &Machines, demand: &Demand) -> Optio
         forecast: None,
         effect: format!("the longest that {why}, with {sessions} at once"),
     };
-    if fits(model.trained) {
-        return Some(whole(model.trained, "the model was trained for; it fits"));
+    if fits(longest) {
+        let why = if longest < model.trained { "travels whole; it fits" } else { "the model was trained for; it fits" };
+        return Some(whole(longest, why));
     }
-    let (mut good, mut bad) = (demand.context / CONTEXT_STEP, model.trained.div_ceil(CONTEXT_STEP));
+    let (mut good, mut bad) = (demand.context / CONTEXT_STEP, longest.div_ceil(CONTEXT_STEP));
     while good + 1 < bad {
         let middle = good.midpoint(bad);
         if fits(middle * CONTEXT_STEP) { good = middle } else { bad = middle }

@@ -117,6 +117,7 @@ impl TextOracle {
             input_node: None,
             looks_up_rows: false,
             stop_node: None,
+            layer_scales: Vec::new(),
             pooling: Some(pooling),
             kv: KvTypes::default(),
         };

@@ -81,6 +81,7 @@ impl Oracle {
             input_node: None,
             looks_up_rows: false,
             stop_node: None,
+            layer_scales: Vec::new(),
             pooling: None,
             kv,
         };

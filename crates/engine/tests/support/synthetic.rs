@@ -69,6 +69,11 @@ pub const ALL: [Synthetic; 11] = [
     Synthetic { name: "phi3", arch: "phi3", ..BASE },
 ];
 
+/// libllama takes it for the 27B by its number of layers and scales queries by `1/sqrt(n_embd / n_head)`, not by
+/// `1/sqrt(head_dim)`.
+pub const GEMMA2_27B: Synthetic =
+    Synthetic { name: "gemma2-27b", arch: "gemma2", tied: true, n_layers: 46, window: 12, head_dim: 16, ..BASE };
+
 /// Models that embed texts, and such that rank them, which have a classifier.
 pub const EMBEDDERS: [Synthetic; 7] = [
     Synthetic { name: "qwen3-embedding", arch: "qwen3", tied: true, pooling: 3, ..BASE },

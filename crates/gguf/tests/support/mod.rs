@@ -37,16 +37,10 @@ impl Model {
     }
 }
 
-/// Bytes that depend on the tensor's name and the place in it. Norms are small numbers, so that they can be rescaled.
+/// Bytes that depend on the tensor's name and the place in it.
 fn fill(name: &str, offset: u64, buf: &mut [u8]) -> io::Result<()> {
     let seed = name.bytes().fold(7u64, |hash, byte| hash.wrapping_mul(31).wrapping_add(byte.into()));
-    if name.contains("norm") {
-        for (i, element) in buf.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-            *element = (1.0 + ((seed + offset / 4 + i as u64) % 13) as f32 / 8.0).to_le_bytes();
-        }
-    } else {
-        buf.iter_mut().enumerate().for_each(|(i, byte)| *byte = (seed + (offset + i as u64) * 37) as u8);
-    }
+    buf.iter_mut().enumerate().for_each(|(i, byte)| *byte = (seed + (offset + i as u64) * 37) as u8);
     Ok(())
 }
 

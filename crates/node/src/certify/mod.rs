@@ -26,13 +26,13 @@ use brigade_engine::StageMemory;
 use brigade_gguf::{Architecture, ModelFile, StageView, StageViewError};
 use brigade_plan::{Demand, ModelProfile, stage_memory};
 
-pub use compare::{Comparison, MAX_ERROR, MAX_RESCALED_ERROR};
+pub use compare::{Comparison, MAX_ERROR};
 pub use plans::Cuts;
 
+use crate::adapters::{AdapterFile, Bundle};
 use crate::model::{ModelError, model_profile};
 use crate::purpose::{PoolingChoice, PurposeError, Work};
 use crate::sizes::{StageShape, rehearse_model};
-use compare::Tolerance;
 use run::{Runner, Stages};
 use script::Script;
 
@@ -43,7 +43,7 @@ pub const MIN_TOKENS: u32 = 16;
 pub const MAX_TOKENS: u32 = 4096;
 
 /// How a model is examined.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct CertifyOptions {
     /// Which cuts are tried.
     pub cuts: Cuts,
@@ -56,11 +56,14 @@ pub struct CertifyOptions {
     pub seed: u64,
     /// How keys and values are stored.
     pub kv: KvTypes,
+    /// LoRA adapters that it is examined with.
+    pub adapters: Vec<AdapterFile>,
 }
 
 impl Default for CertifyOptions {
     fn default() -> Self {
-        Self { cuts: Cuts::Most(3), n_tokens: 48, n_threads: 1, seed: 1, kv: KvTypes::default() }
+        let (cuts, kv) = (Cuts::Most(3), KvTypes::default());
+        Self { cuts, n_tokens: 48, n_threads: 1, seed: 1, kv, adapters: Vec::new() }
     }
 }
 
@@ -73,6 +76,9 @@ pub enum CertifyError {
     /// Its keys and values cannot be stored as was asked for.
     #[error(transparent)]
     KvTypes(ModelError),
+    /// The adapters are none for this model.
+    #[error(transparent)]
+    Adapters(ModelError),
     /// llama.cpp does not run it whole.
     #[error("llama.cpp does not run this model whole: {0}")]
     Whole(String),
@@ -163,8 +169,6 @@ pub struct Report {
     pub cut_points: Vec<u32>,
     /// Why it cannot be cut, where that is known.
     pub why_whole: Option<&'static str>,
-    /// Whether stages have rescaled weights, which are rounded.
-    pub is_rescaled: bool,
     /// How texts were pooled, if it embeds them.
     pub pooling: Option<Pooling>,
     /// The whole as one stage, then each cut.
@@ -189,10 +193,6 @@ impl Report {
     pub fn reason(&self) -> Option<&'static str> {
         match self.verdict() {
             Verdict::WholeOnly => self.why_whole,
-            Verdict::Close if self.is_rescaled => Some(
-                "libllama knows it by its number of layers and scales its attention in another way; stages make up for \
-                 that by rescaled weights, which are rounded",
-            ),
             Verdict::Close => Some("some sums are rounded in another order"),
             Verdict::Exact | Verdict::Differs => None,
         }
@@ -206,7 +206,8 @@ impl Report {
 }
 
 /// Runs the model of `file` whole and cut, and compares the results. With its `path`, the whole is what llama.cpp's own
-/// reader loads from there; without it (for a file in parts), the whole as one stage.
+/// reader loads from there; without it (for a file in parts), the whole as one stage. So it is with several adapters,
+/// which llama.cpp by itself adds up in another order from start to start.
 ///
 /// `progress` hears what is being done, and how far that is, 0 to 1.
 ///
@@ -232,13 +233,17 @@ pub fn certify(
         None => Script::of_sessions(n_tokens, architecture.n_vocab, !architecture.is_recurrent(), options.seed),
     };
     let shape = StageShape { n_ctx: n_tokens, n_sessions: 2, max_rows: script.max_rows(), kv: options.kv, pooling };
-    let profile = profile(file, &shape)?;
-    let runner = Runner { file, script: &script, shape, n_threads: options.n_threads };
+    let adapters = match options.adapters.as_slice() {
+        [] => None,
+        all => Some(Bundle::open(catalog, all).map_err(CertifyError::Adapters)?),
+    };
+    let profile = profile(file, &shape, adapters.as_ref())?;
+    let runner = Runner { file, script: &script, shape, n_threads: options.n_threads, adapters: adapters.as_ref() };
 
     progress("whole", 0.0);
-    let oracle = match path {
-        Some(path) => Some(runner.uncut(path).map_err(CertifyError::Whole)?),
-        None => None,
+    let oracle = match (path, options.adapters.as_slice()) {
+        (None, _) | (Some(_), [_, _, ..]) => None,
+        (Some(path), adapters) => Some(runner.uncut(path, adapters.first()).map_err(CertifyError::Whole)?),
     };
     let mut stages = Stages::default();
     let whole = runner.cut(&[], &mut stages);
@@ -250,9 +255,8 @@ pub fn certify(
     if wanted.iter().flatten().any(|value| value.is_nan()) {
         return Err(CertifyError::Whole("it yields values that are no numbers".to_owned()));
     }
-    let tolerance = Tolerance::of(architecture.is_rescaled());
     let outcome = |results: Result<run::Results, String>| match results {
-        Ok(results) => Outcome::Compared(compare::compare(&script, &wanted, &results, tolerance)),
+        Ok(results) => Outcome::Compared(compare::compare(&script, &wanted, &results)),
         Err(error) => Outcome::Failed(error),
     };
     let mut outcomes = vec![PlanOutcome { cuts: Vec::new(), outcome: outcome(whole) }];
@@ -269,23 +273,24 @@ pub fn certify(
         n_layers: architecture.n_layers,
         cut_points,
         why_whole: architecture.why_whole(),
-        is_rescaled: architecture.is_rescaled(),
         pooling,
         plans: outcomes,
         memory: stages.found.iter().map(|(layers, found)| line(&profile, &shape, *layers, *found)).collect(),
     })
 }
 
-fn profile(file: &ModelFile, shape: &StageShape) -> Result<ModelProfile, CertifyError> {
+fn profile(file: &ModelFile, shape: &StageShape, adapters: Option<&Bundle>) -> Result<ModelProfile, CertifyError> {
     let refused = |error: ModelError| match error {
         ModelError::KvTypes { .. } => CertifyError::KvTypes(error),
         error => CertifyError::Refused(error.to_string()),
     };
-    let mut profile = model_profile(file.catalog(), shape.kv).map_err(refused)?;
-    if shape.pooling.is_none() {
-        profile.rehearsed = rehearse_model(file.catalog(), &demand(shape), shape.kv, None).ok();
+    let profile = model_profile(file.catalog(), shape.kv).map_err(refused)?;
+    let mut profile = Work { pooling: shape.pooling, ..Work::default() }.profile(profile);
+    if let Some(adapters) = adapters {
+        adapters.add_to(&mut profile, file.catalog());
     }
-    Ok(profile)
+    let rehearsed = rehearse_model(file.catalog(), &demand(shape), shape.kv, shape.pooling).ok();
+    Ok(ModelProfile { rehearsed, ..profile })
 }
 
 fn demand(shape: &StageShape) -> Demand {

@@ -5,11 +5,12 @@ use std::path::Path;
 use std::sync::Arc;
 
 use brigade_base::LayerRange;
-use brigade_engine::{Input, Stage, StageMemory, dequantize_rows};
+use brigade_engine::{Input, Stage, StageMemory, StageOptions, dequantize_rows};
 use brigade_gguf::{ModelFile, StageView, TensorSource, vocabulary_header};
 
 use super::script::{Pass, Script};
 use super::view_of;
+use crate::adapters::{AdapterFile, Bundle, StageAdapter};
 use crate::loaded::chain;
 use crate::sizes::{StageShape, stage_options};
 use crate::trial;
@@ -30,22 +31,26 @@ pub(super) struct Runner<'a> {
     pub script: &'a Script,
     pub shape: StageShape,
     pub n_threads: u32,
+    /// What is added to the model's matrices.
+    pub adapters: Option<&'a Bundle>,
 }
 
 impl Runner<'_> {
-    /// The results of the whole model as llama.cpp's own reader loads it.
-    pub(super) fn uncut(&self, path: &Path) -> Result<Results, String> {
+    /// The results of the whole model as llama.cpp's own readers load it, and one adapter if there is one.
+    pub(super) fn uncut(&self, path: &Path, adapter: Option<&AdapterFile>) -> Result<Results, String> {
         let whole = self.whole().map_err(|error| chain(&error))?;
         let view = view_of(self.file, whole, self.shape.pooling).map_err(|error| chain(&error))?;
         let mut options = stage_options(&view, self.shape, self.n_threads);
-        trial::stage(&view, &options).map_err(|error| chain(&error))?;
+        self.tried(&view, &options)?;
         let catalog = self.file.catalog();
         if catalog.metadata().str("tokenizer.ggml.model") != Some("no_vocab") {
             trial::vocabulary(&vocabulary_header(catalog)).map_err(|error| chain(&error))?;
         }
         // The file has all tokens, its graph makes its own input, and rows for images may be wider.
         (options.n_vocab, options.n_embd, options.input_node, options.looks_up_rows) = (0, 0, None, false);
-        let mut stage = Stage::load_file(path, options).map_err(|error| chain(&error))?;
+        options.layer_scales.clear();
+        let adapters: Vec<_> = adapter.iter().map(|adapter| (adapter.path.as_path(), adapter.scale)).collect();
+        let mut stage = Stage::load_file_adapted(path, &adapters, options).map_err(|error| chain(&error))?;
         self.each(&mut stage, |_, pass| Given::Tokens(pass))
     }
 
@@ -76,10 +81,18 @@ impl Runner<'_> {
     fn load(&self, view: &StageView) -> Result<Stage, String> {
         let mut options = stage_options(view, self.shape, self.n_threads);
         options.pooling = options.pooling.filter(|_| view.is_final());
-        trial::stage(view, &options).map_err(|error| chain(&error))?;
+        let adapter = self.tried(view, &options)?.map(StageAdapter::into_source);
         let source = Arc::clone(self.file) as Arc<dyn TensorSource>;
         let reader = Box::new(view.reader(source));
-        Stage::load(reader, view.n_bytes(), options, &mut |_| true).map_err(|error| chain(&error))
+        Stage::load_adapted(reader, view.n_bytes(), adapter, options, &mut |_| true).map_err(|error| chain(&error))
+    }
+
+    /// What of the adapters the stage needs, once the stage was tried with it.
+    fn tried(&self, view: &StageView, options: &StageOptions) -> Result<Option<StageAdapter>, String> {
+        let adapter = self.adapters.map(|adapters| adapters.cut(self.file.catalog(), view)).transpose();
+        let adapter = adapter.map_err(|error| chain(&error))?.flatten();
+        trial::stage(view, adapter.as_ref().map(|adapter| &adapter.view), options).map_err(|error| chain(&error))?;
+        Ok(adapter)
     }
 
     /// Runs all passes; `given` tells what enters each of them.

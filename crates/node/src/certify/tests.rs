@@ -125,6 +125,44 @@ fn without_a_path_the_whole_is_one_stage() {
     assert!(said.len() == 5 && said.is_sorted_by(|a, b| a.1 <= b.1), "{said:?}");
 }
 
+/// An adapter of two layers, one in each half.
+fn adapter(value: f32) -> tempfile::NamedTempFile {
+    let mut metadata = Metadata::new();
+    for (key, value) in [("general.architecture", "llama"), ("general.type", "adapter"), ("adapter.type", "lora")] {
+        metadata.set(key, value);
+    }
+    let mut builder = Builder::new(&metadata);
+    for layer in [1, 4] {
+        builder.tensor(format!("blk.{layer}.attn_q.weight.lora_a"), &[N_EMBD, 2], GgmlType::F32).unwrap();
+        builder.tensor(format!("blk.{layer}.attn_q.weight.lora_b"), &[2, N_EMBD], GgmlType::F32).unwrap();
+    }
+    let fill = |_: usize, _: u64, bytes: &mut [u8]| {
+        bytes.as_chunks_mut::<4>().0.iter_mut().for_each(|element| *element = value.to_le_bytes());
+        Ok(())
+    };
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    builder.write(&mut file, fill).unwrap();
+    file.flush().unwrap();
+    file
+}
+
+#[test]
+fn adapters_are_cut_with_the_model() {
+    let (model, one, other) = (model("llama", GgmlType::Q8_0), adapter(0.02), adapter(-0.01));
+    let of = |file: &tempfile::NamedTempFile, scale| AdapterFile { path: file.path().to_owned(), scale };
+    for adapters in [vec![of(&one, 2.0)], vec![of(&one, 1.0), of(&other, 0.5)]] {
+        let report = check(&model, &CertifyOptions { adapters, ..CertifyOptions::default() });
+        assert_eq!(report.verdict(), Verdict::Exact, "{:?}", report.plans);
+        let worst = report.worst_prediction(0).unwrap();
+        assert!(worst.error().abs() < 0.05, "{worst:?}");
+    }
+    // A model is no adapter.
+    let opened = Arc::new(ModelFile::open(model.path()).unwrap());
+    let options = CertifyOptions { adapters: vec![of(&model, 1.0)], ..CertifyOptions::default() };
+    let refused = certify(&opened, Some(model.path()), &options, &mut |_, _| {});
+    assert!(matches!(refused, Err(CertifyError::Adapters(_))), "{refused:?}");
+}
+
 #[test]
 fn what_differs_is_told() {
     // A model whose second half is another one is not what the file says.

@@ -20,7 +20,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use brigade_base::{ByteSize, KvTypes, Pooling};
-use brigade_gguf::{StageViewError, TensorSource};
+use brigade_gguf::{Architecture, StageViewError, TensorSource};
 use brigade_net::{Members, TicketBook};
 use brigade_plan::{Demand, ModelProfile, NodeProfile, Optimize, check_split};
 use brigade_protocol::cluster::{Cluster, Settings};
@@ -167,22 +167,6 @@ fn row_bytes(n_embd: u32) -> u64 {
     header.len() as u64 + 4 * u64::from(n_embd)
 }
 
-/// Tokens of a session: what was asked for, or what the model and this program's default allow.
-fn context_of(model: &LocalModel, work: Work, asked: Option<u32>, parallel: u32) -> Result<u32, CoordinatorError> {
-    let trained = model.architecture().n_ctx_train;
-    let default = work.default_context(model.architecture().n_embd, parallel);
-    let context = match asked {
-        Some(context) if trained > 0 && context > trained => Err(CoordinatorError::Setting(format!(
-            "--context {context} is more than the {trained} tokens that this model was trained for"
-        ))),
-        Some(context) => Ok(context),
-        None if trained > 0 => Ok(trained.min(default)),
-        None => Ok(default),
-    };
-    let setting = |error: PurposeError| CoordinatorError::Setting(error.to_string());
-    work.check_context(context?, model.architecture().n_embd, parallel).map_err(setting)
-}
-
 /// The profile with what the buffers of the model's graphs take, where that can be found out.
 fn with_sizes(
     profile: ModelProfile,
@@ -228,18 +212,19 @@ impl Coordinator {
         let members = Arc::new(Mutex::new(members));
         let setting = |error: PurposeError| CoordinatorError::Setting(error.to_string());
         let work = Work::of(model.file().catalog(), options.pooling).map_err(setting)?;
-        let context = context_of(&model, work, options.context, options.parallel)?;
+        let Architecture { n_ctx_train, n_embd, .. } = *model.architecture();
+        let context = work.context(n_ctx_train, n_embd, options.context, options.parallel).map_err(setting)?;
         check_kv(model.file().catalog(), model.architecture(), options.kv)?;
         let profile = work.profile(model.profile(options.kv));
         if let Some(split) = &options.split {
             check_split(&profile, split).map_err(|error| CoordinatorError::Setting(error.to_string()))?;
         }
         let (events, inbox) = channel();
-        let meter = Arc::new(Meter::new(row_bytes(model.architecture().n_embd)));
+        let meter = Arc::new(Meter::new(row_bytes(n_embd)));
         let demand = Demand {
             context,
             parallel: options.parallel,
-            max_rows: work.chunk(context) + options.parallel,
+            max_rows: work.max_rows(context, options.parallel),
             spread: options.spread,
             split: options.split.clone(),
             optimize: work.optimize(options.optimize),

@@ -571,7 +571,7 @@ impl Owner {
             Ok(view) => view,
             Err(error) => return drop(self.events.send(Event::TailLoaded(epoch, Err(error.to_string())))),
         };
-        let adapter = match self.model.adapters().map(|adapters| adapters.cut(catalog, &view)).transpose() {
+        let adapter = match self.model.adapters().map(|all| all.bundle().cut(catalog, &view)).transpose() {
             Ok(adapter) => adapter.flatten(),
             Err(error) => return drop(self.events.send(Event::TailLoaded(epoch, Err(error.to_string())))),
         };
@@ -701,7 +701,7 @@ impl Owner {
 
     /// Most rows of a pass: a chunk, and a row of each session.
     pub(super) fn max_rows(&self) -> u32 {
-        self.work.chunk(self.context) + self.options.parallel
+        self.work.max_rows(self.context, self.options.parallel)
     }
 
     /// Whether the pass that is awaited will not come: it is late, and for a second no stage has moved at all. One that

@@ -68,7 +68,7 @@ impl Owner {
             recoveries: self.meter.recoveries(),
             last_recovery: self.meter.last_recovery(),
             optimize: self.options.optimize,
-            prediction: self.cluster.plan().and_then(|plan| plan.prediction.clone()),
+            prediction: self.cluster.plan().filter(|_| self.work.generates()).and_then(|plan| plan.prediction.clone()),
             explanation: self.cluster.plan().map(|plan| plan.explanation.clone()).unwrap_or_default(),
             advice: self.advice.1.clone(),
             links: self.link_status(),
@@ -80,6 +80,9 @@ impl Owner {
     fn advise(&mut self) {
         let epoch = self.cluster.epoch();
         let (Phase::Ready, Some(plan)) = (self.cluster.phase(), self.cluster.plan()) else { return };
+        if !self.work.generates() {
+            return;
+        }
         if self.advice.0 != Some(epoch) {
             let Settings { model, demand, .. } = &self.settings;
             let advice = advice(model, &self.cluster.nodes(), self.cluster.links(), demand, plan);

@@ -303,6 +303,7 @@ pub(super) mod tests {
         let model = ModelProfile {
             layer_bytes: vec![100 * MIB; n_layers as usize],
             kv_bytes_per_token: vec![1024; n_layers as usize],
+            value_bytes_per_token: Vec::new(),
             state_bytes: Vec::new(),
             is_flash: false,
             rehearsed: None,
@@ -371,6 +372,7 @@ pub(super) mod tests {
             eos_text: String::new(),
             purpose: crate::serving::Purpose::Generate,
             rank_template: None,
+            n_values: 0,
         };
         ClusterStatus { state: "ready".to_owned(), nodes: vec![member(1), member(9)], ..blank_status(&card) }
     }

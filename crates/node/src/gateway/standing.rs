@@ -329,5 +329,6 @@ pub(super) fn no_card() -> ModelCard {
         eos_text: String::new(),
         purpose: Purpose::Generate,
         rank_template: None,
+        n_values: 0,
     }
 }

@@ -14,7 +14,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use super::standing::no_card;
 use super::*;
-use crate::serving::{Failure, Finding, FinishReason, NodeFindings, Sampling, Severity, Usage};
+use crate::serving::{Failure, Finding, FinishReason, NodeFindings, Sampling, Severity, TextPlace, Usage};
 use crate::threads::lock;
 
 /// Long enough for a busy machine; no test waits for it unless it fails.
@@ -122,6 +122,8 @@ impl Serving for Fake {
             queued_ms: None,
             first_token_ms: None,
             total_ms: 0.0,
+            texts: None,
+            texts_done: None,
             passes: Vec::new(),
             passes_left_out: 0,
         })
@@ -276,6 +278,7 @@ fn request() -> Request {
         stop: vec!["END".to_owned()],
         logprobs: None,
         ignore_end: false,
+        place: TextPlace::ONLY,
     }
 }
 
@@ -577,6 +580,7 @@ async fn a_silent_coordinator_is_left() {
         eos_text: String::new(),
         purpose: brigade_protocol::requests::Purpose::Generate,
         rank_template: None,
+        n_values: 0,
         vocabulary: Hash::from_bytes(*blake3::hash(&vocabulary()).as_bytes()),
     };
     let host = Host::of(move |link| {

@@ -6,7 +6,8 @@ use brigade_base::{Hash, Token};
 use brigade_protocol::requests::{self, Card, Finish, Logprob, MAX_TIMEOUT_MS, Refusal, Submit, ToGateway};
 
 use crate::serving::{
-    Event, Failure, FinishReason, ModelCard, Purpose, Readiness, Request, Sampling, SubmitError, TokenLogprob, Usage,
+    Event, Failure, FinishReason, ModelCard, Purpose, Readiness, Request, Sampling, SubmitError, TextPlace,
+    TokenLogprob, Usage,
 };
 
 /// A request with the known part of its answer, to be sent under `number`.
@@ -37,6 +38,8 @@ pub(super) fn submit(number: u64, request: &Request, answer: &[Token]) -> Submit
         stop: request.stop.clone(),
         logprobs: request.logprobs,
         ignore_end: request.ignore_end,
+        text_idx: request.place.idx,
+        n_texts: request.place.n_texts,
         answer: answer.to_vec(),
     }
 }
@@ -66,6 +69,7 @@ pub(super) fn request(submit: Submit) -> (Request, Vec<Token>) {
         stop: submit.stop,
         logprobs: submit.logprobs,
         ignore_end: submit.ignore_end,
+        place: TextPlace { idx: submit.text_idx, n_texts: submit.n_texts },
     };
     (request, submit.answer)
 }
@@ -144,7 +148,7 @@ fn refusal(error: SubmitError) -> Refusal {
         SubmitError::NotReady(why) => Refusal::NotReady(why),
         SubmitError::Busy { waiting } => Refusal::Busy { waiting: waiting as u64 },
         SubmitError::PromptTooLong { tokens, context } => Refusal::PromptTooLong { tokens: tokens as u64, context },
-        SubmitError::TextTooLong { tokens, most } => Refusal::TextTooLong { tokens: tokens as u64, most },
+        SubmitError::TextTooLong { tokens, most, .. } => Refusal::TextTooLong { tokens: tokens as u64, most },
         SubmitError::PromptEmpty => Refusal::PromptEmpty,
         SubmitError::UnknownToken { token, n_vocab } => Refusal::UnknownToken { token, n_vocab },
         SubmitError::Invalid(why) => Refusal::Invalid(why),
@@ -157,7 +161,10 @@ fn submit_error(refusal: Refusal) -> SubmitError {
         Refusal::NotReady(why) => SubmitError::NotReady(why),
         Refusal::Busy { waiting } => SubmitError::Busy { waiting: waiting as usize },
         Refusal::PromptTooLong { tokens, context } => SubmitError::PromptTooLong { tokens: tokens as usize, context },
-        Refusal::TextTooLong { tokens, most } => SubmitError::TextTooLong { tokens: tokens as usize, most },
+        // A coordinator sees tokens, so it has counted them all.
+        Refusal::TextTooLong { tokens, most } => {
+            SubmitError::TextTooLong { tokens: tokens as usize, is_bound: false, most }
+        }
         Refusal::PromptEmpty => SubmitError::PromptEmpty,
         Refusal::UnknownToken { token, n_vocab } => SubmitError::UnknownToken { token, n_vocab },
         Refusal::Invalid(why) => SubmitError::Invalid(why),
@@ -181,6 +188,7 @@ pub(super) fn card(card: &ModelCard, vocabulary: Hash) -> Card {
             Purpose::Rank => requests::Purpose::Rank,
         },
         rank_template: card.rank_template.clone(),
+        n_values: card.n_values,
         vocabulary,
     }
 }
@@ -201,6 +209,7 @@ pub(super) fn model_card(card: Card) -> ModelCard {
             requests::Purpose::Rank => Purpose::Rank,
         },
         rank_template: card.rank_template,
+        n_values: card.n_values,
     }
 }
 
@@ -250,6 +259,7 @@ mod tests {
             stop: vec!["END".into()],
             logprobs: Some(3),
             ignore_end: true,
+            place: TextPlace { idx: 3, n_texts: 9 },
         };
         let (after, answer) = request(submit(5, &before, &[8, 9]));
         assert_eq!(format!("{after:?}"), format!("{before:?}"));
@@ -263,7 +273,7 @@ mod tests {
             SubmitError::NotReady("a".into()),
             SubmitError::Busy { waiting: 3 },
             SubmitError::PromptTooLong { tokens: 4, context: 5 },
-            SubmitError::TextTooLong { tokens: 7, most: 6 },
+            SubmitError::TextTooLong { tokens: 7, is_bound: false, most: 6 },
             SubmitError::PromptEmpty,
             SubmitError::UnknownToken { token: -1, n_vocab: 6 },
             SubmitError::Invalid("b".into()),
@@ -302,6 +312,7 @@ mod tests {
             eos_text: "e".into(),
             purpose: Purpose::Embed,
             rank_template: Some("r".into()),
+            n_values: 5,
         };
         let after = model_card(card(&before, Hash::from_bytes([2; 32])));
         assert_eq!(format!("{after:?}"), format!("{before:?}"));

@@ -172,7 +172,7 @@ impl<'a> Session<'a> {
     /// What a stage takes in memory, about.
     pub(super) fn memory(&self, view: &StageView, shape: Shape) -> u64 {
         let cells = u64::from(shape.n_ctx).next_multiple_of(256) * u64::from(shape.n_sessions);
-        let kv: u64 = shape.layers.iter().map(|layer| self.architecture.kv_bytes_per_token(layer, shape.kv)).sum();
+        let kv = self.profile.kv_bytes_per_token_of(shape.layers, !self.profile.is_flash);
         let states: u64 = shape.layers.iter().map(|layer| self.architecture.state_bytes(layer)).sum();
         let per_row = (4 * u64::from(self.profile.n_heads)).saturating_mul(shape.n_ctx.into());
         let scores = per_row.saturating_mul(shape.max_rows.into());
@@ -190,7 +190,7 @@ impl<'a> Session<'a> {
         self.room = self.room.saturating_sub(self.memory(view, shape));
         let work = self.profile.work(shape.layers);
         let n_threads = self.options.threads;
-        trial::stage(view, &shape.options(view, n_threads))?;
+        trial::stage(view, None, &shape.options(view, n_threads))?;
         if self.is_own {
             let most = self.options.budget.mul_f64(OWN_LOAD_SHARE);
             let (begin, cancel) = (Instant::now(), &self.options.cancel);

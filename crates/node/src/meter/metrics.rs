@@ -269,7 +269,10 @@ impl RequestMetrics {
             ),
             answer_sizes: m.histogram("request_generation_tokens", "Tokens of an answer in full", TOKENS),
             preemptions: m.zero("num_preemptions", "Times that a request lost its slot to another"),
-            prompt_tokens: m.zero("prompt_tokens", "Tokens of prompts that got a first token, cached ones counted"),
+            prompt_tokens: m.zero(
+                "prompt_tokens",
+                "Tokens of prompts that got a first token, and of texts that got a vector; cached ones counted",
+            ),
             generation_tokens: m.zero("generation_tokens", "Tokens generated"),
             finished: m.zero("request_success", "Requests that ended, by how they did"),
         }

@@ -151,26 +151,30 @@ impl Meter {
         let prompt_tokens = request.prompt.len() as u32;
         tracing::debug!(request = request.id, %session, prompt_tokens, "received");
         let unix_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64);
-        let track = Track::new(request.id.clone(), request.tenant, request.priority, prompt_tokens, (now, unix_ms));
-        self.lock().traces.begin(session, track);
+        let track = Track::new(session, request, (now, unix_ms));
+        let mut inner = self.lock();
+        self.close_forsaken(&mut inner, now);
+        inner.traces.begin(track, prompt_tokens, request.place);
     }
 
     /// A request got a slot at `now`, and `cached_tokens` of it need not be computed. Not the first time, if it was
     /// preempted.
     pub fn admitted(&self, session: SessionId, cached_tokens: u32, now: Instant) {
         let mut inner = self.lock();
-        let Some(track) = inner.traces.open(session) else { return };
+        let Some((text, track)) = inner.traces.text(session) else { return };
         track.state = State::Running;
         if let Some(since) = track.preempted.take() {
             track.paused += now.saturating_duration_since(since);
         }
+        if !std::mem::replace(&mut text.was_admitted, true) {
+            track.cached_tokens = track.cached_tokens.saturating_add(cached_tokens);
+        }
         if track.admitted.is_none() {
             track.admitted = Some(now);
-            track.cached_tokens = cached_tokens;
             observe(&self.metrics.requests.queue, now, track.received);
         }
         tracing::debug!(request = track.id, %session, cached_tokens, "admitted");
-        self.metrics.load.cache_queries.inc_by(u64::from(track.prompt_tokens) + u64::from(track.completion_tokens));
+        self.metrics.load.cache_queries.inc_by(u64::from(text.n_tokens) + u64::from(track.completion_tokens));
         self.metrics.load.cache_hits.inc_by(cached_tokens.into());
     }
 
@@ -179,9 +183,12 @@ impl Meter {
         self.metrics.requests.preemptions.inc();
         let mut inner = self.lock();
         let Some(track) = inner.traces.open(session) else { return };
-        track.state = State::Preempted;
-        track.preempted = Some(now);
         track.preemptions += 1;
+        // The other texts of a batch go on.
+        if !track.is_batch() {
+            track.state = State::Preempted;
+            track.preempted = Some(now);
+        }
         tracing::debug!(request = track.id, %session, "preempted");
     }
 
@@ -204,18 +211,38 @@ impl Meter {
         requests.prompt_tokens.inc_by(track.prompt_tokens.into());
     }
 
-    /// A request ended at `now`, answered or not. Ends of sessions that are not open are ignored.
+    /// The vector of a text came.
+    pub fn pooled(&self, session: SessionId) {
+        if let Some((text, _)) = self.lock().traces.text(session) {
+            self.metrics.requests.prompt_tokens.inc_by(text.n_tokens.into());
+        }
+    }
+
+    /// A session ended at `now`, answered or not, and with it its request if that has no other texts. Ends of sessions
+    /// that are not open are ignored.
     pub fn ended(&self, session: SessionId, end: End, now: Instant) {
         let mut inner = self.lock();
-        let inner = &mut *inner;
-        let Some(mut track) = inner.traces.take(session) else { return };
+        let track = inner.traces.end(session, end, now);
         if inner.traces.is_idle() {
             inner.speed.pause();
         }
+        if let Some(track) = track {
+            self.close(&mut inner, track, end, now);
+        }
+    }
+
+    /// Counts requests whose callers have left between two texts.
+    fn close_forsaken(&self, inner: &mut Inner, now: Instant) {
+        for track in inner.traces.forsaken(now) {
+            self.close(inner, track, End::Abort, now);
+        }
+    }
+
+    fn close(&self, inner: &mut Inner, mut track: Track, end: End, now: Instant) {
         track.state = State::Done(end.name());
         track.ended = Some(now);
         let (finish, prompt_tokens, completion_tokens) = (end.name(), track.prompt_tokens, track.completion_tokens);
-        let seconds = now.saturating_duration_since(track.received).as_secs_f64();
+        let (session, seconds) = (track.session, now.saturating_duration_since(track.received).as_secs_f64());
         if matches!(end, End::Timeout | End::Error) {
             tracing::info!(request = track.id, %session, finish, prompt_tokens, completion_tokens, seconds, "failed");
         } else {
@@ -382,6 +409,7 @@ impl Meter {
 
     /// All metrics as [`CONTENT_TYPE`].
     pub fn encode(&self) -> String {
+        self.close_forsaken(&mut self.lock(), Instant::now());
         self.metrics.load.uptime.set(self.started.elapsed().as_secs_f64());
         let mut out = String::new();
         if let Err(error) = text::encode(&mut out, &self.metrics.registry) {

@@ -8,7 +8,7 @@ use brigade_protocol::frame::Timing;
 
 use super::traces::MAX_DONE;
 use super::*;
-use crate::serving::Sampling;
+use crate::serving::{Sampling, TextPlace};
 
 fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
@@ -30,6 +30,7 @@ fn request(id: &str, n_prompt: usize) -> Request {
         stop: Vec::new(),
         logprobs: None,
         ignore_end: false,
+        place: TextPlace::ONLY,
     }
 }
 
@@ -194,6 +195,110 @@ fn what_was_not_answered_in_full_is_counted_but_not_timed() {
             ("prompt_tokens_total", 0.0),
         ],
     );
+}
+
+/// One of `n` texts of request `embd-1`.
+fn text(idx: u32, n: u32) -> Request {
+    Request::of_text("embd-1".to_owned(), TenantId(7), vec![1; 10], TextPlace { idx, n_texts: n })
+}
+
+const OF_STOP: &str = "request_success_total{finished_reason=\"stop\"}";
+const OF_ABORT: &str = "request_success_total{finished_reason=\"abort\"}";
+
+#[test]
+fn many_texts_are_one_request() {
+    let (meter, begin) = three_stages();
+    let state = || meter.trace("embd-1").map(|trace| (trace.state, trace.texts, trace.texts_done));
+    for n in 0..2 {
+        meter.received(SessionId(n), &text(n as u32, 3), begin + ms(n));
+    }
+    assert_eq!(state(), Some(("waiting", Some(3), Some(0))));
+    meter.admitted(SessionId(0), 4, begin + ms(50));
+    meter.admitted(SessionId(1), 3, begin + ms(60));
+    meter.preempted(SessionId(1), begin + ms(70));
+    meter.admitted(SessionId(1), 9, begin + ms(80));
+    meter.pass(pass(1, begin + ms(90), &[rows(0, 6, true), rows(1, 7, true)], &TIMINGS));
+    for n in 0..2 {
+        meter.pooled(SessionId(n));
+        meter.ended(SessionId(n), End::Stop, begin + ms(100));
+    }
+    // None is on its way, and still there is one to come.
+    assert_eq!(state(), Some(("running", Some(3), Some(2))));
+    check(&meter, &[(OF_STOP, 0.0), ("prompt_tokens_total", 20.0)]);
+    meter.received(SessionId(2), &text(2, 3), begin + ms(100));
+    meter.pooled(SessionId(2));
+    meter.ended(SessionId(2), End::Stop, begin + ms(300));
+    let trace = meter.trace("embd-1").unwrap();
+    assert_eq!((trace.state, trace.finish, trace.texts_done, trace.total_ms), ("done", Some("stop"), Some(3), 300.0));
+    assert_eq!((trace.prompt_tokens, trace.cached_tokens, trace.preemptions), (30, 7, 1));
+    assert_eq!((trace.passes.len(), trace.passes[0].rows), (1, 13));
+    assert_eq!(meter.lock().traces.len(), (0, 1));
+    check(
+        &meter,
+        &[
+            (OF_STOP, 1.0),
+            (OF_ABORT, 0.0),
+            ("prompt_tokens_total", 30.0),
+            ("request_prompt_tokens_count", 1.0),
+            ("request_prompt_tokens_sum", 30.0),
+            ("request_queue_time_seconds_count", 1.0),
+            ("e2e_request_latency_seconds_sum", 0.3),
+            ("prefix_cache_queries_total", 30.0),
+        ],
+    );
+}
+
+#[test]
+fn a_request_fails_once_with_its_first_text_that_does() {
+    let (meter, begin) = three_stages();
+    for n in 0..3 {
+        meter.received(SessionId(n), &text(n as u32, 3), begin);
+    }
+    meter.ended(SessionId(1), End::Timeout, begin);
+    meter.ended(SessionId(0), End::Abort, begin);
+    meter.ended(SessionId(2), End::Abort, begin);
+    check(&meter, &[("request_success_total{finished_reason=\"timeout\"}", 1.0), (OF_ABORT, 0.0), (OF_STOP, 0.0)]);
+    assert_eq!(meter.trace("embd-1").unwrap().finish, Some("timeout"));
+    // One that was sent before that was known.
+    meter.received(SessionId(3), &text(2, 4), begin);
+    meter.pooled(SessionId(3));
+    meter.ended(SessionId(3), End::Abort, begin);
+    check(&meter, &[(OF_ABORT, 0.0)]);
+    assert_eq!(meter.lock().traces.len(), (0, 1));
+    let later = begin + traces::FORSAKEN_AFTER;
+    meter.received(SessionId(4), &text(2, 3), later);
+    meter.ended(SessionId(4), End::Stop, later);
+    check(&meter, &[(OF_STOP, 1.0)]);
+}
+
+/// A gateway whose link broke asks for the rest anew.
+#[test]
+fn what_was_given_up_may_be_asked_for_again() {
+    let (meter, begin) = three_stages();
+    for n in 0..2 {
+        meter.received(SessionId(n), &text(n as u32, 3), begin);
+    }
+    [0, 1].into_iter().for_each(|n| meter.ended(SessionId(n), End::Abort, begin));
+    for n in 1..3 {
+        meter.received(SessionId(n + 5), &text(n as u32, 3), begin);
+        meter.ended(SessionId(n + 5), End::Stop, begin);
+    }
+    check(&meter, &[(OF_ABORT, 1.0), (OF_STOP, 1.0)]);
+    assert_eq!(meter.trace("embd-1").unwrap().finish, Some("stop"));
+}
+
+#[test]
+fn a_caller_who_leaves_between_two_texts_is_noticed() {
+    let (meter, begin) = three_stages();
+    let long = begin + traces::FORSAKEN_AFTER;
+    meter.received(SessionId(0), &text(0, 3), begin);
+    meter.ended(SessionId(0), End::Stop, begin);
+    meter.received(SessionId(1), &request("other", 5), begin + ms(2_000));
+    check(&meter, &[(OF_ABORT, 0.0)]);
+    meter.received(SessionId(2), &request("another", 5), long);
+    check(&meter, &[(OF_ABORT, 1.0)]);
+    assert_eq!(meter.trace("embd-1").unwrap().finish, Some("abort"));
+    assert_eq!(meter.lock().traces.len(), (2, 1));
 }
 
 #[test]
@@ -394,6 +499,13 @@ fn nothing_grows_without_bound() {
     assert_eq!(meter.lock().traces.len(), (0, MAX_DONE));
     assert!(meter.trace(&format!("chatcmpl-{}", 100_000 - MAX_DONE - 1)).is_none());
     assert!(meter.trace(&format!("chatcmpl-{}", 100_000 - MAX_DONE)).is_some());
+    // Texts push nobody out but with their request.
+    for n in 0..2_048 {
+        meter.received(SessionId(200_000 + n), &text(n as u32, 2_048), begin);
+        meter.ended(SessionId(200_000 + n), End::Stop, begin);
+    }
+    assert_eq!(meter.lock().traces.len(), (0, MAX_DONE));
+    assert!(meter.trace(&format!("chatcmpl-{}", 100_000 - MAX_DONE + 1)).is_some());
     let size = meter.encode().len();
     for n in 0..3_000u64 {
         meter.placed(Epoch(n), vec![format!("worker-{n}"), "c".into()]);

@@ -2,6 +2,9 @@
 //!
 //! A pass is noted once and shared by all requests that travelled in it. Whoever asks for a trace gets a copy in the
 //! words of [`crate::trace`].
+//!
+//! A completion is one session. A request of many texts has one for each, of which a few are open at once; they are one
+//! request here, known by their common id. It ends with the last of them, or with the first that fails.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -9,16 +12,25 @@ use std::time::{Duration, Instant};
 
 use brigade_base::{PassId, SessionId, TenantId};
 
+use super::End;
 use super::pass::Span;
+use crate::serving::{Request, TextPlace};
 use crate::trace::{PassTrace, RequestTrace, StageTrace};
 
 /// Requests that have ended and are still told of. At one request a second they reach back eight minutes: long enough
 /// to see a slow one in the log and look.
 pub const MAX_DONE: usize = 512;
 
-/// Open requests that are followed; sixteen times what a coordinator of 256 sessions and as many waiting has. Should
-/// somebody forget to end them, the oldest are called ended.
+/// Open requests and open sessions that are followed; sixteen times what a coordinator of 256 sessions and as many
+/// waiting has. Should somebody forget to end them, the oldest are called ended.
 pub const MAX_OPEN: usize = 8192;
+
+/// How long a request of many texts may have none on its way before it counts as given up: its caller has gone between
+/// two. A gateway sends the next one as soon as it has a vector, so this is many times the slowest round trip.
+pub const FORSAKEN_AFTER: Duration = Duration::from_secs(10);
+
+/// How often such requests are looked for.
+const SWEEP_PAUSE: Duration = Duration::from_secs(1);
 
 /// First passes that are kept of a request: a prompt of 8,192 tokens in chunks of 256.
 pub const FIRST_PASSES: usize = 32;
@@ -78,6 +90,8 @@ pub enum State {
 /// One request; most fields are told of where they are shown, in [`RequestTrace`].
 #[derive(Debug)]
 pub struct Track {
+    /// Its first.
+    pub session: SessionId,
     pub id: String,
     pub tenant: TenantId,
     pub priority: i32,
@@ -96,20 +110,30 @@ pub struct Track {
     pub first_token: Option<Instant>,
     pub last_token: Option<Instant>,
     pub ended: Option<Instant>,
+    n_texts: u32,
+    n_texts_done: u32,
+    n_texts_open: u32,
+    /// Its last text has come in.
+    is_complete: bool,
+    /// Since when none of its texts is on its way.
+    idle: Option<Instant>,
     first: Vec<Part>,
     last: VecDeque<Part>,
     left_out: u64,
 }
 
 impl Track {
-    /// A request that has just come in.
-    pub fn new(id: String, tenant: TenantId, priority: i32, prompt_tokens: u32, received: (Instant, u64)) -> Self {
+    /// A request that has just come in, of which no text has been counted yet.
+    pub fn new(session: SessionId, request: &Request, received: (Instant, u64)) -> Self {
+        let Request { id, tenant, priority, .. } = request;
+        let (id, tenant, priority) = (id.clone(), *tenant, *priority);
         Self {
+            session,
             id,
             tenant,
             priority,
             state: State::Waiting,
-            prompt_tokens,
+            prompt_tokens: 0,
             cached_tokens: 0,
             completion_tokens: 0,
             preemptions: 0,
@@ -121,14 +145,36 @@ impl Track {
             first_token: None,
             last_token: None,
             ended: None,
+            n_texts: 1,
+            n_texts_done: 0,
+            n_texts_open: 0,
+            is_complete: false,
+            idle: None,
             first: Vec::new(),
             last: VecDeque::new(),
             left_out: 0,
         }
     }
 
-    /// Notes that `rows` of its rows were in a pass.
+    /// Whether it has more texts than one.
+    pub fn is_batch(&self) -> bool {
+        self.n_texts > 1
+    }
+
+    fn add_text(&mut self, n_tokens: u32, place: TextPlace) {
+        self.prompt_tokens = self.prompt_tokens.saturating_add(n_tokens);
+        self.n_texts = place.n_texts;
+        self.n_texts_open += 1;
+        self.is_complete |= place.is_last();
+        self.idle = None;
+    }
+
+    /// Notes that `rows` of its rows were in a pass; more of them, if another text of it was there too.
     pub fn pass(&mut self, pass: &Arc<PassInfo>, rows: u32, is_prompt: bool) {
+        if let Some(part) = self.last.back_mut().or(self.first.last_mut()).filter(|p| Arc::ptr_eq(&p.pass, pass)) {
+            part.rows += rows;
+            return;
+        }
         let part = Part { pass: Arc::clone(pass), rows, is_prompt };
         let most = (MAX_SPANS / pass.spans.len().max(1)).clamp(2, FIRST_PASSES + LAST_PASSES);
         let most_first = (most / 4).max(1);
@@ -170,6 +216,8 @@ impl Track {
             queued_ms: self.admitted.map(|at| self.since(at)),
             first_token_ms: self.first_token.map(|at| self.since(at)),
             total_ms: self.since(until),
+            texts: self.is_batch().then_some(self.n_texts),
+            texts_done: self.is_batch().then_some(self.n_texts_done),
             passes: self.first.iter().chain(&self.last).map(|part| self.tell_pass(part)).collect(),
             passes_left_out: self.left_out,
         }
@@ -208,30 +256,119 @@ fn ms(span: Duration) -> f64 {
     span.as_micros() as f64 / 1000.0
 }
 
+/// A session: a completion, or one text of a request.
+#[derive(Debug)]
+pub struct Text {
+    /// The first session of its request.
+    request: SessionId,
+    /// Tokens of its prompt.
+    pub n_tokens: u32,
+    /// It had a slot before.
+    pub was_admitted: bool,
+}
+
+/// A request of many texts.
+#[derive(Debug)]
+struct Batch {
+    /// Its first session.
+    request: SessionId,
+    /// When one of its texts failed. Its caller may have sent more before he knew; those are not another request.
+    failed: Option<Instant>,
+}
+
 /// All requests that are told of.
 #[derive(Debug, Default)]
 pub struct Traces {
+    texts: HashMap<SessionId, Text>,
+    /// By their first sessions.
     open: HashMap<SessionId, Track>,
+    /// Requests of many texts, by their ids.
+    batches: HashMap<String, Batch>,
+    /// When forsaken requests were last looked for.
+    swept: Option<Instant>,
     done: VecDeque<Track>,
 }
 
 impl Traces {
-    /// Follows a new request. Gives the oldest one back if too many are open; it is forgotten.
-    pub fn begin(&mut self, session: SessionId, track: Track) -> Option<Track> {
-        let forgotten = if self.open.len() < MAX_OPEN { None } else { self.open.keys().min().copied() };
-        let forgotten = forgotten.and_then(|session| self.open.remove(&session));
-        self.open.insert(session, track);
+    /// Follows a new session, the first of `track`, of so many tokens. If an earlier text of its request is known it is
+    /// counted there. Gives the oldest request back if too many are open; it is forgotten.
+    pub fn begin(&mut self, track: Track, n_tokens: u32, place: TextPlace) -> Option<Track> {
+        let session = track.session;
+        let oldest_text = if self.texts.len() < MAX_OPEN { None } else { self.texts.keys().min().copied() };
+        let forgotten = oldest_text.and_then(|oldest| self.end(oldest, End::Abort, track.received));
+        let is_full = forgotten.is_none() && self.open.len() >= MAX_OPEN;
+        let oldest = if is_full { self.open.keys().min().copied() } else { None };
+        let forgotten = forgotten.or_else(|| oldest.and_then(|oldest| self.close(oldest)));
+        let batch = self.batches.get(&track.id).filter(|_| place.n_texts > 1);
+        let (request, has_failed) = batch.map_or((session, false), |batch| (batch.request, batch.failed.is_some()));
+        self.texts.insert(session, Text { request, n_tokens, was_admitted: false });
+        if has_failed {
+            return forgotten;
+        }
+        if place.n_texts > 1 {
+            self.batches.entry(track.id.clone()).or_insert(Batch { request, failed: None });
+        }
+        self.open.entry(request).or_insert(track).add_text(n_tokens, place);
         forgotten
     }
 
-    /// An open request.
+    /// The open request of a session.
     pub fn open(&mut self, session: SessionId) -> Option<&mut Track> {
-        self.open.get_mut(&session)
+        self.text(session).map(|(_, track)| track)
     }
 
-    /// No more an open request.
-    pub fn take(&mut self, session: SessionId) -> Option<Track> {
-        self.open.remove(&session)
+    /// An open session and its request.
+    pub fn text(&mut self, session: SessionId) -> Option<(&mut Text, &mut Track)> {
+        let text = self.texts.get_mut(&session)?;
+        let track = self.open.get_mut(&text.request)?;
+        Some((text, track))
+    }
+
+    /// A session has ended at `now`. Gives its request back if that has ended with it.
+    pub fn end(&mut self, session: SessionId, end: End, now: Instant) -> Option<Track> {
+        let request = self.texts.remove(&session)?.request;
+        // Gone already if another text of it failed.
+        let track = self.open.get_mut(&request)?;
+        track.n_texts_open -= 1;
+        if end.is_whole() {
+            track.n_texts_done += 1;
+            if track.n_texts_open == 0 && !track.is_complete {
+                track.idle = Some(now);
+            }
+            if track.n_texts_open > 0 || !track.is_complete {
+                return None;
+            }
+        }
+        let track = self.close(request)?;
+        // Who has left sends no more; but a gateway whose link broke asks for the rest anew.
+        let may_come_again = matches!(end, End::Timeout | End::Error) && track.is_batch();
+        if may_come_again && self.batches.len() < MAX_OPEN {
+            self.batches.insert(track.id.clone(), Batch { request, failed: Some(now) });
+        }
+        Some(track)
+    }
+
+    /// Requests whose callers have left between two texts.
+    pub fn forsaken(&mut self, now: Instant) -> Vec<Track> {
+        let is_soon = |swept: Instant| now.saturating_duration_since(swept) < SWEEP_PAUSE;
+        if self.batches.is_empty() || self.swept.is_some_and(is_soon) {
+            return Vec::new();
+        }
+        self.swept = Some(now);
+        let is_long_ago = |since: Instant| now.saturating_duration_since(since) >= FORSAKEN_AFTER;
+        self.batches.retain(|_, batch| !batch.failed.is_some_and(is_long_ago));
+        let is_over = |track: &Track| track.idle.is_some_and(is_long_ago);
+        let requests = self.batches.values().map(|batch| batch.request);
+        let over: Vec<SessionId> = requests.filter(|request| self.open.get(request).is_some_and(is_over)).collect();
+        over.into_iter().filter_map(|request| self.close(request)).collect()
+    }
+
+    fn close(&mut self, request: SessionId) -> Option<Track> {
+        let track = self.open.remove(&request)?;
+        if self.batches.get(&track.id).is_some_and(|batch| batch.request == request) {
+            self.batches.remove(&track.id);
+        }
+        Some(track)
     }
 
     /// Keeps a request that has ended.
@@ -242,9 +379,9 @@ impl Traces {
         self.done.push_back(track);
     }
 
-    /// Whether nothing is open.
+    /// Whether no session is open.
     pub fn is_idle(&self) -> bool {
-        self.open.is_empty()
+        self.texts.is_empty()
     }
 
     /// What is known at `now` of the request with this id; the latest, should there be several.
@@ -279,7 +416,8 @@ mod tests {
     }
 
     fn after(n_passes: u64, n_stages: usize) -> Track {
-        let mut track = Track::new("a".to_owned(), TenantId(0), 0, 5, (Instant::now(), 0));
+        let request = Request::of_text("a".to_owned(), TenantId(0), vec![1; 5], TextPlace::ONLY);
+        let mut track = Track::new(SessionId(0), &request, (Instant::now(), 0));
         for n in 0..n_passes {
             track.pass(&pass(n, n_stages), 1, n == 0);
         }
@@ -312,7 +450,8 @@ mod tests {
         let mut traces = Traces::default();
         let mut n_forgotten = 0;
         for n in 0..MAX_OPEN as u64 + 10 {
-            n_forgotten += usize::from(traces.begin(SessionId(n), after(0, 1)).is_some());
+            n_forgotten +=
+                usize::from(traces.begin(Track { session: SessionId(n), ..after(0, 1) }, 5, TextPlace::ONLY).is_some());
         }
         assert_eq!((traces.len().0, n_forgotten), (MAX_OPEN, 10));
         assert!(traces.open(SessionId(9)).is_none() && traces.open(SessionId(10)).is_some());

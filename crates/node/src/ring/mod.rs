@@ -710,6 +710,7 @@ impl<T: Tail> Ring<T> {
         let Some(answer) = self.answers.get(&output.session) else { return Ok(()) };
         let values = self.logits.get(output.row * width..(output.row + 1) * width).filter(|values| !values.is_empty());
         let Some(values) = values else { return Err(broke("the last stage pooled fewer texts than were asked for")) };
+        self.meter.pooled(output.session);
         let end = answer.pooled(values.to_vec());
         self.end(output.session, end);
         Ok(())

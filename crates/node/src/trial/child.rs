@@ -5,11 +5,11 @@
 use std::io::{self, BufRead, BufReader, Cursor, Read, Write};
 use std::process::ExitCode;
 
-use brigade_engine::{LoadError, StageMemory, StageOptions, Vocabulary};
+use brigade_engine::{AdapterSource, LoadError, StageMemory, StageOptions, Vocabulary, hollow};
 use brigade_gguf::MAX_HEADER_BYTES;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use super::{Answer, Question};
+use super::{AdapterPart, Answer, Question};
 use crate::loaded::chain;
 use crate::system;
 
@@ -18,6 +18,9 @@ pub(super) const MAX_CPU_S: u64 = 10;
 
 /// Least memory that a child may have: a rehearsal takes a few dozen MiB, the largest vocabularies some hundred.
 const MIN_MEMORY: u64 = 1 << 30;
+
+/// Longest input behind the question: the header of a stage, and that of its adapter.
+const MAX_INPUT_BYTES: u64 = 2 * MAX_HEADER_BYTES;
 
 /// Longest question: options, with two names of graph nodes.
 const MAX_QUESTION_BYTES: u64 = 64 << 10;
@@ -33,8 +36,8 @@ pub fn answer() -> ExitCode {
     let read = (&mut input)
         .take(MAX_QUESTION_BYTES)
         .read_line(&mut line)
-        .and_then(|_| (&mut input).take(MAX_HEADER_BYTES + 1).read_to_end(&mut header));
-    let (Ok(_), Ok(question), true) = (read, serde_json::from_str(&line), header.len() as u64 <= MAX_HEADER_BYTES)
+        .and_then(|_| (&mut input).take(MAX_INPUT_BYTES + 1).read_to_end(&mut header));
+    let (Ok(_), Ok(question), true) = (read, serde_json::from_str(&line), header.len() as u64 <= MAX_INPUT_BYTES)
     else {
         return ExitCode::FAILURE;
     };
@@ -46,12 +49,17 @@ pub fn answer() -> ExitCode {
     }
 }
 
-fn attempt(question: Question, header: Vec<u8>, memory: u64) -> Answer {
+fn attempt(question: Question, mut header: Vec<u8>, memory: u64) -> Answer {
     let result = match question {
         Question::Rehearse { n_bytes, options } => attempt_graphs(header, n_bytes, &options.into()),
-        Question::Passes { n_bytes, takes_tokens, options } => {
-            limit(memory.saturating_add(n_bytes));
-            brigade_engine::try_passes(header, n_bytes, &options.into(), takes_tokens);
+        Question::Passes { n_bytes, takes_tokens, options, adapter } => {
+            let adapted_bytes = adapter.as_ref().map_or(0, |adapter| adapter.n_bytes);
+            limit(memory.saturating_add(n_bytes).saturating_add(adapted_bytes));
+            let adapter = adapter.map(|AdapterPart { starts, n_bytes, scale }| {
+                let reader = hollow(header.split_off(header.len().min(starts)));
+                AdapterSource { reader, n_bytes, weight_bytes: 0, scale }
+            });
+            brigade_engine::try_passes(header, n_bytes, adapter, &options.into(), takes_tokens);
             Ok(Answer::Survived)
         }
         Question::Vocabulary => attempt_vocabulary(header),

@@ -10,7 +10,9 @@
 //!
 //! Of a stage one child builds the graphs ([`brigade_engine::rehearse`]), which takes no weights and no memory. Others
 //! compute with zeros ([`brigade_engine::try_passes`]): the stage where it is small, else a piece of each kind that it
-//! is made of, as far as there is time and memory for them.
+//! is made of, as far as there is time and memory for them. Each has its part of the stage's adapter: shapes and types
+//! of that were checked ([`AdapterView`]), but libllama counts the nodes of a graph before it is made, and a matrix
+//! that a graph uses several times is adapted each time.
 //!
 //! A child (`child.rs`) gets no keys, opens no file or link, and is ended if it takes too long. One runs at a time,
 //! and what it found is remembered. The program says once, by [`enable`], how children are started; until then, as in
@@ -27,9 +29,9 @@ use std::sync::mpsc::{Sender, channel};
 use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
-use brigade_base::{ByteSize, Hash, KvTypes, LayerRange, Pooling};
+use brigade_base::{ByteSize, Hash, KvTypes, LayerRange, LayerScale, Pooling};
 use brigade_engine::{StageMemory, StageOptions};
-use brigade_gguf::{Architecture, Catalog, StageView};
+use brigade_gguf::{AdapterView, Architecture, Catalog, StageView, bundle_adapters};
 use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
 
@@ -121,38 +123,90 @@ pub fn memory(view: &StageView, options: &StageOptions) -> Result<Option<StageMe
     }
 }
 
-/// What the stage would take in memory, once children have survived its graphs and computing with them; `None` if
-/// nothing is tried.
+/// What the stage would take in memory without its adapter, once children have survived its graphs and computing with
+/// them, with the adapter; `None` if nothing is tried.
 ///
 /// # Errors
 /// If libllama does not load or run such a stage.
-pub fn stage(view: &StageView, options: &StageOptions) -> Result<Option<StageMemory>, TrialError> {
+pub fn stage(
+    view: &StageView,
+    adapter: Option<&AdapterView>,
+    options: &StageOptions,
+) -> Result<Option<StageMemory>, TrialError> {
     let Some(memory) = memory(view, options)? else { return Ok(None) };
     let Some(trials) = TRIALS.get() else { return Ok(None) };
     let most_weights = system::available_memory().0 / MEMORY_DIVISOR;
     let begin = Instant::now();
-    for piece in pieces(view) {
-        let is_small = piece.weight_bytes() <= most_weights;
-        if is_small && begin.elapsed() < PIECES_TIME {
-            lock(trials).ask(&Question::passes(&piece, options), piece.header_bytes())?;
+    for piece in pieces(view, adapter) {
+        if piece.weight_bytes() <= most_weights && begin.elapsed() < PIECES_TIME {
+            lock(trials).ask(&piece.question(options), &piece.header_bytes())?;
         }
     }
     Ok(Some(memory))
 }
 
+/// What is computed with in a trial: a stage or a part of it.
+struct Piece {
+    view: StageView,
+    adapter: Option<AdapterView>,
+}
+
+impl Piece {
+    fn weight_bytes(&self) -> u64 {
+        self.view.weight_bytes().saturating_add(self.adapter.as_ref().map_or(0, AdapterView::weight_bytes))
+    }
+
+    /// The header of the stage, and behind it that of the adapter.
+    fn header_bytes(&self) -> Vec<u8> {
+        [self.view.header_bytes(), self.adapter.as_ref().map_or(&[], AdapterView::header_bytes)].concat()
+    }
+
+    /// Whether computing works as in the `whole` stage that is to be loaded, but for what makes no difference.
+    fn question(&self, whole: &StageOptions) -> Question {
+        let Self { view, adapter } = self;
+        let options = Options {
+            n_ctx: TRIED_CONTEXT.min(whole.n_ctx),
+            n_sessions: 1,
+            max_rows: TRIED_ROWS.min(whole.max_rows),
+            max_outputs: 1,
+            n_embd: 0,
+            n_vocab: 0,
+            input_node: view.input_node(),
+            looks_up_rows: view.looks_up_rows(),
+            stop_node: view.stop_node(),
+            layer_scales: view.layer_scales(),
+            pooling: whole.pooling.filter(|_| view.is_final()),
+            kv: whole.kv,
+        };
+        let starts = view.header_bytes().len();
+        let adapter = adapter.as_ref();
+        let adapter = adapter.map(|it| AdapterPart { starts, n_bytes: it.n_bytes(), scale: it.scale() });
+        Question::Passes { n_bytes: view.n_bytes(), takes_tokens: view.takes_tokens(), options, adapter }
+    }
+}
+
 /// What a stage is tried in: it as a whole, or the smallest stages that it can be cut into.
-fn pieces(view: &StageView) -> Vec<StageView> {
+fn pieces(view: &StageView, adapter: Option<&AdapterView>) -> Vec<Piece> {
     let cut = || {
+        // The stage is a model of its own, and its adapter one of that model.
         let catalog = Catalog::parse_header(view.header_bytes()).ok()?;
         let architecture = Architecture::of(&catalog).ok()?;
         let (cuts, n_layers) = (architecture.cut_points(), architecture.n_layers);
+        let bundle = adapter.and_then(|adapter| {
+            let file = Catalog::parse_header(adapter.header_bytes()).ok()?;
+            bundle_adapters(&catalog, &[(&file, adapter.scale())]).ok()
+        });
+        let piece = |(start, end)| {
+            let view = StageView::new(&catalog, LayerRange::new(start, end).ok()?).ok()?;
+            let adapter = bundle.as_ref().and_then(|bundle| AdapterView::new(bundle, &catalog, &view).ok()?);
+            Some(Piece { view, adapter })
+        };
         let ends = cuts.iter().copied().chain([n_layers]);
-        let piece = |(start, end)| StageView::new(&catalog, LayerRange::new(start, end).ok()?).ok();
         Some([0].into_iter().chain(cuts.iter().copied()).zip(ends).filter_map(piece).collect())
     };
-    let is_small = view.weight_bytes() <= SMALL_STAGE.0;
+    let whole = Piece { view: view.clone(), adapter: adapter.cloned() };
     // Layers that have been cut out once may not be cut again.
-    if is_small { vec![view.clone()] } else { cut().unwrap_or_default() }
+    if whole.weight_bytes() <= SMALL_STAGE.0 { vec![whole] } else { cut().unwrap_or_default() }
 }
 
 /// Has a child survive the vocabulary of the GGUF in `header`, if anything is tried.
@@ -166,32 +220,21 @@ pub fn vocabulary(header: &[u8]) -> Result<(), TrialError> {
 
 static TRIALS: OnceLock<Mutex<Trials>> = OnceLock::new();
 
-/// What a child is asked: a line of JSON, followed by the header.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// What a child is asked: a line of JSON, followed by the header, and that of an adapter.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 enum Question {
     Rehearse { n_bytes: u64, options: Options },
-    Passes { n_bytes: u64, takes_tokens: bool, options: Options },
+    Passes { n_bytes: u64, takes_tokens: bool, options: Options, adapter: Option<AdapterPart> },
     Vocabulary,
 }
 
-impl Question {
-    /// Of a piece of the stage that is to be loaded so, but for what makes no difference.
-    fn passes(piece: &StageView, whole: &StageOptions) -> Self {
-        let options = Options {
-            n_ctx: TRIED_CONTEXT.min(whole.n_ctx),
-            n_sessions: 1,
-            max_rows: TRIED_ROWS.min(whole.max_rows),
-            max_outputs: 1,
-            n_embd: 0,
-            n_vocab: 0,
-            input_node: piece.input_node(),
-            looks_up_rows: piece.looks_up_rows(),
-            stop_node: piece.stop_node(),
-            pooling: whole.pooling.filter(|_| piece.is_final()),
-            kv: whole.kv,
-        };
-        Self::Passes { n_bytes: piece.n_bytes(), takes_tokens: piece.takes_tokens(), options }
-    }
+/// The adapter of a stage that is computed with.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct AdapterPart {
+    /// Where its header starts, behind that of the stage.
+    starts: usize,
+    n_bytes: u64,
+    scale: f32,
 }
 
 /// What it answers: a line of JSON.
@@ -203,7 +246,7 @@ enum Answer {
 }
 
 /// What of [`StageOptions`] has a say in whether a stage can be loaded.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 struct Options {
     n_ctx: u32,
     n_sessions: u32,
@@ -214,6 +257,7 @@ struct Options {
     input_node: Option<String>,
     looks_up_rows: bool,
     stop_node: Option<String>,
+    layer_scales: Vec<LayerScale>,
     pooling: Option<Pooling>,
     kv: KvTypes,
 }
@@ -221,7 +265,7 @@ struct Options {
 impl From<&StageOptions> for Options {
     fn from(options: &StageOptions) -> Self {
         let StageOptions { n_ctx, n_sessions, max_rows, max_outputs, n_threads: _, n_embd, n_vocab, .. } = *options;
-        let StageOptions { input_node, looks_up_rows, stop_node, pooling, kv, .. } = options.clone();
+        let StageOptions { input_node, looks_up_rows, stop_node, layer_scales, pooling, kv, .. } = options.clone();
         Self {
             n_ctx,
             n_sessions,
@@ -232,6 +276,7 @@ impl From<&StageOptions> for Options {
             input_node,
             looks_up_rows,
             stop_node,
+            layer_scales,
             pooling,
             kv,
         }
@@ -241,7 +286,7 @@ impl From<&StageOptions> for Options {
 impl From<Options> for StageOptions {
     fn from(options: Options) -> Self {
         let Options { n_ctx, n_sessions, max_rows, max_outputs, n_embd, n_vocab, .. } = options;
-        let Options { input_node, looks_up_rows, stop_node, pooling, kv, .. } = options;
+        let Options { input_node, looks_up_rows, stop_node, layer_scales, pooling, kv, .. } = options;
         Self {
             n_ctx,
             n_sessions,
@@ -253,6 +298,7 @@ impl From<Options> for StageOptions {
             input_node,
             looks_up_rows,
             stop_node,
+            layer_scales,
             pooling,
             kv,
         }

@@ -10,7 +10,6 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use brigade_base::{ByteSize, Hash, NodeId};
-use brigade_engine::AdapterSource;
 use brigade_gguf::{AdapterView, Catalog, ModelFile, StageView, TensorSource};
 use brigade_net::{GreetError, Identity, Link, Purpose, Refusal, TcpLink};
 use brigade_protocol::control::Peer;
@@ -18,7 +17,7 @@ use brigade_protocol::weights::{Hub, Sources};
 use brigade_protocol::worker::Load;
 
 use super::owner::{Event, LoadFailure};
-use crate::adapters::adapter_source;
+use crate::adapters::StageAdapter;
 use crate::cache::Cache;
 use crate::images::Images;
 use crate::known::KnownCoordinator;
@@ -150,7 +149,7 @@ impl Loader {
             error => other(error.to_string()),
         })?;
         let source: Arc<dyn TensorSource> = Arc::new(weights);
-        let adapter = adapter.map(|adapter| self.gather_adapter(&adapter)).transpose().map_err(other)?;
+        let adapter = adapter.map(|adapter| self.gather_adapter(adapter)).transpose().map_err(other)?;
         self.leash.cut();
         let mut go_on = |_share: f32| !self.leash.is_cancelled();
         let images = Images::of_node(&self.state_dir, self.kv_spill).sharing(self.spilled);
@@ -174,7 +173,7 @@ impl Loader {
     }
 
     /// Gathers and verifies the tensors of an adapter.
-    fn gather_adapter(&self, adapter: &Adapter) -> Result<AdapterSource, String> {
+    fn gather_adapter(&self, adapter: Adapter) -> Result<StageAdapter, String> {
         let gather = Gather {
             model_name: &self.load.model.name,
             catalog: &adapter.bundle,
@@ -189,14 +188,15 @@ impl Loader {
             progress: &mut |_, _| !self.leash.is_cancelled(),
         };
         let weights = gather.run().map_err(|error| error.to_string())?;
-        Ok(adapter_source(&adapter.view, Arc::new(weights)))
+        Ok(StageAdapter { view: adapter.view, source: Arc::new(weights) })
     }
 
     /// Whether libllama can run the stage and there is memory for it, before anything is fetched.
     fn check_room(&self, view: &StageView, adapter: Option<&Adapter>) -> Result<(), String> {
         let options = options_of(&self.load.key, view, None, self.threads);
-        let needed = trial::stage(view, &options).map_err(|error| error.to_string())?;
-        let adapted = adapter.map_or(0, |adapter| adapter.view.weight_bytes());
+        let adapted = adapter.map(|adapter| &adapter.view);
+        let needed = trial::stage(view, adapted, &options).map_err(|error| error.to_string())?;
+        let adapted = adapted.map_or(0, AdapterView::weight_bytes);
         let needed = needed.map_or(ByteSize(0), |memory| ByteSize(memory.total().saturating_add(adapted)));
         if needed <= self.room {
             return Ok(());

@@ -239,6 +239,7 @@ impl Shape {
         let experts = self.experts;
         ModelProfile {
             kv_bytes_per_token: vec![self.kv_bytes_per_token(kv); layer_bytes.len()],
+            value_bytes_per_token: Vec::new(),
             state_bytes: Vec::new(),
             is_flash: kv.v != KvType::F16,
             rehearsed: None,

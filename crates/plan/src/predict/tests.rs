@@ -20,6 +20,7 @@ impl Ring {
         let model = ModelProfile {
             layer_bytes: vec![1 << 20; n],
             kv_bytes_per_token: vec![1024; n],
+            value_bytes_per_token: Vec::new(),
             state_bytes: Vec::new(),
             is_flash: false,
             rehearsed: None,

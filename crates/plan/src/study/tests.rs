@@ -9,6 +9,7 @@ fn model() -> ModelProfile {
     ModelProfile {
         layer_bytes: vec![100 * MIB; 16],
         kv_bytes_per_token: vec![1024; 16],
+        value_bytes_per_token: Vec::new(),
         state_bytes: Vec::new(),
         is_flash: false,
         rehearsed: None,
