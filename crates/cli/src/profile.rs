@@ -67,6 +67,12 @@ fn model(args: &ProfileArgs, path: &Path, state_dir: &Path, threads: u32) -> Res
     let file = Arc::new(ModelFile::open(path).map_err(Failure::run)?);
     let Architecture { n_ctx_train, n_embd, .. } = Architecture::of(file.catalog()).map_err(Failure::run)?;
     let work = Work::of(file.catalog(), args.pooling).map_err(Failure::run)?;
+    if work.is_at_once() {
+        return Err(Failure::run(
+            "nothing is measured of this model: it takes each text whole, in one pass, and what is measured are rows \
+             behind others; it is placed by memory, and `brigade plan` says where",
+        ));
+    }
     // As a deployment would have it: what was measured is found again there.
     let context = work.context(n_ctx_train, n_embd, args.context, args.parallel).map_err(Failure::run)?;
     let request = MeasureRequest {

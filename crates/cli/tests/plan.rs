@@ -146,6 +146,9 @@ fn a_model_that_embeds_is_planned_for_as_it_would_be_served() {
     assert!(text.contains("4 texts of 1024 tokens") && text.contains("embeds texts, each whole"), "{text}");
     let (chunks, text) = plan(&abacus, &["--pooling", "last"]);
     assert!(text.contains("embeds texts, in chunks"), "{text}");
+    let (spread, _) = plan(&abacus, &["--pooling", "last", "--spread"]);
+    let why = spread["plan"]["explanation"].as_array().unwrap();
+    assert!(why.len() == 1 && why[0].as_str().unwrap().contains("as prompts are"), "{spread}");
     let said = |report: &Value| (report["model"]["purpose"].clone(), report["model"]["pooling"].clone());
     assert_eq!((said(&whole), said(&chunks)), ((json!("embed"), json!("mean")), (json!("embed"), json!("last"))));
     assert!(compute(&whole) > compute(&chunks), "buffers are as large as a whole text");
@@ -167,7 +170,7 @@ fn a_model_that_embeds_is_planned_for_as_it_would_be_served() {
     check_error(&["llama-3.1-8b", "--pooling", "mean", "--context", "20000"], 1, "give it 4028 or less");
 }
 
-/// Neither verb takes time to measure what is of no use, nor refuses what `serve` takes.
+/// It would be of no use.
 #[test]
 fn a_model_that_takes_texts_whole_is_not_measured_for_a_plan() {
     let dir = tempfile::tempdir().unwrap();
@@ -175,6 +178,8 @@ fn a_model_that_takes_texts_whole_is_not_measured_for_a_plan() {
     let report = planned(&[bert.to_str().unwrap(), "--state-dir", dir.path().to_str().unwrap()]);
     assert_eq!((&report["machines"]["notes"], stages(&report)[0].1.clone()), (&json!([]), json!([0, 6])));
     assert!(!dir.path().join("profiles").exists());
+    let profile = run(&["profile", bert.to_str().unwrap(), "--state-dir", dir.path().to_str().unwrap()]);
+    assert!(profile.code == Some(1) && profile.stderr.contains("it takes each text whole"), "{profile:?}");
 }
 
 #[test]

@@ -338,6 +338,8 @@ const RULES: &[Rules] = &[
         name: "rwkv6",
         input: Input::Changed("norm_w-0+"),
         recurrent: Recurrent::All,
+        // Hidden states are halved behind each so many layers.
+        steps: &[Step::Key("rescale_every_n_layers")],
         ..FREE
     },
     Rules { name: "rwkv7", recurrent: Recurrent::All, whole: &[Whole::Always(FIRST_LAYER)], ..FREE },

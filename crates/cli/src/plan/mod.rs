@@ -32,6 +32,10 @@ use what_if::WhatIf;
 /// What a kilowatt-hour costs in US dollars, where nobody says: what homes in Europe pay, about.
 const PRICE_KWH: f64 = 0.30;
 
+/// Why a plan for texts in chunks is as it is, where speeds are known: the reasons of the planner are about tokens.
+const BY_PROMPTS: &str = "Layers go where prompts and single rows are computed fastest; texts of this model are \
+                          computed as prompts are.";
+
 /// All that is known of a plan; printed with `--json`, and described in docs/planning.md.
 #[derive(Serialize)]
 struct Report {
@@ -140,10 +144,15 @@ fn demand(args: &PlanArgs, model: &Model) -> Result<Demand, Failure> {
 /// that generates none would be made up.
 fn studied(model: &Model, machines: &Machines, demand: &Demand) -> Result<Study, PlanError> {
     let study = study(&model.profile, &machines.nodes, &machines.links, demand, machines.coordinator)?;
-    Ok(match model.work.generates() {
-        true => study,
-        false => Study { plan: Plan { prediction: None, ..study.plan }, alternatives: Vec::new(), advice: Vec::new() },
-    })
+    if model.work.generates() {
+        return Ok(study);
+    }
+    let Plan { stages, prediction, explanation } = study.plan;
+    let explanation = match prediction {
+        Some(_) if demand.split.is_none() && demand.optimize != Optimize::Memory => vec![BY_PROMPTS.to_owned()],
+        _ => explanation,
+    };
+    Ok(Study { plan: Plan { stages, prediction: None, explanation }, alternatives: Vec::new(), advice: Vec::new() })
 }
 
 /// Why there is no plan, and of a model that is given by name the largest quantisation that would fit.
