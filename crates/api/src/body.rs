@@ -97,7 +97,7 @@ impl BodyReader {
     }
 
     fn too_large(&self) -> ApiError {
-        let message = format!("the body is larger than {} bytes; shorten the prompt", self.limit);
+        let message = format!("the body is larger than {} bytes; shorten the prompt, or send fewer texts", self.limit);
         ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, message)
     }
 }

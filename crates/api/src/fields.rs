@@ -152,8 +152,13 @@ fn kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
         Value::Bool(_) => "a boolean",
-        Value::Number(number) if number.is_f64() => "a number with a fraction",
-        Value::Number(_) => "a number",
+        Value::Number(number) => match number.as_f64() {
+            // Beyond integers of 64 bits, however it is written.
+            Some(number) if number.abs() >= 2_f64.powi(63) => "a number that large",
+            Some(number) if number.fract() != 0.0 => "a number with a fraction",
+            _ if number.is_f64() => "a number with a point or an exponent",
+            _ => "a number",
+        },
         Value::String(_) => "a string",
         Value::Array(_) => "an array",
         Value::Object(_) => "an object",

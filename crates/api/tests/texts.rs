@@ -161,6 +161,10 @@ fn wrong_input_is_refused_by_its_name() {
     check(json!({"input": "b".repeat(5000)}), Some("input"), "5000 tokens");
     check(json!({"input": "a", "encoding_format": "hex"}), Some("encoding_format"), "`float` or `base64`");
     check(json!({"input": "a", "dimensions": 0}), Some("dimensions"), "from 1");
+    check(json!({"input": "a", "dimensions": 1.5}), Some("dimensions"), "with a fraction");
+    check(json!({"input": "a", "dimensions": 64.0}), Some("dimensions"), "with a point");
+    check(json!({"input": "a", "dimensions": 1e20}), Some("dimensions"), "a number that large");
+    check(json!({"input": [u64::MAX]}), Some("input[0]"), "a number that large");
     check(json!({"input": "a", "stream": true}), Some("stream"), "unknown parameter");
     let other = house.post(EMBEDDINGS, &json!({"input": "a", "model": "x"}));
     check_error(&other, 404, Some("model"), "not served");

@@ -318,7 +318,7 @@ pub enum Failure {
     Stopping,
     /// The answer was not complete in the time that its request gave.
     #[error(
-        "the answer was not complete after {} s, the request's `timeout`; give it more time or ask for fewer tokens",
+        "the answer was not complete after {} s, the request's `timeout`; give it more time or ask for less",
         after.as_secs_f32()
     )]
     TimedOut {
