@@ -142,8 +142,9 @@ impl HubSource {
             Some(quant) if !is_quant(quant) || rest.starts_with('/') => return Err("a file's name ends in .gguf"),
             Some(quant) => Pick::Quant(quant.to_owned()),
         };
-        if revision.is_some_and(|revision| !is_path(revision)) {
-            return Err("the revision is empty or none");
+        // What has an @ could not be told from a file with one and a revision behind it.
+        if revision.is_some_and(|revision| !is_path(revision) || revision.contains('@')) {
+            return Err("the revision is empty, has an @, or is none");
         }
         let revision = revision.filter(|revision| *revision != "main").map(str::to_owned);
         Ok(Self { repository: format!("{owner}/{name}"), pick, revision })
@@ -192,6 +193,8 @@ impl fmt::Display for HubSource {
         }
         match &self.revision {
             Some(revision) => write!(f, "@{revision}"),
+            // Else what is behind its @ would be taken for a revision.
+            None if matches!(&self.pick, Pick::File(file) if file.contains('@')) => f.write_str("@main"),
             None => Ok(()),
         }
     }
@@ -220,6 +223,8 @@ mod tests {
         check_hub("hf:a/b.c:d/m.gguf@refs/pr/1", file("d/m.gguf"), Some("refs/pr/1"));
         check_hub("hf:a/b.c/d e/m.gguf", file("d e/m.gguf"), None);
         check_hub("hf:a/b.c@v1/d/m.GGUF", file("d/m.GGUF"), Some("v1"));
+        check_hub("hf:a/b.c@main/m@2.gguf", file("m@2.gguf"), None);
+        check_hub("hf:a/b.c:m@2.gguf@v1", file("m@2.gguf"), Some("v1"));
     }
 
     #[test]
@@ -232,6 +237,7 @@ mod tests {
             "hf:a/b:",
             "hf:a/b@",
             "hf:a/b:x@",
+            "hf:a/b@x@main/m.gguf",
             "hf:a/b:../m.gguf",
             "hf:a/b//m.gguf",
             "hf:a/b/readme.md",
