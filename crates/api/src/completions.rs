@@ -11,7 +11,7 @@ use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::response::{IntoResponse, Response};
 use brigade_base::Token;
-use brigade_node::serving::{self, ModelCard, Purpose, TextPlace};
+use brigade_node::serving::{self, ModelCard, Purpose, TextPlace, TextsDone};
 use jiff::Zoned;
 use serde_json::Value;
 use tracing::{Instrument, Span, field};
@@ -118,6 +118,7 @@ async fn complete(
             logprobs: options.logprobs,
             ignore_end: options.ignore_end,
             place: TextPlace::ONLY,
+            done: TextsDone::default(),
         })?;
         Ok((answer, events, options.stream))
     })

@@ -59,6 +59,7 @@ async fn embed(app: Arc<App>, id: String, caller: Caller, request: Request) -> A
         let Embeddings { input, encoding, dimensions, wishes } = Embeddings::parse(body, model)?;
         check_purpose(model, Purpose::Embed)?;
         check_dimensions(dimensions, model.n_values as usize)?;
+        texts::check_values(model, input.len())?;
         let texts = tokenized(&*app.serving, input)?;
         let room = texts::room_for(&app.batches, model, &texts, 0)?;
         tracing::debug!(texts = texts.len(), "the request is handed on");

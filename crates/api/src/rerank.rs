@@ -56,6 +56,7 @@ async fn rank(app: Arc<App>, id: String, caller: Caller, request: Request) -> An
         let model = app.serving.model();
         let Rerank { query, documents, top_n, return_documents, raw_scores, wishes } = Rerank::parse(body, model)?;
         check_purpose(model, Purpose::Rank)?;
+        texts::check_values(model, documents.len())?;
         let texts = tokenized(&*app.serving, &query, &documents)?;
         let documents = return_documents.then_some(documents);
         let room = texts::room_for(&app.batches, model, &texts, n_bytes(documents.as_deref()) * DOCUMENT_BYTES)?;

@@ -16,7 +16,7 @@ use axum::body::Body;
 use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 use brigade_base::{TenantId, Token};
-use brigade_node::serving::{Event, Failure, ModelCard, Purpose, Request, Serving, SubmitError, TextPlace};
+use brigade_node::serving::{Event, Failure, ModelCard, Purpose, Request, Serving, SubmitError, TextPlace, TextsDone};
 use bytes::Bytes;
 use serde::Serialize;
 use tokio::sync::mpsc::UnboundedReceiver;
@@ -38,18 +38,19 @@ pub(crate) const MAX_TOKENS: usize = 1 << 20;
 const MAX_VALUES: usize = 8 << 20;
 
 /// What requests with texts may hold together, beyond their bodies: one of the largest, [`MAX_VALUES`] of
-/// [`VALUE_BYTES`] and [`MAX_TOKENS`], 164 MiB, and as many again of the usual ones. Some hundred vectors of a thousand
+/// [`VALUE_BYTES`] and [`MAX_TOKENS`], 172 MiB, and as many again of the usual ones. Some hundred vectors of a thousand
 /// values are 2 MiB.
 const ROOM_BYTES: usize = 256 << 20;
 /// Kept for small ones on top of that, so that a few large ones, which take minutes, do not lock them out: as many as
 /// may wait in the queue.
 const SMALL_ROOM_BYTES: usize = 256 * SMALL_BYTES;
-/// What counts as small: a text of 4096 tokens with a vector of 4096 values is 97 KiB, and so are 16 of 256.
+/// What counts as small: a text of 4096 tokens with a vector of 4096 values is 101 KiB, and 16 of 256 are 104 KiB.
 const SMALL_BYTES: usize = 128 << 10;
 /// A value in its vector and as JSON. As Base64 it is shorter.
 const VALUE_BYTES: usize = size_of::<f32>() + MAX_WRITTEN;
-/// The longest number of 32 bits as text: sign, nine digits, point, exponent as in `e-38`, and comma.
-pub(crate) const MAX_WRITTEN: usize = 16;
+/// The longest number of 32 bits as text, with its comma. From 1e-6 to 1e13 there is no exponent: sign, `0.`, five zeros
+/// and eight digits, or sign, 13 digits and `.0`. With one they are 15: sign, nine digits, point and `e-38`.
+pub(crate) const MAX_WRITTEN: usize = 17;
 /// A text besides: what holds its tokens and its vector, and the names in its part of the answer.
 pub(crate) const TEXT_BYTES: usize = 256;
 
@@ -138,23 +139,38 @@ pub(crate) fn rooms() -> Rooms {
     Rooms::new(ROOM_BYTES, SMALL_ROOM_BYTES, SMALL_BYTES)
 }
 
-/// Room for these texts and the answer about them, of which `more_bytes` are not vectors.
+/// Whether a request may have vectors of so many texts. Asked before these are tokenized, which takes seconds for the
+/// longest.
 ///
 /// # Errors
-/// 400 if no request may have so many vectors, 429 if others hold too much.
+/// 400 that says of how many.
+pub(crate) fn check_values(model: &ModelCard, n_texts: usize) -> Result<(), ApiError> {
+    if n_values(model, n_texts) > MAX_VALUES {
+        let most = MAX_VALUES / (model.n_values as usize).max(1);
+        let message =
+            format!("vectors of {} values are made of {most} texts at once; send fewer in a request", model.n_values);
+        return Err(ApiError::bad_request(message).with_code("too_many_texts"));
+    }
+    Ok(())
+}
+
+/// Values of all vectors of so many texts.
+fn n_values(model: &ModelCard, n_texts: usize) -> usize {
+    (model.n_values as usize).saturating_mul(n_texts)
+}
+
+/// Room for these texts, so many as [`check_values`] takes, and the answer about them, of which `more_bytes` are not
+/// vectors.
+///
+/// # Errors
+/// 429 if others hold too much.
 pub(crate) fn room_for(
     rooms: &Rooms,
     model: &ModelCard,
     texts: &[Vec<Token>],
     more_bytes: usize,
 ) -> Result<Room, ApiError> {
-    let n_values = (model.n_values as usize).saturating_mul(texts.len());
-    if n_values > MAX_VALUES {
-        let most = MAX_VALUES / (model.n_values as usize).max(1);
-        let message =
-            format!("vectors of {} values are made of {most} texts at once; send fewer in a request", model.n_values);
-        return Err(ApiError::bad_request(message).with_code("too_many_texts"));
-    }
+    let n_values = n_values(model, texts.len());
     let n_tokens: usize = texts.iter().map(Vec::len).sum();
     let bytes = n_tokens * size_of::<Token>() + texts.len() * TEXT_BYTES + n_values * VALUE_BYTES + more_bytes;
     let message = "the server holds as many texts and vectors as it may; try again, or send fewer in a request";
@@ -192,6 +208,7 @@ pub(crate) async fn vectors(serving: &dyn Serving, batch: Batch) -> Result<Vecto
     let Batch { id, tenant, wishes, texts, room } = batch;
     let n_values = serving.model().n_values as usize;
     let n_texts = texts.len();
+    let done = TextsDone::default();
     let until = wishes.timeout.map(|timeout| (Instant::now(), timeout));
     let mut waiting: VecDeque<(usize, Vec<Token>)> = texts.into_iter().enumerate().collect();
     let mut under_way: VecDeque<UnboundedReceiver<Event>> = VecDeque::new();
@@ -204,6 +221,7 @@ pub(crate) async fn vectors(serving: &dyn Serving, batch: Batch) -> Result<Vecto
             let request = Request {
                 priority: wishes.priority,
                 timeout: left_of(until)?,
+                done: done.clone(),
                 ..Request::of_text(id.clone(), tenant, text.clone(), place)
             };
             match serving.submit(request) {
@@ -285,7 +303,7 @@ mod tests {
             ROOM_BYTES - rooms.free_bytes()
         };
         let texts = vec![vec![1; 500]; 100];
-        let expected = 100 * (500 * 4 + 256 + 1000 * 20);
+        let expected = 100 * (500 * 4 + 256 + 1000 * (4 + 17));
         assert!((expected..expected + 1024).contains(&held(&texts, 0)), "{}", held(&texts, 0));
         assert!((expected + 70_000..expected + 71_024).contains(&held(&texts, 70_000)));
         assert_eq!(held(&texts[..1], 0), 0, "a small one takes of what is kept for those");
@@ -305,11 +323,18 @@ mod tests {
 
     #[test]
     fn no_number_is_longer_than_its_room() {
-        for value in
-            [f32::MIN_POSITIVE, -1.175_494_4e-38, f32::MIN, -1.234_567_8e-10, -0.012_345_679, f32::from_bits(1)]
-        {
-            let written = serde_json::to_string(&value).unwrap();
-            assert!(written.len() < MAX_WRITTEN, "{written}");
+        let written = |value: f32| serde_json::to_string(&value).unwrap();
+        // Where the notation changes, and so the longest there are.
+        for (value, expected) in [(-1.000_000_1e-6, "-0.0000010000001"), (-1_234_567_900_000.0, "-1234567900000.0")] {
+            assert_eq!(written(value), expected);
+            assert_eq!(expected.len() + 1, MAX_WRITTEN);
+        }
+        // Of each exponent some, with their digits all over the place; the step is odd.
+        for exponent in 0..255_u32 {
+            for n in 0..400_u32 {
+                let value = f32::from_bits(1 << 31 | exponent << 23 | n.wrapping_mul(0x9e37_79b1) >> 9);
+                assert!(written(value).len() < MAX_WRITTEN, "{}", written(value));
+            }
         }
     }
 }

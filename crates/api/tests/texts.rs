@@ -116,7 +116,12 @@ fn vectors_that_no_request_may_have_are_refused() {
     let refused = house.post(EMBEDDINGS, &json!({"input": vec!["a"; 2048]}));
     refused.check_error(400, None, Some("too_many_texts"));
     assert!(refused.body.contains("made of 1677 texts"), "{refused:?}");
+    assert_eq!(house.mock.tokenized.lock().unwrap().len(), 0, "nothing is tokenized for that");
     assert_eq!(house.mock.requests.lock().unwrap().len(), 0);
+    let house = House::with_vectors(Purpose::Rank, 5000);
+    let refused = house.post(RERANK, &json!({"query": "a", "documents": vec!["b"; 2048]}));
+    refused.check_error(400, None, Some("too_many_texts"));
+    assert_eq!(house.mock.tokenized.lock().unwrap().len(), 0);
 }
 
 #[test]

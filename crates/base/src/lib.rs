@@ -1,4 +1,4 @@
-//! Identifiers, units and layer ranges: the words that every crate of Brigade shares.
+//! Identifiers, units, layer ranges, kinds of KV caches and of pooling: the words that every crate of Brigade shares.
 //!
 //! Nothing here does I/O. Each type is checked where it is made, so that code which holds one need not check again.
 

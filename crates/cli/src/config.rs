@@ -14,6 +14,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
+use brigade_node::DirectFetch;
 use clap::builder::Resettable;
 use clap::parser::ValueSource;
 use clap::{Arg, ArgMatches, Command, CommandFactory, FromArgMatches};
@@ -44,18 +45,30 @@ pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Cli, ParseError> {
         with_lists_in_variables(without_empty_variables(Cli::command()), &args, &|name| std::env::var_os(name));
     let command = settings.apply(command).map_err(ParseError::Config)?;
     let matches = command.try_get_matches_from(args).map_err(ParseError::Usage)?;
-    resolved(&matches).map_err(ParseError::Usage)
+    resolved(&matches, &settings).map_err(ParseError::Usage)
 }
 
 /// What was matched. A flag wins over a variable even where they are two ways to say one thing: the file of a ticket,
-/// and the ticket itself.
-fn resolved(matches: &ArgMatches) -> Result<Cli, clap::Error> {
+/// and the ticket itself. And what was set for all verbs holds for a worker only as far as it is for workers.
+fn resolved(matches: &ArgMatches, settings: &Settings) -> Result<Cli, clap::Error> {
     let mut cli = Cli::from_arg_matches(matches)?;
-    if let (Verb::Join(join), Some((_, given))) = (&mut cli.verb, matches.subcommand())
-        && given.value_source("ticket") == Some(ValueSource::EnvVariable)
-        && given.value_source("ticket_file") == Some(ValueSource::CommandLine)
-    {
-        join.ticket = None;
+    if let (Verb::Join(join), Some((_, given))) = (&mut cli.verb, matches.subcommand()) {
+        if given.value_source("ticket") == Some(ValueSource::EnvVariable)
+            && given.value_source("ticket_file") == Some(ValueSource::CommandLine)
+        {
+            join.ticket = None;
+        }
+        let is_for_all = |id: &str, flag: &str| match given.value_source(id) {
+            Some(ValueSource::CommandLine) => false,
+            Some(ValueSource::DefaultValue) => !settings.verbs.get("join").is_some_and(|own| own.contains_key(flag)),
+            _ => true,
+        };
+        if join.model.is_none() && is_for_all("lora", "lora") {
+            join.lora.clear();
+        }
+        if join.direct_fetch == DirectFetch::On && is_for_all("direct_fetch", "direct-fetch") {
+            join.direct_fetch = DirectFetch::Auto;
+        }
     }
     Ok(cli)
 }
@@ -216,9 +229,10 @@ mod tests {
     use super::*;
 
     fn resolve(toml: &str, args: &[&str]) -> Result<Cli, String> {
-        let command = Settings::from_toml(Path::new("c.toml"), toml)?.apply(Cli::command())?;
+        let settings = Settings::from_toml(Path::new("c.toml"), toml)?;
+        let command = settings.apply(Cli::command())?;
         let matches = command.try_get_matches_from(args).map_err(|error| error.to_string())?;
-        resolved(&matches).map_err(|error| error.to_string())
+        resolved(&matches, &settings).map_err(|error| error.to_string())
     }
 
     fn serve(toml: &str, args: &[&str]) -> crate::args::ServeArgs {
@@ -297,6 +311,33 @@ mod tests {
         assert!(is_parted(&["brigade", "serve"], Some("a,b")));
         assert!(!is_parted(&["brigade", "serve"], None));
         assert!(!is_parted(&["brigade", "serve", "--lora", "a,b"], Some("c,d")), "the flag wins over the variable");
+    }
+
+    /// A key may have commas: in its variable and in the file each text is one key.
+    #[test]
+    fn a_key_is_parted_nowhere() {
+        assert_eq!(serve("api-key = ['a,b', 'c']", &[]).http.api_key, ["a,b", "c"]);
+        let command = with_lists_in_variables(Cli::command(), &[], &|_| Some("a,b".into()));
+        let verb = command.find_subcommand("serve").unwrap();
+        let arg = verb.get_arguments().find(|arg| arg.get_id() == "api_key").unwrap();
+        assert_eq!(arg.get_value_delimiter(), None);
+    }
+
+    #[test]
+    fn what_is_set_for_all_verbs_ends_no_worker() {
+        let join = |toml: &str, args: &[&str]| match resolve(toml, &[&["brigade", "join"], args].concat()).unwrap().verb
+        {
+            Verb::Join(join) => (join.lora.len(), join.direct_fetch),
+            _ => panic!(),
+        };
+        let for_all = "lora = ['a.gguf', 'b.gguf']\ndirect-fetch = 'on'";
+        assert_eq!(join(for_all, &[]), (0, DirectFetch::Auto));
+        assert_eq!(serve(for_all, &[]).lora.len(), 2);
+        assert_eq!(join(for_all, &["--model", "m.gguf"]), (2, DirectFetch::Auto), "they are its own copy's then");
+        assert_eq!(join("direct-fetch = 'off'", &[]), (0, DirectFetch::Off));
+        // What was meant for it is there, to be refused.
+        assert_eq!(join(for_all, &["--lora", "c.gguf", "--direct-fetch", "on"]), (1, DirectFetch::On));
+        assert_eq!(join("[join]\nlora = 'a.gguf'\ndirect-fetch = 'on'", &[]), (1, DirectFetch::On));
     }
 
     #[test]

@@ -8,6 +8,7 @@ use crate::args::InspectArgs;
 use crate::error::Failure;
 use crate::{output, sources};
 
+/// What only rules of the architecture tell is `null` of a model that has none, and its lists are empty.
 #[derive(Serialize)]
 struct Report {
     name: Option<String>,
@@ -19,14 +20,13 @@ struct Report {
     bytes: u64,
     layers: Option<u64>,
     embedding_length: Option<u64>,
-    /// Of each layer; none where it does not attend. Empty if it is not known.
+    /// Of each layer; none where it does not attend.
     heads: Vec<u32>,
     kv_heads: Vec<u32>,
     vocabulary: Option<u64>,
     context: Option<u64>,
-    experts: u32,
-    tied_head: bool,
-    /// What only a model that can be run is known by is `null` for others.
+    experts: Option<u32>,
+    tied_head: Option<bool>,
     embedding_bytes: Option<u64>,
     head_bytes: Option<u64>,
     bytes_per_layer: Vec<u64>,
@@ -80,8 +80,8 @@ fn report(catalog: &Catalog, with_tensors: bool) -> Report {
         kv_heads: a.map(|a| a.n_head_kv.clone()).unwrap_or_default(),
         vocabulary: a.map_or_else(|| key("vocab_size"), |a| Some(a.n_vocab.into())),
         context: key("context_length"),
-        experts: a.map_or(0, |a| a.n_experts),
-        tied_head: a.is_some_and(|a| a.tied_head),
+        experts: a.map(|a| a.n_experts),
+        tied_head: a.map(|a| a.tied_head),
         embedding_bytes: a.map(Architecture::embedding_bytes),
         head_bytes: a.map(Architecture::head_bytes),
         bytes_per_layer: catalog.bytes_per_layer(),
@@ -127,13 +127,13 @@ fn print(report: &Report) -> Result<(), Failure> {
         "-" => field("heads", &"-")?,
         heads => field("heads", &format_args!("{heads}, of keys and values {}", short(&report.kv_heads)))?,
     }
-    if report.experts > 0 {
-        field("experts", &report.experts)?;
+    if let Some(n) = report.experts.filter(|n| *n > 0) {
+        field("experts", &n)?;
     }
     field("vocabulary", &known(report.vocabulary))?;
     field("trained for", &known(report.context.map(|n| format!("{n} tokens"))))?;
     field("embedding", &known(report.embedding_bytes.map(ByteSize)))?;
-    let head = if report.tied_head { " (the embedding itself)" } else { "" };
+    let head = if report.tied_head == Some(true) { " (the embedding itself)" } else { "" };
     field("head", &format_args!("{}{head}", known(report.head_bytes.map(ByteSize))))?;
     let layer = report.bytes_per_layer.iter();
     if let (Some(&least), Some(&most)) = (layer.clone().min(), layer.max()) {

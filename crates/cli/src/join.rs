@@ -2,7 +2,7 @@
 
 use brigade_net::Ticket;
 use brigade_node::serving::Serving;
-use brigade_node::{Node, Part, WorkerOptions};
+use brigade_node::{DirectFetch, Node, Part, WorkerOptions};
 
 use crate::args::JoinArgs;
 use crate::error::Failure;
@@ -14,15 +14,10 @@ const MAX_TICKET_FILE_BYTES: u64 = 16 << 10;
 
 /// Works until stopped.
 pub fn run(args: &JoinArgs) -> Result<(), Failure> {
+    check_own_settings(args)?;
     let state_dir = args.node.state.dir();
     files::make_state_dir(&state_dir)?;
     brigade_node::system::raise_open_files();
-    if args.model.is_none() && !args.lora.is_empty() {
-        return Err(Failure::usage(
-            "--lora is for this node's own copy of the model, and there is none; give --model too, or leave it out: a \
-             worker is sent what it needs of adapters",
-        ));
-    }
     // A port in use is found before a large model is read.
     let front = args.port.map(|port| http::open(&args.http, port)).transpose()?;
     let options = WorkerOptions {
@@ -52,6 +47,23 @@ pub fn run(args: &JoinArgs) -> Result<(), Failure> {
         Part::Coordinates => output::line(format_args!("this node coordinates {} now", node.front().model().name)),
         Part::Undecided | Part::Works(_) => Ok(()),
     })
+}
+
+/// Refuses what makes no sense for a worker. What was set for all verbs is gone by now, see `config.rs`.
+fn check_own_settings(args: &JoinArgs) -> Result<(), Failure> {
+    if args.model.is_none() && !args.lora.is_empty() {
+        return Err(Failure::usage(
+            "--lora (in the file lora under [join]) is for this node's own copy of the model, and there is none; give \
+             --model too, or leave it out: a worker is sent what it needs of adapters",
+        ));
+    }
+    if args.direct_fetch == DirectFetch::On {
+        return Err(Failure::usage(
+            "--direct-fetch (in the file direct-fetch under [join]) is auto or off here: `brigade serve` alone can ask \
+             for on",
+        ));
+    }
+    Ok(())
 }
 
 fn ticket(args: &JoinArgs) -> Result<Option<Ticket>, Failure> {

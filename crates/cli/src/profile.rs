@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use brigade_base::ByteSize;
-use brigade_gguf::{Architecture, ModelFile};
+use brigade_gguf::{Architecture, Catalog, ModelFile};
 use brigade_node::measure::machine::{self, MachineProfile};
 use brigade_node::measure::{MeasureOptions, MeasureRequest, Profiles, speed};
 use brigade_node::{Work, model_profile, system};
@@ -45,8 +45,11 @@ pub fn run(args: &ProfileArgs) -> Result<(), Failure> {
     let threads = args.threads.unwrap_or_else(system::default_threads);
     let (machine, model) = match &args.model {
         Some(path) => {
+            // Nothing is pulled to find out that there is nothing to measure.
+            let (_, header) = sources::look(path, &args.sources, &args.state)?;
+            let work = measured_work(args, &header)?;
             let pulled = sources::open(path, &args.sources, &args.state)?;
-            (None, Some(model(args, &pulled.path, &state_dir, threads)?))
+            (None, Some(model(args, work, &pulled.path, &state_dir, threads)?))
         }
         None => {
             let machine = machine::profile(&state_dir, threads, args.throttle, args.again).map_err(Failure::run)?;
@@ -63,16 +66,21 @@ pub fn run(args: &ProfileArgs) -> Result<(), Failure> {
     if args.json { output::json(&report) } else { print(&report) }
 }
 
-fn model(args: &ProfileArgs, path: &Path, state_dir: &Path, threads: u32) -> Result<ModelReport, Failure> {
-    let file = Arc::new(ModelFile::open(path).map_err(Failure::run)?);
-    let Architecture { n_ctx_train, n_embd, .. } = Architecture::of(file.catalog()).map_err(Failure::run)?;
-    let work = Work::of(file.catalog(), args.pooling).map_err(Failure::run)?;
+/// What a deployment would do with the model, if that can be measured.
+fn measured_work(args: &ProfileArgs, header: &Catalog) -> Result<Work, Failure> {
+    let work = Work::of(header, args.pooling).map_err(Failure::run)?;
     if work.is_at_once() {
         return Err(Failure::run(
             "nothing is measured of this model: it takes each text whole, in one pass, and what is measured are rows \
              behind others; it is placed by memory, and `brigade plan` says where",
         ));
     }
+    Ok(work)
+}
+
+fn model(args: &ProfileArgs, work: Work, path: &Path, state_dir: &Path, threads: u32) -> Result<ModelReport, Failure> {
+    let file = Arc::new(ModelFile::open(path).map_err(Failure::run)?);
+    let Architecture { n_ctx_train, n_embd, .. } = Architecture::of(file.catalog()).map_err(Failure::run)?;
     // As a deployment would have it: what was measured is found again there.
     let context = work.context(n_ctx_train, n_embd, args.context, args.parallel).map_err(Failure::run)?;
     let request = MeasureRequest {

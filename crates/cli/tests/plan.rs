@@ -148,7 +148,10 @@ fn a_model_that_embeds_is_planned_for_as_it_would_be_served() {
     assert!(text.contains("embeds texts, in chunks"), "{text}");
     let (spread, _) = plan(&abacus, &["--pooling", "last", "--spread"]);
     let why = spread["plan"]["explanation"].as_array().unwrap();
-    assert!(why.len() == 1 && why[0].as_str().unwrap().contains("as prompts are"), "{spread}");
+    assert!(why[0].as_str().unwrap().contains("as prompts are"), "{spread}");
+    assert!(why.len() == 2 && why[1].as_str().unwrap().contains("--spread asks for every node"), "{spread}");
+    let at_once = [&whole, &chunks].map(|report| &report["model"]["is_at_once"]);
+    assert_eq!(at_once, [&json!(true), &json!(false)]);
     let said = |report: &Value| (report["model"]["purpose"].clone(), report["model"]["pooling"].clone());
     assert_eq!((said(&whole), said(&chunks)), ((json!("embed"), json!("mean")), (json!("embed"), json!("last"))));
     assert!(compute(&whole) > compute(&chunks), "buffers are as large as a whole text");

@@ -1,5 +1,5 @@
-//! A context of llama.cpp and what it points to: compute threads, the signals of a run, and the hook where a pass
-//! stops.
+//! A context of llama.cpp and what it points to: compute threads, the signals of a run, and the hook by which a pass
+//! enters the graph, leaves it and tells it factors.
 //!
 //! The context owns all of it and calls back only while it decodes, for which its owner needs `&mut`.
 
@@ -74,7 +74,7 @@ pub(crate) struct Context {
     pub(crate) has_memory: bool,
 }
 
-/// Where a pass enters and stops, and what the nodes hold.
+/// Where a pass enters and stops, what the nodes hold there, and which factors others are told.
 pub(crate) struct Hook {
     /// The node whose value is replaced by `input`.
     input_node: Option<CString>,
@@ -215,7 +215,7 @@ impl Context {
         self.raw.as_ptr()
     }
 
-    /// The hook of a stage with an input or a stop node; the borrow keeps decodes out.
+    /// The hook of a stage with an input or a stop node, or with factors; the borrow keeps decodes out.
     pub(crate) fn hook(&mut self) -> Option<&mut Hook> {
         // SAFETY: it was leaked for this context, and only a decode, which needs `&mut self`, uses it otherwise.
         self.hook.map(|mut hook| unsafe { hook.as_mut() })

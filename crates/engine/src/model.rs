@@ -30,6 +30,14 @@ pub enum LoadError {
         /// Greatest value.
         max: u64,
     },
+    /// A factor would make all values infinite or zero.
+    #[error("the factor of {node} is {factor}, but must be a number above 0")]
+    Factor {
+        /// What is scaled.
+        node: String,
+        /// The factor.
+        factor: f32,
+    },
     /// The name of the stop node cannot be the name of a graph node.
     #[error("{name:?} cannot be the name of a graph node: it must have 1 to 63 bytes and no zero byte")]
     StopNode {

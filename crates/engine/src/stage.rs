@@ -102,7 +102,11 @@ impl StageOptions {
         check("n_sessions", self.n_sessions.into(), 1, MAX_SESSIONS.into())?;
         check("max_rows", self.max_rows.into(), 1, MAX_ROWS.into())?;
         check("n_threads", self.n_threads.into(), 1, MAX_THREADS.into())?;
-        check("n_ctx * n_sessions", self.n_cells(), 1, MAX_CELLS)
+        check("n_ctx * n_sessions", self.n_cells(), 1, MAX_CELLS)?;
+        match self.layer_scales.iter().find(|scale| !(scale.factor.is_finite() && scale.factor > 0.0)) {
+            Some(LayerScale { node, factor }) => Err(LoadError::Factor { node: node.clone(), factor: *factor }),
+            None => Ok(()),
+        }
     }
 
     /// KV cells of all sessions.

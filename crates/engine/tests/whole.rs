@@ -284,6 +284,8 @@ fn bad_options_and_models_are_refused() {
         (&|o| o.n_embd = 255, "n_embd 256, but 255"),
         (&|o| o.n_vocab = 32, "n_vocab 1024, but 32"),
         (&|o| o.stop_node = Some(String::new()), "graph node"),
+        (&|o| o.layer_scales = vec![LayerScale { node: "Qcur".to_owned(), factor: f32::INFINITY }], "factor of Qcur"),
+        (&|o| o.layer_scales = vec![LayerScale { node: "x".repeat(63), factor: 1.0 }], "graph node"),
         (&|o| o.stop_node = Some("x".repeat(64)), "graph node"),
     ] {
         let error = load(change).to_string();

@@ -422,6 +422,10 @@ impl Keys<'_> {
         if first == 0 {
             return Ok(Heads { n_head, n_head_kv, key_length: 0, value_length: 0 });
         }
+        if !rules.scales.is_empty() && n_embd < first {
+            let most = format!("at most the width of a hidden state, {n_embd}");
+            return Err(self.wrong("attention.head_count", first, most));
+        }
         let default = u64::from(n_embd / first);
         let key_length = self.optional("attention.key_length", default, 1, MAX_WIDTH)?;
         let value_length = self.optional("attention.value_length", default, 1, MAX_WIDTH)?;

@@ -247,6 +247,7 @@ fn what_would_end_libllama_is_refused_here() {
         ("llama", "block_count", Value::U32(600)),
         ("llama", "embedding_length", Value::from("wide")),
         ("llama", "attention.head_count", Value::U32(0)),
+        ("gemma3", "attention.head_count", Value::U32(128)),
         ("llama", "attention.head_count_kv", Value::U32(3)),
         ("llama", "attention.head_count_kv", Array::of_u32(&[2, 2, 1, 2]).into()),
         ("llama", "attention.head_count_kv", Array::of_u32(&[2, 2]).into()),
@@ -300,6 +301,7 @@ fn stages_begin_where_a_pattern_does() {
     let cuts = |recipe: Recipe| Architecture::of(&recipe.model().catalog).unwrap().cut_points();
     assert_eq!(cuts(Recipe::new("smollm3", 13)), [4, 8, 12]);
     assert_eq!(cuts(Recipe::new("ernie4_5-moe", 13).with("interleave_moe_layer_step", 3)), [3, 6, 9, 12]);
+    assert_eq!(cuts(Recipe::new("rwkv6", 13).with("rescale_every_n_layers", 6)), [6, 12]);
     let llama4 = Recipe::new("llama4", 26).with("interleave_moe_layer_step", 3);
     // Layers 3, 7, 11 are full; a stage begins with one that slides.
     // Each stage has one that does not rotate, too, so none begins before layer 24.

@@ -203,20 +203,7 @@ impl LocalModel {
     /// Values of what the last stage makes of a text: of its vector, or scores of the classifier's labels. 0 without
     /// `pooling`.
     pub fn n_values(&self, pooling: Option<Pooling>) -> u32 {
-        let metadata = self.file.catalog().metadata();
-        let architecture = metadata.str("general.architecture").unwrap_or_default();
-        match pooling {
-            None => 0,
-            Some(Pooling::Rank) => {
-                let labels = metadata.array(&format!("{architecture}.classifier.output_labels"));
-                labels.map_or(1, |labels| u32::try_from(labels.len()).unwrap_or(u32::MAX))
-            }
-            Some(_) => {
-                let width = metadata.get(&format!("{architecture}.embedding_length_out"));
-                let width = width.and_then(|value| u32::try_from(value.as_u64()?).ok());
-                width.filter(|&width| width > 0).unwrap_or(self.architecture.n_embd)
-            }
-        }
+        pooling.map_or(0, |pooling| n_values(self.file.catalog().metadata(), self.architecture.n_embd, pooling))
     }
 
     /// Looks up the embeddings of `tokens` as the file has them; `out` becomes `[n_tokens, n_embd]`. For a model whose
@@ -250,6 +237,19 @@ impl LocalModel {
             .map_err(|error| ModelError::Vocabulary(error.to_string()))?;
         Ok(())
     }
+}
+
+/// Values that libllama makes of a text, by the header of a model whose hidden states have `n_embd`.
+fn n_values(metadata: &Metadata, n_embd: u32, pooling: Pooling) -> u32 {
+    let architecture = metadata.str("general.architecture").unwrap_or_default();
+    if pooling == Pooling::Rank {
+        let labels = metadata.array(&format!("{architecture}.classifier.output_labels"));
+        // A classifier without the names of its classes has one.
+        return labels.map_or(1, |labels| u32::try_from(labels.len()).unwrap_or(u32::MAX).max(1));
+    }
+    let width = metadata.get(&format!("{architecture}.embedding_length_out"));
+    let width = width.and_then(|value| u32::try_from(value.as_u64()?).ok());
+    width.filter(|&width| width > 0).unwrap_or(n_embd)
 }
 
 /// Loads the vocabulary of a GGUF without tensors, as [`vocabulary_header`] makes it; the bytes may come from a peer.

@@ -9,7 +9,7 @@ use std::str::FromStr;
 use brigade_base::Pooling;
 use brigade_gguf::{Catalog, PLACEHOLDER_VOCAB, Value};
 use brigade_net::MAX_FRAME;
-use brigade_plan::{ModelProfile, Optimize};
+use brigade_plan::{ModelProfile, Optimize, Plan};
 use brigade_protocol::control::MAX_BATCH_ROWS;
 use brigade_protocol::schedule::Task;
 use serde::{Deserialize, Serialize};
@@ -23,6 +23,13 @@ const DEFAULT_TEXT_MAX: u32 = 2048;
 
 /// What a frame may hold beside its rows: its head has some dozen bytes for each session and each timing.
 const FRAME_HEAD_BYTES: u64 = 1 << 20;
+
+/// Words of reasons that are about generated text. The planner, whose sentences they are, knows of no other.
+const OF_GENERATED_TEXT: [&str; 3] = ["token", "stream", "request"];
+
+/// What is said in place of such reasons.
+const BY_PROMPTS: &str = "Layers go where prompts and single rows are computed fastest; texts of this model are \
+                          computed as prompts are.";
 
 /// Models that keep no KV cache: they see a text from both ends.
 const ENCODERS: [&str; 10] = [
@@ -228,6 +235,21 @@ impl Work {
         if self.is_at_once() { Optimize::Memory } else { asked }
     }
 
+    /// A plan as it may be told. What is predicted of placements, and most of their reasons, is how text is generated,
+    /// which would be made up of a model that generates none.
+    pub fn told(self, plan: Plan) -> Plan {
+        if self.generates() {
+            return plan;
+        }
+        let is_told = |line: &String| !OF_GENERATED_TEXT.iter().any(|word| line.contains(word));
+        let n_reasons = plan.explanation.len();
+        let mut explanation: Vec<String> = plan.explanation.into_iter().filter(is_told).collect();
+        if explanation.len() < n_reasons {
+            explanation.insert(0, BY_PROMPTS.to_owned());
+        }
+        Plan { stages: plan.stages, prediction: None, explanation }
+    }
+
     /// Prompt rows of one pass.
     pub fn chunk(self, context: u32) -> u32 {
         if self.is_at_once() { context } else { CHUNK }
@@ -345,6 +367,39 @@ mod tests {
         assert_eq!(of("mean"), Ok(Work { pooling: Some(Pooling::Mean), task: WHOLE }));
         assert_eq!(of("last"), Ok(Work { pooling: Some(Pooling::Last), task: IN_CHUNKS }));
         assert_eq!(of("rank"), Err(PurposeError::NoClassifier));
+    }
+
+    #[test]
+    fn of_texts_no_tokens_are_promised() {
+        let split = "The model is split over a and b: --spread asks for every node.";
+        let standby = "Nobody stands by for layers 0..4 of a: no other worker has 1 GiB to spare.";
+        let of_tokens = [
+            "b holds the whole model alone: with a too, a token for each of 4 sessions would take 45 % longer.",
+            "c stays idle: with it, a lone request would take as long.",
+            "4 streams together go as fast as b computes.",
+        ];
+        let plan = |lines: &[&str]| {
+            let one = brigade_plan::StageForecast { compute_s: 0.1, hop_s: 0.0, share: 1.0, busy: 1.0 };
+            let bound = brigade_plan::Bound::Compute(0);
+            let prediction = brigade_plan::Prediction {
+                tokens_per_s: 10.0,
+                first_token_s: 1.0,
+                prompt_tokens: 512,
+                streams: 4,
+                streams_tokens_per_s: 20.0,
+                stages: vec![one],
+                bound,
+                streams_bound: bound,
+            };
+            let explanation = lines.iter().map(|line| (*line).to_owned()).collect();
+            Plan { stages: Vec::new(), prediction: Some(prediction), explanation }
+        };
+        let all = plan(&[&[split][..], &of_tokens, &[standby]].concat());
+        let pools = Work { pooling: Some(Pooling::Last), task: IN_CHUNKS };
+        let told = pools.told(all.clone());
+        assert_eq!((told.prediction, told.explanation.as_slice()), (None, &[BY_PROMPTS, split, standby].map(String::from)[..]));
+        assert_eq!(pools.told(plan(&[split])).explanation, [split], "nothing was left out");
+        assert_eq!(Work::default().told(all.clone()), all);
     }
 
     #[test]

@@ -116,6 +116,17 @@ pub enum Purpose {
     Rank,
 }
 
+impl Purpose {
+    /// Its name, as reports have it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Generate => "generate",
+            Self::Embed => "embed",
+            Self::Rank => "rank",
+        }
+    }
+}
+
 impl ModelCard {
     /// Whether the model can answer `request` at all.
     ///
@@ -192,6 +203,8 @@ pub struct Request {
     pub ignore_end: bool,
     /// Which text of its request this is.
     pub place: TextPlace,
+    /// How many other texts of its request are done; one for all of them.
+    pub done: TextsDone,
 }
 
 /// Where a text stands among those of one request, each of which is a session. They are submitted in their order.
@@ -207,9 +220,27 @@ impl TextPlace {
     /// The only one, as a completion is.
     pub const ONLY: Self = Self { idx: 0, n_texts: 1 };
 
-    /// Whether no text of the request comes after this one.
-    pub fn is_last(self) -> bool {
-        self.idx + 1 >= self.n_texts
+}
+
+/// How many texts of a request have their vectors. Its sessions share it, and each submission tells it, so that a
+/// coordinator that was asked for the rest alone, after another was lost, knows when the request is complete.
+#[derive(Debug, Clone, Default)]
+pub struct TextsDone(Arc<AtomicU32>);
+
+impl TextsDone {
+    /// So many are done.
+    pub fn of(n_done: u32) -> Self {
+        Self(Arc::new(AtomicU32::new(n_done)))
+    }
+
+    /// One more is done.
+    pub fn add(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How many are done.
+    pub fn get(&self) -> u32 {
+        self.0.load(Ordering::Relaxed)
     }
 }
 
@@ -228,6 +259,7 @@ impl Request {
             logprobs: None,
             ignore_end: false,
             place,
+            done: TextsDone::default(),
         }
     }
 }

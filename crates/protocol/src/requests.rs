@@ -114,6 +114,8 @@ pub struct Submit {
     pub text_idx: u32,
     /// How many texts the request has, 1 to [`MAX_TEXTS`]; a completion is the only one.
     pub n_texts: u32,
+    /// How many others of them have their vectors, whoever made those; fewer than there are.
+    pub n_texts_done: u32,
     /// The beginning of the answer: what another coordinator told already. It is not told again.
     pub answer: Vec<Token>,
 }
@@ -255,7 +257,7 @@ pub struct Card {
     pub purpose: Purpose,
     /// How a model that ranks wants query and document put together: a text with `{query}` and `{document}` in it.
     pub rank_template: Option<String>,
-    /// Values of the vector of a text; 0 from a model that generates text.
+    /// Values of the vector of a text, at most [`MAX_POOLED`]; 0 from a model that generates text.
     pub n_values: u32,
     /// BLAKE3 of the vocabulary that [`FromGateway::FetchVocabulary`] brings.
     pub vocabulary: Hash,
@@ -399,8 +401,8 @@ impl Submit {
             return Err(DecodeError::Malformed { what: "request", why: "a stop string is empty".to_owned() });
         }
         cap("number of texts", self.n_texts.into(), MAX_TEXTS.into())?;
-        if self.text_idx >= self.n_texts {
-            let why = format!("it is text {} of {}", self.text_idx, self.n_texts);
+        if self.text_idx.max(self.n_texts_done) >= self.n_texts {
+            let why = format!("it is text {} of {}, and {} are done", self.text_idx, self.n_texts, self.n_texts_done);
             return Err(DecodeError::Malformed { what: "request", why });
         }
         Ok(())
@@ -428,6 +430,7 @@ impl ToGateway {
                 cap("size of the vocabulary", *total, MAX_VOCABULARY_BYTES)?;
                 cap("piece of the vocabulary", bytes.len() as u64, VOCABULARY_CHUNK as u64)?;
             }
+            Self::Card(card) => cap("length of a vector", card.n_values.into(), MAX_POOLED)?,
             Self::Pooled { values, .. } => cap("length of a vector", values.len() as u64, MAX_POOLED)?,
             _ => {}
         }
@@ -467,7 +470,25 @@ mod tests {
             ignore_end: true,
             text_idx: 4,
             n_texts: 5,
+            n_texts_done: 3,
             answer: vec![9, 8],
+        }
+    }
+
+    fn card(n_values: u32) -> Card {
+        Card {
+            name: "m".into(),
+            id: ModelId::from_bytes([1; 32]),
+            created: 5,
+            context: 4096,
+            n_vocab: 32,
+            chat_template: Some("{{ messages }}".into()),
+            bos_text: "<s>".into(),
+            eos_text: String::new(),
+            purpose: Purpose::Rank,
+            rank_template: Some("{query} {document}".into()),
+            n_values,
+            vocabulary: Hash::from_bytes([2; 32]),
         }
     }
 
@@ -491,24 +512,10 @@ mod tests {
         for message in all {
             assert_eq!(FromGateway::decode(&message.encode()), Ok(message));
         }
-        let card = Card {
-            name: "m".into(),
-            id: ModelId::from_bytes([1; 32]),
-            created: 5,
-            context: 4096,
-            n_vocab: 32,
-            chat_template: Some("{{ messages }}".into()),
-            bos_text: "<s>".into(),
-            eos_text: String::new(),
-            purpose: Purpose::Rank,
-            rank_template: Some("{query} {document}".into()),
-            n_values: 2,
-            vocabulary: Hash::from_bytes([2; 32]),
-        };
         let number = 7;
         let usage = Usage { prompt_tokens: 1, cached_tokens: 2, completion_tokens: 3 };
         let all = [
-            ToGateway::Card(Box::new(card)),
+            ToGateway::Card(Box::new(card(2))),
             ToGateway::Vocabulary { total: 3, bytes: vec![1, 2, 3] },
             token(),
             ToGateway::Text { number, text: "é".into() },
@@ -539,9 +546,13 @@ mod tests {
         too_many(altered(|s| s.n_texts = MAX_TEXTS + 1));
         assert!(matches!(altered(|s| s.stop = vec![String::new()]), Err(DecodeError::Malformed { .. })));
         assert!(matches!(altered(|s| s.text_idx = 5), Err(DecodeError::Malformed { .. })));
+        assert!(matches!(altered(|s| s.n_texts_done = 5), Err(DecodeError::Malformed { .. })));
         assert!(matches!(altered(|s| (s.text_idx, s.n_texts) = (0, 0)), Err(DecodeError::Malformed { .. })));
         let ask = FromGateway::Ask { number: 1, question: Question::Trace("x".repeat(513)) };
         too_many(FromGateway::decode(&ask.encode()));
+        let of_card = |n_values| ToGateway::decode(&ToGateway::Card(Box::new(card(n_values))).encode());
+        assert!(of_card(MAX_POOLED as u32).is_ok());
+        assert!(matches!(of_card(MAX_POOLED as u32 + 1), Err(DecodeError::TooMany { .. })));
         for (total, n_bytes) in [(MAX_VOCABULARY_BYTES + 1, 0), (9, VOCABULARY_CHUNK + 1)] {
             let message = ToGateway::Vocabulary { total, bytes: vec![0; n_bytes] };
             assert!(matches!(ToGateway::decode(&message.encode()), Err(DecodeError::TooMany { .. })));

@@ -295,6 +295,7 @@ fn submit(host: &Host<'_>, number: u64, caller: usize) -> Submit {
         ignore_end: true,
         text_idx: 0,
         n_texts: 1,
+        n_texts_done: 0,
         answer: of.expected[of.n_prompt..known].to_vec(),
     }
 }

@@ -230,7 +230,7 @@ mod tests {
         qwen35moe gemma gemma2 gemma3 phi2 phi3 phimoe gpt-oss deepseek deepseek2 glm4 glm4moe granite
         granitemoe granitehybrid cohere2 command-r olmo2 olmoe falcon falcon-h1 nemotron nemotron_h minicpm
         starcoder2 gpt2 bloom stablelm smollm3 seed_oss ernie4_5 hunyuan-moe exaone4 internlm2 dbrx jamba
-        mamba2 lfm2 bailingmoe2 dots1 minimax-m2 grok minicpm3 gemma2-27b gemma3-27b
+        mamba2 lfm2 bailingmoe2 dots1 minimax-m2 grok minicpm3 rwkv6 gemma2-27b gemma3-27b
     ";
 
     #[test]

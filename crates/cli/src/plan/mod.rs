@@ -17,8 +17,7 @@ mod what_if;
 use std::fmt::Write as _;
 
 use brigade_base::{KvTypes, Pooling};
-use brigade_node::serving::Purpose;
-use brigade_plan::{Demand, Forecast, Optimize, Plan, PlanError, Study, study};
+use brigade_plan::{Demand, Forecast, Optimize, PlanError, Study, study};
 use serde::Serialize;
 
 use crate::args::PlanArgs;
@@ -31,10 +30,6 @@ use what_if::WhatIf;
 
 /// What a kilowatt-hour costs in US dollars, where nobody says: what homes in Europe pay, about.
 const PRICE_KWH: f64 = 0.30;
-
-/// Why a plan for texts in chunks is as it is, where speeds are known: the reasons of the planner are about tokens.
-const BY_PROMPTS: &str = "Layers go where prompts and single rows are computed fastest; texts of this model are \
-                          computed as prompts are.";
 
 /// All that is known of a plan; printed with `--json`, and described in docs/planning.md.
 #[derive(Serialize)]
@@ -67,7 +62,6 @@ struct ModelReport {
     /// How it makes one vector or score of a text, if it does.
     pooling: Option<Pooling>,
     /// Whether a text is computed in one pass, and not in chunks.
-    #[serde(skip)]
     is_at_once: bool,
     /// Whether this version can run it; the others can be planned for.
     supported: bool,
@@ -104,11 +98,7 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
             quantisation: model.quantisation.clone(),
             layers: model.profile.n_layers(),
             bytes: model.profile.layer_bytes.iter().sum::<u64>().saturating_add(model.profile.head_bytes),
-            purpose: match model.work.purpose() {
-                Purpose::Generate => "generate",
-                Purpose::Embed => "embed",
-                Purpose::Rank => "rank",
-            },
+            purpose: model.work.purpose().name(),
             pooling: model.work.pooling,
             is_at_once: model.work.is_at_once(),
             supported: model.unsupported.is_none(),
@@ -147,12 +137,7 @@ fn studied(model: &Model, machines: &Machines, demand: &Demand) -> Result<Study,
     if model.work.generates() {
         return Ok(study);
     }
-    let Plan { stages, prediction, explanation } = study.plan;
-    let explanation = match prediction {
-        Some(_) if demand.split.is_none() && demand.optimize != Optimize::Memory => vec![BY_PROMPTS.to_owned()],
-        _ => explanation,
-    };
-    Ok(Study { plan: Plan { stages, prediction: None, explanation }, alternatives: Vec::new(), advice: Vec::new() })
+    Ok(Study { plan: model.work.told(study.plan), alternatives: Vec::new(), advice: Vec::new() })
 }
 
 /// Why there is no plan, and of a model that is given by name the largest quantisation that would fit.

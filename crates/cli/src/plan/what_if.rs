@@ -198,8 +198,7 @@ fn longest_context(model: &Model, machines: &Machines, demand: &Demand) -> Optio
         effect: format!("the longest that {why}, with {sessions} at once"),
     };
     if fits(longest) {
-        let why = if longest < model.trained { "travels whole; it fits" } else { "the model was trained for; it fits" };
-        return Some(whole(longest, why));
+        return Some(whole(longest, why_longest(longest, model.trained)));
     }
     let (mut good, mut bad) = (demand.context / CONTEXT_STEP, longest.div_ceil(CONTEXT_STEP));
     while good + 1 < bad {
@@ -207,4 +206,22 @@ fn longest_context(model: &Model, machines: &Machines, demand: &Demand) -> Optio
         if fits(middle * CONTEXT_STEP) { good = middle } else { bad = middle }
     }
     (good > 0).then(|| whole(good * CONTEXT_STEP, "fits"))
+}
+
+/// What bounds the `longest` session, where memory does not. The model was `trained` for so many tokens, 0 if it does
+/// not say.
+fn why_longest(longest: u32, trained: u32) -> &'static str {
+    if longest == trained { "the model was trained for; it fits" } else { "travels whole; it fits" }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_model_was_trained_for_what_it_does_not_say() {
+        assert!(why_longest(512, 512).starts_with("the model was trained for"));
+        assert!(why_longest(4028, 8192).starts_with("travels whole"));
+        assert!(why_longest(4028, 0).starts_with("travels whole"));
+    }
 }

@@ -59,7 +59,7 @@ impl Owner {
             nodes: self.cluster.nodes(),
             links: self.cluster.links().clone(),
             demand: self.settings.demand.clone(),
-            plan: self.cluster.plan().cloned(),
+            plan: self.told_plan(),
             reports: self.pace.links().map(|(by, report)| (by, *report)).collect(),
             notes: members.chain(measuring).chain([own]).collect(),
         }

@@ -1,7 +1,7 @@
 //! What a coordinator tells of itself and its workers.
 
 use brigade_base::{ByteSize, LayerRange, NodeId};
-use brigade_plan::advice;
+use brigade_plan::{Plan, advice};
 use brigade_protocol::cluster::{Member, MemberState, Phase, Settings, StageState};
 use brigade_protocol::measure::LinkReport;
 
@@ -36,6 +36,8 @@ impl Owner {
             self.said_missing = missing.to_owned();
             self.shared.submissions.tell(Happening::Missing(self.said_missing.clone()));
         }
+        let (prediction, explanation) =
+            self.told_plan().map(|plan| (plan.prediction, plan.explanation)).unwrap_or_default();
         let load = self.meter.load_now();
         let (hop_us_p50, hop_us_p99) = self.meter.hop_us();
         let n_workers = self.stages().len().saturating_sub(1);
@@ -68,12 +70,17 @@ impl Owner {
             recoveries: self.meter.recoveries(),
             last_recovery: self.meter.last_recovery(),
             optimize: self.options.optimize,
-            prediction: self.cluster.plan().filter(|_| self.work.generates()).and_then(|plan| plan.prediction.clone()),
-            explanation: self.cluster.plan().map(|plan| plan.explanation.clone()).unwrap_or_default(),
+            prediction,
+            explanation,
             advice: self.advice.1.clone(),
             links: self.link_status(),
             nodes,
         };
+    }
+
+    /// The present plan, as far as it may be told of what is done with the model.
+    pub(super) fn told_plan(&self) -> Option<Plan> {
+        self.cluster.plan().map(|plan| self.work.told(plan.clone()))
     }
 
     /// Looks once for each placement whether something else would be better.

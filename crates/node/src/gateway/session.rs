@@ -172,6 +172,7 @@ impl Session {
             }
             Event::Resumed => self.resume(),
             Event::Done { reason, usage } => {
+                self.request.done.add();
                 self.resume();
                 if let Some(text) = self.rest.take() {
                     self.tell(Event::Text { text });

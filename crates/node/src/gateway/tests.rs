@@ -14,7 +14,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use super::standing::no_card;
 use super::*;
-use crate::serving::{Failure, Finding, FinishReason, NodeFindings, Sampling, Severity, TextPlace, Usage};
+use crate::serving::{Failure, Finding, FinishReason, NodeFindings, Sampling, Severity, TextPlace, TextsDone, Usage};
 use crate::threads::lock;
 
 /// Long enough for a busy machine; no test waits for it unless it fails.
@@ -279,6 +279,7 @@ fn request() -> Request {
         logprobs: None,
         ignore_end: false,
         place: TextPlace::ONLY,
+        done: TextsDone::default(),
     }
 }
 

@@ -7,6 +7,7 @@ use brigade_protocol::requests::{self, Card, Finish, Logprob, MAX_TIMEOUT_MS, Re
 
 use crate::serving::{
     Event, Failure, FinishReason, ModelCard, Purpose, Readiness, Request, Sampling, SubmitError, TextPlace,
+    TextsDone,
     TokenLogprob, Usage,
 };
 
@@ -40,6 +41,7 @@ pub(super) fn submit(number: u64, request: &Request, answer: &[Token]) -> Submit
         ignore_end: request.ignore_end,
         text_idx: request.place.idx,
         n_texts: request.place.n_texts,
+        n_texts_done: request.done.get(),
         answer: answer.to_vec(),
     }
 }
@@ -70,6 +72,7 @@ pub(super) fn request(submit: Submit) -> (Request, Vec<Token>) {
         logprobs: submit.logprobs,
         ignore_end: submit.ignore_end,
         place: TextPlace { idx: submit.text_idx, n_texts: submit.n_texts },
+        done: TextsDone::of(submit.n_texts_done),
     };
     (request, submit.answer)
 }
@@ -260,6 +263,7 @@ mod tests {
             logprobs: Some(3),
             ignore_end: true,
             place: TextPlace { idx: 3, n_texts: 9 },
+            done: TextsDone::of(2),
         };
         let (after, answer) = request(submit(5, &before, &[8, 9]));
         assert_eq!(format!("{after:?}"), format!("{before:?}"));

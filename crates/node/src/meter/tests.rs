@@ -8,7 +8,7 @@ use brigade_protocol::frame::Timing;
 
 use super::traces::MAX_DONE;
 use super::*;
-use crate::serving::{Sampling, TextPlace};
+use crate::serving::{Sampling, TextPlace, TextsDone};
 
 fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
@@ -31,6 +31,7 @@ fn request(id: &str, n_prompt: usize) -> Request {
         logprobs: None,
         ignore_end: false,
         place: TextPlace::ONLY,
+        done: TextsDone::default(),
     }
 }
 
