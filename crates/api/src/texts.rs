@@ -48,8 +48,9 @@ const SMALL_ROOM_BYTES: usize = 256 * SMALL_BYTES;
 const SMALL_BYTES: usize = 128 << 10;
 /// A value in its vector and as JSON. As Base64 it is shorter.
 const VALUE_BYTES: usize = size_of::<f32>() + MAX_WRITTEN;
-/// The longest number of 32 bits as text, with its comma. From 1e-6 to 1e13 there is no exponent: sign, `0.`, five zeros
-/// and eight digits, or sign, 13 digits and `.0`. With one they are 15: sign, nine digits, point and `e-38`.
+/// The longest number of 32 bits as text, with its comma. From 1e-6 to 1e13 it has no exponent and up to 16 characters:
+/// sign, `0.`, five zeros and eight digits, or sign, 13 digits and `.0`. With one it has 15: sign, nine digits, point,
+/// and `e-38`.
 pub(crate) const MAX_WRITTEN: usize = 17;
 /// A text besides: what holds its tokens and its vector, and the names in its part of the answer.
 pub(crate) const TEXT_BYTES: usize = 256;
@@ -325,7 +326,7 @@ mod tests {
     fn no_number_is_longer_than_its_room() {
         let written = |value: f32| serde_json::to_string(&value).unwrap();
         // Where the notation changes, and so the longest there are.
-        for (value, expected) in [(-1.000_000_1e-6, "-0.0000010000001"), (-1_234_567_900_000.0, "-1234567900000.0")] {
+        for (value, expected) in [(-1.000_000_1e-6, "-0.0000010000001"), (-1_234_568_000_000.0, "-1234568000000.0")] {
             assert_eq!(written(value), expected);
             assert_eq!(expected.len() + 1, MAX_WRITTEN);
         }

@@ -136,6 +136,9 @@ fn many_texts_are_asked_a_few_at_a_time() {
     let id = reply.header("x-request-id").unwrap();
     for (at, request) in house.mock.requests.lock().unwrap().iter().enumerate() {
         assert_eq!((request.id.as_str(), request.place), (id, TextPlace { idx: at as u32, n_texts: 50 }));
+        // And share the number of those that are done.
+        assert_eq!(request.done.get(), at as u32);
+        request.done.add();
     }
     assert_eq!(house.get(&format!("/debug/requests/{id}")).json()["id"], id);
     // One that finds the queue full waits for those before it.

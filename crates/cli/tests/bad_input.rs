@@ -144,7 +144,8 @@ fn architectures_without_rules_are_refused_by_name() {
         assert!(text.contains(line), "{line}: {text}");
     }
     let report: Value = serde_json::from_str(&run(&["inspect", path, "--json"]).ok()).unwrap();
-    for key in ["embedding_bytes", "head_bytes", "kv_bytes_per_token", "state_bytes", "layers", "experts", "tied_head"] {
+    for key in ["embedding_bytes", "head_bytes", "kv_bytes_per_token", "state_bytes", "layers", "experts", "tied_head"]
+    {
         assert_eq!(report.get(key), Some(&Value::Null), "{key}: {report}");
     }
 }

@@ -104,7 +104,11 @@ fn a_model_is_examined_with_its_adapters() {
         let json = certify(&abacus(), &[&["--cuts", "3", "--tokens", "16", "--json"], &args[..]].concat()).ok();
         serde_json::from_str::<Value>(&json).unwrap()
     };
-    let weights = |report: &Value| report["stages"].as_array().unwrap().last().unwrap()["found"]["weights"].clone();
+    let weights = |report: &Value, layers: [u32; 2]| {
+        let stage =
+            report["stages"].as_array().unwrap().iter().find(|stage| stage["layers"] == serde_json::json!(layers));
+        stage.unwrap_or_else(|| panic!("{report:#}"))["found"]["weights"].as_u64().unwrap()
+    };
     let (plain, scaled, both) = (given(&[]), given(&[&format!("{one}:3")]), given(&[&one, &other]));
     for report in [&plain, &scaled, &both] {
         assert_eq!(report["verdict"], "exact", "{report:#}");
@@ -116,8 +120,10 @@ fn a_model_is_examined_with_its_adapters() {
             assert!((total("predicted") / total("found") - 1.0).abs() < 0.05, "{stage}");
         }
     }
-    // The last stage has layer 7, which the first adapter changes.
-    assert_eq!(weights(&scaled).as_u64().unwrap() - weights(&plain).as_u64().unwrap(), 2 * 4 * 2 * 256);
+    // A pair for each of three layers, and for two more.
+    let (pair, whole) = (2 * 4 * 2 * 256, [0, 8]);
+    assert_eq!(weights(&scaled, whole) - weights(&plain, whole), 3 * pair);
+    assert_eq!(weights(&both, whole) - weights(&plain, whole), 5 * pair);
     let wrong = certify(&abacus(), &["--lora", abacus().to_str().unwrap()]);
     assert!(wrong.code == Some(1) && wrong.stderr.contains("it is no adapter"), "{wrong:?}");
 }

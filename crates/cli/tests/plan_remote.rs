@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex};
 
 use brigade_gguf::{Builder, ModelFile, Value as GgufValue};
 use serde_json::Value;
+use support::encoder::write_bert;
 use support::{abacus, run};
 
 /// What lies on the server: the beginning, and how long the file is; behind the beginning are zeros.
@@ -158,6 +159,18 @@ fn a_header_over_http_is_as_good_as_the_file() {
     let n_file_bytes = std::fs::metadata(abacus()).unwrap().len();
     let n_sent = server.n_bytes_sent.load(Ordering::Relaxed);
     assert!(n_sent < n_file_bytes / 4, "{n_sent} of {n_file_bytes} bytes were read");
+}
+
+#[test]
+fn nothing_is_pulled_to_find_that_there_is_nothing_to_measure() {
+    let dir = tempfile::tempdir().unwrap();
+    let bert = std::fs::read(write_bert(dir.path(), false)).unwrap();
+    let server = Server::start(Files::from([("bert.gguf".to_owned(), (bert, 64 << 20))]));
+    let (url, state) = (format!("{}/ok/bert.gguf", server.url), dir.path().to_str().unwrap());
+    let ended = run(&["profile", &url, "--state-dir", state]);
+    assert!(ended.code == Some(1) && ended.stderr.contains("it takes each text whole"), "{ended:?}");
+    let n_sent = server.n_bytes_sent.load(Ordering::Relaxed);
+    assert!(n_sent < 8 << 20, "{n_sent} bytes were read");
 }
 
 /// A header of more than one range, at a hub whose storage signs addresses for one range each.

@@ -21,6 +21,15 @@ const N_BUCKETS: usize = 2048;
 /// Buckets in a nat.
 const BUCKETS_PER_NAT: f32 = 32.0;
 
+/// Logits are looked at so many at a time for what is no number: few enough for the nearest cache, and all of them
+/// before the first branch, so that the processor compares several at once.
+const CHUNK: usize = 1024;
+
+/// No token can be chosen from a model's values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the model gave values that are no numbers")]
+pub struct NoNumbers;
+
 /// Chooses tokens for one session.
 #[derive(Debug, Clone)]
 pub struct Sampler {
@@ -61,23 +70,28 @@ impl Sampler {
     }
 
     /// Chooses the token at `position` of the session from its `logits`, `[n_vocab]`. The same logits, history and
-    /// position give the same token. A missing or superfluous logit is as good as none, and so is one that is not a
-    /// number.
+    /// position give the same token. A missing or superfluous logit is as good as none.
     ///
     /// The token does not enter the history: that is what [`Sampler::accept`] is for.
-    pub fn sample(&mut self, logits: &[f32], position: u32) -> Token {
+    ///
+    /// # Errors
+    /// If a logit is not a number, or none is finite: the weights are broken, or what computed with them.
+    pub fn sample(&mut self, logits: &[f32], position: u32) -> Result<Token, NoNumbers> {
         let logits = &logits[..logits.len().min(self.n_vocab)];
+        if !are_numbers(logits) {
+            return Err(NoNumbers);
+        }
         if self.sampling.temperature == 0.0 && self.counts.is_empty() && self.sampling.logit_bias.is_empty() {
-            return likeliest(logits).0;
+            return Ok(likeliest(logits).0);
         }
         self.score(logits);
         let (best, max) = likeliest(&self.scores);
         if self.sampling.temperature == 0.0 || max == f32::NEG_INFINITY {
-            return best;
+            return Ok(best);
         }
         self.shortlist(max);
         self.filter();
-        self.choose(max, uniform(self.sampling.seed, position))
+        Ok(self.choose(max, uniform(self.sampling.seed, position)))
     }
 
     /// Tells the sampler that `token` was generated, for the penalties.
@@ -223,6 +237,12 @@ fn likeliest(scores: &[f32]) -> (Token, f32) {
     (best.0, best.1.min(f32::MAX))
 }
 
+/// Whether a token can be chosen by them. Some may be impossible, so minus infinity, but not all.
+fn are_numbers(logits: &[f32]) -> bool {
+    let has_nan = |chunk: &[f32]| chunk.iter().fold(false, |found, logit| found | logit.is_nan());
+    logits.iter().any(|logit| logit.is_finite()) && !logits.chunks(CHUNK).any(has_nan)
+}
+
 /// What is not a number counts as impossible; infinity would spoil sums.
 fn usable(logit: f32) -> f32 {
     if logit.is_nan() { f32::NEG_INFINITY } else { logit.min(f32::MAX) }
@@ -322,7 +342,7 @@ mod tests {
             position: u32,
         ) {
             let mut sampler = sampler(|s| { s.top_k = top_k; s.top_p = top_p; s.min_p = min_p; }, logits.len());
-            let token = sampler.sample(&logits, position);
+            let token = sampler.sample(&logits, position).unwrap();
             let mut candidates: Vec<Token> = sampler.candidates.iter().map(|c| c.token).collect();
             candidates.sort_unstable();
             // A sum that is the same up to rounding may cut one token earlier or later.
@@ -335,7 +355,7 @@ mod tests {
 
         #[test]
         fn nonsense_logits_never_panic(
-            logits in prop::collection::vec(any::<f32>(), 0..40), top_k in 0..9u32, top_p in 0.01..=1.0f32,
+            logits in prop::collection::vec(prop::num::f32::ANY, 0..40), top_k in 0..9u32, top_p in 0.01..=1.0f32,
             min_p in 0.0..=1.0f32, temperature in prop_oneof![Just(0.0f32), Just(f32::MIN_POSITIVE), 0.0..100.0f32],
         ) {
             let change = |s: &mut Sampling| {
@@ -345,8 +365,8 @@ mod tests {
             let mut sampler = sampler(change, 30);
             for position in 0..4 {
                 let token = sampler.sample(&logits, position);
-                prop_assert!((0..30).contains(&token));
-                sampler.accept(token);
+                prop_assert!(token.is_err() || (0..30).contains(&token.unwrap()));
+                token.into_iter().for_each(|token| sampler.accept(token));
             }
             log_probabilities(&logits, 3, 5);
         }
@@ -354,10 +374,32 @@ mod tests {
 
     #[test]
     fn temperature_zero_takes_the_first_of_the_best() {
-        let logits = [0.0, 3.0, f32::NAN, 3.0, -1.0];
-        assert_eq!(sampler(|s| s.temperature = 0.0, 5).sample(&logits, 0), 1);
+        let logits = [0.0, 3.0, f32::NEG_INFINITY, 3.0, -1.0];
+        assert_eq!(sampler(|s| s.temperature = 0.0, 5).sample(&logits, 0), Ok(1));
         let mut biased = sampler(|s| (s.temperature, s.logit_bias) = (0.0, vec![(1, -0.5), (4, 1.0)]), 5);
-        assert_eq!(biased.sample(&logits, 0), 3);
+        assert_eq!(biased.sample(&logits, 0), Ok(3));
+    }
+
+    #[test]
+    fn no_token_is_chosen_by_what_is_no_number() {
+        let check = |logits: &[f32], expected: Result<Token, NoNumbers>| {
+            let n_vocab = 3 * CHUNK;
+            assert_eq!(sampler(|s| s.temperature = 0.0, n_vocab).sample(logits, 0), expected);
+            assert_eq!(sampler(|s| s.top_k = 1, n_vocab).sample(logits, 0), expected);
+        };
+        let mut logits = vec![f32::NEG_INFINITY; 3 * CHUNK];
+        check(&logits, Err(NoNumbers));
+        logits[5] = -7.0;
+        check(&logits, Ok(5));
+        // One is enough, wherever it is, but not behind the vocabulary.
+        for at in [0, CHUNK, 3 * CHUNK - 1] {
+            let mut broken = logits.clone();
+            broken[at] = f32::NAN;
+            check(&broken, Err(NoNumbers));
+        }
+        logits.push(f32::NAN);
+        check(&logits, Ok(5));
+        check(&[], Err(NoNumbers));
     }
 
     #[test]
@@ -365,14 +407,14 @@ mod tests {
         let logits: Vec<f32> = (0..50).map(|i| (i % 7) as f32 * 0.3).collect();
         let text = |seed| -> Vec<Token> {
             let mut sampler = sampler(|s| s.seed = seed, 50);
-            (0..200).map(|position| sampler.sample(&logits, position)).collect()
+            (0..200).map(|position| sampler.sample(&logits, position).unwrap()).collect()
         };
         let forward = text(3);
         assert_eq!(forward, text(3));
         assert_ne!(forward, text(4));
         let mut backward = sampler(|s| s.seed = 3, 50);
         for position in (0..200).rev() {
-            assert_eq!(backward.sample(&logits, position), forward[position as usize]);
+            assert_eq!(backward.sample(&logits, position), Ok(forward[position as usize]));
         }
     }
 
@@ -384,7 +426,7 @@ mod tests {
             let n = 20_000;
             let mut counts = [0u32; 4];
             for position in 0..n {
-                counts[sampler.sample(&logits, position) as usize] += 1;
+                counts[sampler.sample(&logits, position).unwrap() as usize] += 1;
             }
             let weights = logits.map(|l| if top_k == 2 && l < 1.0 { 0.0 } else { (l / temperature).exp() });
             let total: f32 = weights.iter().sum();
@@ -405,7 +447,7 @@ mod tests {
         let logits = [2.0, 1.0, 0.0];
         let mut text = Vec::new();
         for position in 0..6 {
-            let token = sampler.sample(&logits, position);
+            let token = sampler.sample(&logits, position).unwrap();
             sampler.accept(token);
             text.push(token);
         }

@@ -7,14 +7,16 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use brigade_base::{LayerRange, Token};
-use brigade_engine::{AdapterSource, Input, LoadError, Row, Stage, StageOptions, dequantize_rows};
+use brigade_base::{KvType, KvTypes, LayerRange, Pooling, Token};
+use brigade_engine::{
+    AdapterSource, Input, LoadError, Row, Stage, StageOptions, dequantize_rows, hollow, rehearse_adapted,
+};
 use brigade_gguf::{
     AdapterView, Architecture, Builder, Catalog, GgmlType, Metadata, ModelFile, StageView, TensorSource,
     bundle_adapters,
 };
 use support::synthetic::{N_VOCAB, Synthetic, named};
-use support::{abacus, difference, generate, options, tokens};
+use support::{abacus, difference, generate, open, options, recurrent, synthetic, tokens};
 
 /// An adapter to make.
 struct Lora {
@@ -254,4 +256,46 @@ fn what_is_no_adapter_is_an_error() {
     let load = |adapter: &Path| Stage::load_file_adapted(&abacus(), &[(adapter, 1.0)], options());
     assert!(matches!(load(&abacus()), Err(LoadError::Adapter(why)) if why.contains("adapter")));
     assert!(matches!(load(Path::new("not there")), Err(LoadError::Adapter(_))));
+}
+
+/// Builds the graphs of the model in `path` with an adapter for all matrices of its layers.
+fn rehearse_with_adapter(path: &Path, options: &StageOptions) {
+    let (model, n_bytes) = open(path);
+    let file = ModelFile::open(path).unwrap();
+    let mut metadata = Metadata::new();
+    let architecture = file.catalog().metadata().str("general.architecture").unwrap();
+    for (key, value) in [("general.architecture", architecture), ("general.type", "adapter"), ("adapter.type", "lora")]
+    {
+        metadata.set(key, value);
+    }
+    let mut builder = Builder::new(&metadata);
+    let is_matrix = |dims: &[u64]| (2..=3).contains(&dims.len()) && dims[1] > 1;
+    for tensor in file.catalog().tensors().iter().filter(|t| t.name.starts_with("blk.") && is_matrix(&t.dims)) {
+        let (mut a, mut b) = (tensor.dims.clone(), tensor.dims.clone());
+        (a[1], b[0]) = (1, 1);
+        builder.tensor(format!("{}.lora_a", tensor.name), &a, GgmlType::F32).unwrap();
+        builder.tensor(format!("{}.lora_b", tensor.name), &b, GgmlType::F32).unwrap();
+    }
+    let adapter =
+        AdapterSource { reader: hollow(builder.header_bytes()), n_bytes: 1 << 30, weight_bytes: 0, scale: 1.0 };
+    rehearse_adapted(model, n_bytes, adapter, options).unwrap();
+}
+
+#[test]
+fn graphs_of_every_kind_are_rehearsed_with_an_adapter() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    for model in synthetic::ALL.iter().chain(&synthetic::EMBEDDERS) {
+        model.write(file.path());
+        let is_embedder = synthetic::EMBEDDERS.iter().any(|embedder| embedder.name == model.name);
+        let pooling = is_embedder.then_some(Pooling::Mean);
+        rehearse_with_adapter(file.path(), &StageOptions { pooling, ..options() });
+    }
+    for name in recurrent::ALL {
+        recurrent::write(&recurrent::metadata(name, &Metadata::new()), file.path());
+        rehearse_with_adapter(file.path(), &options());
+    }
+    let kv = KvTypes { k: KvType::Q8_0, v: KvType::Q8_0 };
+    rehearse_with_adapter(&abacus(), &StageOptions { kv, ..options() });
+    // As many rows as cells.
+    rehearse_with_adapter(&abacus(), &StageOptions { n_ctx: 256, n_sessions: 2, max_rows: 512, ..options() });
 }

@@ -279,7 +279,8 @@ pub struct AdapterView {
 }
 
 impl AdapterView {
-    /// The part of `bundle` for a stage of the model; `None` if nothing in the stage is adapted.
+    /// The part of `bundle` for a stage of the model; `None` if nothing in the stage is adapted. What adapts the head is
+    /// left out where there is none: a stage that pools makes its vectors before it.
     ///
     /// # Errors
     /// If it is no bundle for this model.
@@ -288,7 +289,7 @@ impl AdapterView {
         let layers = stage.layers();
         let is_here = |pair: &&Pair| match TensorRole::of(&pair.base) {
             TensorRole::Layer(layer) => layers.contains(layer),
-            _ => stage.is_final(),
+            _ => stage.has_head(),
         };
         let name = |base: &str| match layer_and_rest(base) {
             Some((layer, rest)) => format!("blk.{}.{rest}", layer - layers.start()),
@@ -763,6 +764,34 @@ mod tests {
         assert_eq!(cut.metadata().f32("adapter.lora.alpha"), Some(8.0));
         let (layers, head) = adapter_bytes(&bundle, &model, 2).unwrap();
         assert_eq!((layers, head), (vec![0, 4 * 4 * (96 + 64)], 4 * 2 * (64 + 50)));
+    }
+
+    #[test]
+    fn a_stage_that_pools_gets_nothing_for_the_head_that_it_has_not() {
+        let model = model();
+        let head: &[(&str, &[u64], GgmlType)] = &[
+            ("output.weight.lora_a", &[64, 2], GgmlType::F32),
+            ("output.weight.lora_b", &[2, 50], GgmlType::F32),
+        ];
+        let [both, alone] = [[DOWN, head].concat(), head.to_vec()].map(|tensors| catalog(&metadata(8.0), &tensors));
+        let layers = |start, end| brigade_base::LayerRange::new(start, end).unwrap();
+        for (start, end) in [(0, 2), (1, 2)] {
+            let view = |make: fn(&Catalog, _) -> _, adapters: &[(&Catalog, f32)]| {
+                let stage: Result<StageView, crate::StageViewError> = make(&model, layers(start, end));
+                AdapterView::new(&bundle_adapters(&model, adapters).unwrap(), &model, &stage.unwrap()).unwrap()
+            };
+            let of_head = |view: &AdapterView| {
+                let found = Catalog::parse_header(view.header_bytes()).unwrap();
+                found.tensor("output.weight.lora_a").is_some()
+            };
+            let one = [(&both, 1.0)];
+            assert!(of_head(&view(StageView::new, &one).unwrap()));
+            let pooled = view(StageView::pooled, &one).unwrap();
+            assert!(!of_head(&pooled) && pooled.tensors() == [0, 1]);
+            assert!(view(StageView::pooled, &[(&alone, 1.0)]).is_none());
+            let several = view(StageView::pooled, &[(&alone, 0.5), (&both, 1.0)]).unwrap();
+            assert!(!of_head(&several) && several.tensors() == [2, 3]);
+        }
     }
 
     #[test]

@@ -103,6 +103,7 @@ pub(crate) struct VirtualFile {
 pub struct StageView {
     layers: LayerRange,
     is_final: bool,
+    has_head: bool,
     n_embd: u32,
     n_vocab: u32,
     input_scale: f32,
@@ -166,9 +167,14 @@ impl StageView {
         Self::new(catalog, layers)
     }
 
-    /// Whether this stage has the head and yields logits; else it yields hidden states.
+    /// Whether this stage ends behind the last layer and yields logits, or pooled texts; else it yields hidden states.
     pub fn is_final(&self) -> bool {
         self.is_final
+    }
+
+    /// Whether it has the model's head. A final stage that pools has zeros in its place.
+    pub fn has_head(&self) -> bool {
+        self.has_head
     }
 
     /// The layers of the model that this stage holds.
@@ -314,6 +320,7 @@ impl<'a> Draft<'a> {
         Ok(StageView {
             layers: self.layers,
             is_final: self.is_final,
+            has_head: self.has_head,
             n_embd: self.architecture.n_embd,
             n_vocab: self.n_vocab,
             input_scale: input_scale(self.architecture, self.layers),

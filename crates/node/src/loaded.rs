@@ -23,6 +23,22 @@ pub struct LoadedStage {
     pub memory: ByteSize,
 }
 
+impl LoadedStage {
+    /// Checks that a stage that pools makes vectors of as many values as callers are told.
+    ///
+    /// # Errors
+    /// If it does not: no vector of it would be taken.
+    pub fn check_values(&self, told: Option<u32>) -> Result<(), String> {
+        let made = self.runner.stage().n_out();
+        match told {
+            Some(told) if told != made => {
+                Err(format!("it makes {made} values of a text, where the model's header says {told}; report this"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 /// A stage was not loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum StageError {

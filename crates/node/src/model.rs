@@ -8,7 +8,7 @@ use std::time::UNIX_EPOCH;
 use brigade_base::{Hash, KvType, KvTypes, ModelId, Pooling, Token};
 use brigade_engine::{TokenizeError, Vocabulary};
 use brigade_gguf::{
-    AdapterError, Architecture, ArchitectureError, Catalog, Manifest, ModelFile, OpenError, Value, model_id,
+    AdapterError, Architecture, ArchitectureError, Catalog, Manifest, Metadata, ModelFile, OpenError, Value, model_id,
     vocabulary_header,
 };
 use brigade_plan::ModelProfile;
@@ -460,9 +460,24 @@ const MAX_HASH_THREADS: usize = 8;
 
 #[cfg(test)]
 mod tests {
+    use brigade_gguf::Array;
     use brigade_store::RemotePart;
 
     use super::*;
+
+    #[test]
+    fn a_vector_has_the_width_that_libllama_gives_it() {
+        let mut metadata = Metadata::new();
+        metadata.set("general.architecture", "bert");
+        let n = |metadata: &Metadata, pooling| n_values(metadata, 384, pooling);
+        assert_eq!((n(&metadata, Pooling::Mean), n(&metadata, Pooling::Rank)), (384, 1));
+        for labels in [vec![], vec!["yes", "no"]] {
+            metadata.set("bert.classifier.output_labels", Array::of_strings(&labels));
+            assert_eq!(n(&metadata, Pooling::Rank), labels.len().max(1) as u32);
+        }
+        metadata.set("bert.embedding_length_out", 128_u32);
+        assert_eq!(n(&metadata, Pooling::Cls), 128);
+    }
 
     #[test]
     fn a_template_is_filled_once() {

@@ -2,6 +2,8 @@
 //!
 //! `api` is written against [`Serving`] alone, so it can be tested with a model that is not there.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use brigade_base::{ByteSize, Hash, KvTypes, LayerRange, ModelId, NodeId, TenantId, Token};
@@ -219,7 +221,6 @@ pub struct TextPlace {
 impl TextPlace {
     /// The only one, as a completion is.
     pub const ONLY: Self = Self { idx: 0, n_texts: 1 };
-
 }
 
 /// How many texts of a request have their vectors. Its sessions share it, and each submission tells it, so that a

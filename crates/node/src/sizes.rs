@@ -142,11 +142,12 @@ mod tests {
 
     use super::*;
     use crate::model_profile;
-    use crate::purpose::Work;
+    use crate::purpose::{PoolingChoice, Work};
 
     /// Each stage of a model in some cuts, as predicted and as loaded, to one part in a hundred.
     fn check(file: &Arc<ModelFile>, demand: &Demand, kv: KvTypes, pooling: Option<Pooling>) {
-        let work = Work { pooling, ..Work::default() };
+        let choice = pooling.map_or(PoolingChoice::None, PoolingChoice::As);
+        let work = Work::of(file.catalog(), choice).unwrap();
         let mut profile = work.profile(model_profile(file.catalog(), kv).unwrap());
         profile.rehearsed = Some(rehearse_model(file.catalog(), demand, kv, pooling).unwrap());
         let middle = profile.cut_points[profile.cut_points.len() / 2];

@@ -62,7 +62,7 @@ pub enum PlanError {
     /// The nodes together, or the largest of them, hold too little.
     #[error("{}{}", does_not_fit(*.needed, *.offered, *.missing, *.n_nodes), would_fit(*.fits_context, *.fits_parallel))]
     DoesNotFit {
-        /// Bytes that the model needs with KV cache and working memory.
+        /// Bytes that the model needs on these nodes, with KV cache and working memory.
         needed: ByteSize,
         /// Bytes that the nodes can use, headroom taken off.
         offered: ByteSize,
@@ -151,15 +151,19 @@ pub enum PlanError {
 }
 
 fn does_not_fit(needed: ByteSize, offered: ByteSize, missing: ByteSize, n_nodes: usize) -> String {
-    let who = if n_nodes == 1 { "this node".to_owned() } else { format!("the {n_nodes} nodes here") };
+    // With keys and values, which not every model keeps.
+    let (who, buffers) = match n_nodes {
+        1 => ("this node".to_owned(), "its buffers"),
+        n => (format!("the {n} nodes here"), "the buffers of each node"),
+    };
+    let needs = format!("the model needs {needed} with {buffers}, and {who} can use {offered}");
     let advice = "Let another machine join, raise --memory, or lower --context or --parallel";
     if offered >= needed {
         return format!(
-            "the model needs {needed} with its KV cache, and {who} can use {offered}, but between its layers there is \
-             no cut that fits; up to {missing} more are needed. {advice}"
+            "{needs}, but between its layers there is no cut that fits; up to {missing} more are needed. {advice}"
         );
     }
-    format!("the model needs {needed} with its KV cache, and {who} can use {offered}: {missing} are missing. {advice}")
+    format!("{needs}: {missing} are missing. {advice}")
 }
 
 fn would_fit(context: Option<u32>, parallel: Option<u32>) -> String {

@@ -31,10 +31,13 @@ const PIECE_BYTES: usize = 128 << 10;
 
 /// Asks servers. Clones share their connections.
 #[derive(Clone)]
-pub struct Client(Arc<Inner>);
+pub struct Client {
+    settings: Arc<Settings>,
+    agents: Arc<Agents>,
+}
 
-struct Inner {
-    settings: Settings,
+#[derive(Default)]
+struct Agents {
     plain: OnceLock<ureq::Agent>,
     secure: OnceLock<Result<ureq::Agent, String>>,
 }
@@ -69,16 +72,24 @@ struct Ask<'a> {
 impl Client {
     /// Asks as the settings say.
     pub fn new(settings: Settings) -> Self {
-        Self(Arc::new(Inner { settings, plain: OnceLock::new(), secure: OnceLock::new() }))
+        Self { settings: Arc::new(settings), agents: Arc::default() }
+    }
+
+    /// One that asks once and does not wait for long, for those who can do without an answer.
+    pub(crate) fn hasty(&self) -> Self {
+        let mut settings = Settings::clone(&self.settings);
+        settings.limits.n_tries = 1;
+        settings.limits.request_time = settings.limits.request_time.min(settings.limits.look_time);
+        Self { settings: Arc::new(settings), agents: Arc::clone(&self.agents) }
     }
 
     /// As it was made.
     pub fn settings(&self) -> &Settings {
-        &self.0.settings
+        &self.settings
     }
 
     pub(crate) fn limits(&self) -> &Limits {
-        &self.0.settings.limits
+        &self.settings.limits
     }
 
     /// Reads a text of at most `max_bytes`, and the reply's `Link`.
@@ -221,7 +232,7 @@ impl Client {
 
     /// The reply; redirects are followed, and what is no yes becomes an error.
     fn ask(&self, ask: &Ask) -> Result<Reply, FetchError> {
-        let settings = &self.0.settings;
+        let settings = &self.settings;
         let shown = without_query(ask.url).to_owned();
         if settings.is_offline {
             return Err(FetchError::Offline { url: shown });
@@ -274,20 +285,26 @@ impl Client {
                 request = request.header(header::IF_RANGE, etag);
             }
         }
-        let settings = &self.0.settings;
+        let settings = &self.settings;
         if let Some(token) = settings.token.as_ref().filter(|_| is_same_origin(at, &settings.endpoint)) {
             request = request.header(header::AUTHORIZATION, token.bearer());
         }
-        request.call().map_err(|source| FetchError::Unreachable { url: place.to_owned(), source: Box::new(source) })
+        request.call().map_err(|error| match error {
+            ureq::Error::Timeout(_) => {
+                let limit = ask.time.map_or(limits.request_time, |time| time.min(limits.request_time));
+                FetchError::NoAnswer { url: place.to_owned(), limit }
+            }
+            source => FetchError::Unreachable { url: place.to_owned(), source: Box::new(source) },
+        })
     }
 
     fn access(&self, url: &str, at: &str) -> Access {
-        let settings = &self.0.settings;
+        let settings = &self.settings;
         let is_hub = is_same_origin(url, &settings.endpoint);
         match (is_same_origin(url, at), is_hub, &settings.token) {
             (false, ..) => Access::Storage,
             (true, true, None) => Access::HubWithout,
-            (true, true, Some(_)) => Access::HubWith,
+            (true, true, Some(token)) => Access::HubWith { place: token.place().to_owned() },
             (true, false, _) => Access::Other,
         }
     }
@@ -295,9 +312,9 @@ impl Client {
     fn agent(&self, url: &str) -> Result<ureq::Agent, FetchError> {
         let n_connections = self.limits().n_connections;
         if !url.starts_with("https://") {
-            return Ok(self.0.plain.get_or_init(|| agent(n_connections, None)).clone());
+            return Ok(self.agents.plain.get_or_init(|| agent(n_connections, None)).clone());
         }
-        let made = self.0.secure.get_or_init(|| Ok(agent(n_connections, Some(trust()?))));
+        let made = self.agents.secure.get_or_init(|| Ok(agent(n_connections, Some(trust()?))));
         made.clone().map_err(|why| FetchError::NoAuthorities { why })
     }
 }

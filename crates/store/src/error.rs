@@ -16,6 +16,14 @@ pub enum FetchError {
         /// Why.
         source: Box<ureq::Error>,
     },
+    /// There was no reply in time.
+    #[error("{url} did not answer within {} s", limit.as_secs_f64().ceil())]
+    NoAnswer {
+        /// What was asked for.
+        url: String,
+        /// How long it had.
+        limit: Duration,
+    },
     /// Servers are not to be asked.
     #[error("{url} is not asked for, since this runs offline; run it without --offline and HF_HUB_OFFLINE")]
     Offline {
@@ -196,7 +204,7 @@ impl FetchError {
             Self::Busy { wait, .. } => Again::Later(*wait),
             // A storage's address may have been a moment too old.
             Self::Unreachable { source, .. } if is_passing(source) => Again::Later(None),
-            Self::BrokeOff { .. } => Again::Later(None),
+            Self::NoAnswer { .. } | Self::BrokeOff { .. } => Again::Later(None),
             Self::WrongRange { .. } | Self::Forbidden { access: Access::Storage, .. } => Again::Now,
             _ => Again::Never,
         }
@@ -204,7 +212,23 @@ impl FetchError {
 
     /// Whether nobody answered, so that what is on disk is the best there is.
     pub(crate) fn is_silence(&self) -> bool {
-        matches!(self, Self::Unreachable { .. } | Self::Busy { .. } | Self::Offline { .. } | Self::BrokeOff { .. })
+        matches!(
+            self,
+            Self::Unreachable { .. }
+                | Self::NoAnswer { .. }
+                | Self::Busy { .. }
+                | Self::Offline { .. }
+                | Self::BrokeOff { .. }
+        )
+    }
+
+    /// What happened, for those who hear what is done about it: without what they could do themselves.
+    pub(crate) fn fact(&self) -> String {
+        match self {
+            Self::Busy { url, status, wait } => format!("{url} is busy ({status}){}", wish(*wait)),
+            Self::BrokeOff { url, found, expected } => format!("{url} broke off after {found} of {expected} bytes"),
+            other => other.to_string(),
+        }
     }
 }
 
@@ -243,7 +267,7 @@ fn reason(error: &ureq::Error) -> String {
 fn is_passing(error: &ureq::Error) -> bool {
     match error {
         ureq::Error::Io(_) => in_handshake(error).is_none(),
-        ureq::Error::Timeout(_) | ureq::Error::ConnectionFailed | ureq::Error::HostNotFound => true,
+        ureq::Error::ConnectionFailed | ureq::Error::HostNotFound => true,
         ureq::Error::Protocol(_) => true,
         _ => false,
     }
@@ -254,12 +278,15 @@ fn wish(wait: Option<Duration>) -> String {
 }
 
 /// As whom a server was asked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Access {
     /// The hub, without a token.
     HubWithout,
     /// The hub, with a token.
-    HubWith,
+    HubWith {
+        /// Where the token was found.
+        place: String,
+    },
     /// A storage to which the file's own server redirected; it gets no token.
     Storage,
     /// Another server; there is no token for it.
@@ -267,21 +294,24 @@ pub enum Access {
 }
 
 impl Access {
-    fn advice(self) -> &'static str {
-        match self {
+    fn advice(&self) -> String {
+        let advice = match self {
             Self::HubWithout => {
                 "a private or misspelt repository, or one whose licence must be accepted first; set HF_TOKEN to a \
                  token of the hub that may read it"
             }
-            Self::HubWith => {
-                "a misspelt repository, or one that the token in HF_TOKEN may not read, for example because its \
-                 licence must be accepted first"
+            Self::HubWith { place } => {
+                return format!(
+                    "a misspelt repository, or one that the token in {place} may not read, for example because its \
+                     licence must be accepted first"
+                );
             }
             Self::Storage => "the file's server led there, which may have been a moment too late; try again",
             Self::Other => {
                 "HF_TOKEN goes to the hub alone, named as hf:OWNER/REPOSITORY:FILE.gguf; download the file and name it"
             }
-        }
+        };
+        advice.to_owned()
     }
 }
 

@@ -17,18 +17,33 @@ const MAX_TOKEN_BYTES: u64 = 4 << 10;
 
 /// A secret that lets its bearer read what the hub does not show to everybody. It prints as nothing.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Token(String);
+pub struct Token {
+    text: String,
+    /// Where it was found, for those who want to mend it.
+    place: String,
+}
 
 impl Token {
-    /// The token in `text`, if there is one that may stand in a header.
-    pub fn new(text: &str) -> Option<Self> {
-        let text = text.trim();
-        let is_sound = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_graphic());
-        is_sound.then(|| Self(text.to_owned()))
+    /// The token in `text`, which was found in `place`: a variable or a file. `None` if there is nothing.
+    ///
+    /// # Errors
+    /// If it may not stand in a header.
+    pub fn new(text: &str, place: &str) -> Result<Option<Self>, SettingsError> {
+        let (text, place) = (text.trim(), place.to_owned());
+        let is_sound = text.len() as u64 <= MAX_TOKEN_BYTES && text.bytes().all(|byte| byte.is_ascii_graphic());
+        match text {
+            "" => Ok(None),
+            _ if is_sound => Ok(Some(Self { text: text.to_owned(), place })),
+            _ => Err(SettingsError::Token { place }),
+        }
     }
 
     pub(crate) fn bearer(&self) -> String {
-        format!("Bearer {}", self.0)
+        format!("Bearer {}", self.text)
+    }
+
+    pub(crate) fn place(&self) -> &str {
+        &self.place
     }
 }
 
@@ -48,6 +63,12 @@ pub enum SettingsError {
         endpoint: String,
         /// What is wrong with it.
         why: &'static str,
+    },
+    /// What should be a token. It is not shown, since it may be one with something behind it.
+    #[error("{place} has characters that no token has, as spaces and line breaks; put the token alone there")]
+    Token {
+        /// A variable or a file.
+        place: String,
     },
 }
 
@@ -78,19 +99,23 @@ impl Settings {
     }
 
     /// What the environment says: `HF_ENDPOINT`; `HF_TOKEN`, else the file that the hub's own tools leave
-    /// (`HF_TOKEN_PATH`, `$HF_HOME/token`, `~/.cache/huggingface/token`); `HF_HUB_OFFLINE`.
+    /// (`HF_TOKEN_PATH`, `$HF_HOME/token`, `~/.cache/huggingface/token`); `HF_HUB_OFFLINE`. Who `is_offline` anyway
+    /// needs no token.
     ///
     /// # Errors
-    /// As [`Settings::at`].
-    pub fn from_environment() -> Result<Self, SettingsError> {
+    /// As [`Settings::at`], or if what should be a token is none.
+    pub fn from_environment(is_offline: bool) -> Result<Self, SettingsError> {
         let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
         let mut settings = Self::at(&variable("HF_ENDPOINT").unwrap_or_else(|| HUB.to_owned()))?;
+        settings.is_offline = is_offline || variable("HF_HUB_OFFLINE").is_some_and(|value| is_yes(&value));
+        if settings.is_offline {
+            return Ok(settings);
+        }
         // An empty HF_TOKEN says that none is to be sent.
-        settings.token = match std::env::var("HF_TOKEN") {
-            Ok(text) => Token::new(&text),
-            Err(_) => token_file().and_then(|path| read_token(&path)),
+        settings.token = match std::env::var_os("HF_TOKEN") {
+            Some(text) => Token::new(&text.to_string_lossy(), "HF_TOKEN")?,
+            None => token_file().map_or(Ok(None), |path| read_token(&path))?,
         };
-        settings.is_offline = variable("HF_HUB_OFFLINE").is_some_and(|value| is_yes(&value));
         Ok(settings)
     }
 }
@@ -107,10 +132,14 @@ fn token_file() -> Option<PathBuf> {
         .or_else(|| path("HOME").map(|home| home.join(".cache/huggingface/token")))
 }
 
-fn read_token(path: &Path) -> Option<Token> {
-    let mut text = String::new();
-    std::fs::File::open(path).ok()?.take(MAX_TOKEN_BYTES).read_to_string(&mut text).ok()?;
-    Token::new(&text)
+/// The token in a file; `None` where there is no file.
+fn read_token(path: &Path) -> Result<Option<Token>, SettingsError> {
+    let mut text = Vec::new();
+    let read = std::fs::File::open(path).and_then(|file| file.take(2 * MAX_TOKEN_BYTES).read_to_end(&mut text));
+    match read {
+        Ok(_) => Token::new(&String::from_utf8_lossy(&text), &path.display().to_string()),
+        Err(_) => Ok(None),
+    }
 }
 
 /// How patiently servers are asked, and in which pieces. Tests have less patience.
@@ -125,6 +154,9 @@ pub struct Limits {
     pub longest_pause: Duration,
     /// Longest that a request for a range may take; what has come by then is kept and the rest asked for anew.
     pub request_time: Duration,
+    /// Longest that a hub or a server may take to say what it has now, and it is asked but once, where all of a model
+    /// is here anyway: what a person bears before a start that needs no network. A hub answers within a second.
+    pub look_time: Duration,
     /// Longest silence in the middle of a reply that has no other limit.
     pub silence: Duration,
     /// Fewer bytes than these in a request are no progress: 2 KB/s over [`Limits::request_time`].
@@ -145,6 +177,7 @@ impl Default for Limits {
             first_pause: Duration::from_millis(250),
             longest_pause: Duration::from_secs(60),
             request_time: Duration::from_secs(30),
+            look_time: Duration::from_secs(6),
             silence: Duration::from_secs(60),
             progress_bytes: 64 << 10,
             n_connections: 4,
@@ -168,11 +201,29 @@ mod tests {
 
     #[test]
     fn tokens_are_not_shown() {
-        let token = Token::new(" hf_secret\n").unwrap();
+        let token = Token::new(" hf_secret\n", "HF_TOKEN").unwrap().unwrap();
         assert_eq!(token.bearer(), "Bearer hf_secret");
         assert_eq!(format!("{token:?}"), "Token(..)");
-        assert_eq!(Token::new("two words"), None);
-        assert_eq!(Token::new(" "), None);
+        assert_eq!(Token::new(" ", "HF_TOKEN"), Ok(None));
         assert!(is_yes("1") && is_yes("TRUE") && !is_yes("0"));
+    }
+
+    #[test]
+    fn what_is_no_token_is_not_passed_over() {
+        let long = "x".repeat(5000);
+        for text in ["two words", "hf_a\nhf_b", "hf_\u{e4}", &long] {
+            let error = Token::new(text, "HF_TOKEN").unwrap_err().to_string();
+            assert!(error.starts_with("HF_TOKEN has characters") && !error.contains("hf_"), "{error}");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("token");
+        assert_eq!(read_token(&path), Ok(None));
+        for (bytes, n_tokens) in [(&b"hf_a\n"[..], Some(1)), (b"", Some(0)), (b"hf_a\nhf_b\n", None), (b"\xff", None)] {
+            std::fs::write(&path, bytes).unwrap();
+            let found = read_token(&path).map(|token| token.into_iter().count());
+            assert_eq!(found.clone().ok(), n_tokens, "{bytes:?}");
+            let names_file = |error: &SettingsError| error.to_string().contains(&path.display().to_string());
+            assert!(found.err().as_ref().is_none_or(names_file));
+        }
     }
 }

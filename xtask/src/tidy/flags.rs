@@ -3,7 +3,7 @@
 //! ```text
 //! enum Verb { Plan(PlanArgs), .. } -> struct PlanArgs and the structs and enums in it -> long flags
 //! | `brigade plan MODEL` | .. |    -> a row names all flags of its verb
-//! ## `brigade serve [MODEL]`       -> the sections of verbs that have some name theirs, each for all of them
+//! ## `brigade serve [MODEL]`       -> so does a section, with the table of what every node has where it refers to that
 //! ```
 
 use std::collections::BTreeSet;
@@ -17,15 +17,33 @@ const PAGE: &str = "docs/configuration.md";
 /// Flags of every program, which need no words.
 const OF_ALL: [&str; 2] = ["help", "version"];
 
+/// Verbs that there are: if none of them is found, it is not looked for as it is written.
+const SURE_VERBS: [&str; 2] = ["serve", "join"];
+
+/// Words before the table of the flags of all nodes; it stands in one section, and ends with an empty line.
+const OF_NODES: &str = "and what every node has:\n\n";
+
+/// With these words another section has that table too.
+const WITH_OF_NODES: &str = "Beside the table above";
+
 /// Checks that the page names all flags.
 pub fn check(tree: &Tree) -> Vec<Problem> {
     let (Some(args), Some(page)) = (tree.text(ARGS), tree.text(PAGE)) else { return Vec::new() };
     let sources: Vec<&str> =
         tree.texts.iter().filter(|text| text.path.starts_with(CLI)).map(|text| text.text.as_str()).collect();
     let mut problems = Vec::new();
-    for (verb, ty) in verbs(&args.text) {
+    let verbs = verbs(&args.text);
+    for sure in SURE_VERBS.iter().filter(|sure| !verbs.iter().any(|(verb, _)| verb == *sure)) {
+        let what = format!("`enum Verb` has no `{sure}` that is found: flags are not checked");
+        problems.push(Problem::new(ARGS, 0, what));
+    }
+    for (verb, ty) in verbs {
         let (number, text) = words_about(&page.text, &verb);
-        for flag in flags_of(&ty, &sources) {
+        let flags = flags_of(&ty, &sources);
+        if flags.is_empty() && SURE_VERBS.contains(&verb.as_str()) {
+            problems.push(Problem::new(ARGS, 0, format!("no flags of `brigade {verb}` are found in `{ty}`")));
+        }
+        for flag in flags {
             if number.is_none() {
                 problems.push(Problem::new(PAGE, 0, format!("`brigade {verb}` has neither a row nor a section")));
                 break;
@@ -52,8 +70,8 @@ fn verbs(args: &str) -> Vec<(String, String)> {
     variants.collect()
 }
 
-/// What the page says about the flags of a verb, and in which line that begins: its row, else all sections of verbs if
-/// one of them is its own.
+/// What the page says about the flags of a verb, and in which line that begins: its row, else its section, with the
+/// table of all nodes if it says so.
 fn words_about(page: &str, verb: &str) -> (Option<usize>, String) {
     let is_of = |line: &str, start: &str| {
         let rest = line.strip_prefix(start).and_then(|rest| rest.strip_prefix(verb));
@@ -64,8 +82,10 @@ fn words_about(page: &str, verb: &str) -> (Option<usize>, String) {
         return (Some(number), row.to_owned());
     }
     let number = (1..).zip(page.lines()).find(|(_, line)| is_of(line, "## `brigade ")).map(|(number, _)| number);
-    let sections = page.split("\n## ").filter(|section| section.starts_with("`brigade "));
-    (number, sections.collect())
+    let section = page.split("\n## ").find(|section| is_of(section, "`brigade ")).unwrap_or_default();
+    let of_nodes = page.split_once(OF_NODES).and_then(|(_, rest)| rest.split("\n\n").next());
+    let shared = of_nodes.filter(|_| section.contains(WITH_OF_NODES)).unwrap_or_default();
+    (number, format!("{section}\n{shared}"))
 }
 
 /// All long flags of the arguments in `ty`, and in what it is made of.
@@ -150,8 +170,13 @@ pub enum TicketAction {
     const FINE: &str = "# Configuration
 `--config`
 ## `brigade serve [MODEL]`
-| `--port N` | `--state-dir` |
+| `--port N` |
+and what every node has:
+
+| `--state-dir` |
+
 ## `brigade join`
+Beside the table above:
 | `--lora` |
 ## Others
 | `brigade ticket` | `create` with `--ttl` |
@@ -175,15 +200,34 @@ pub enum TicketAction {
         assert_eq!(check_page(FINE), [""; 0]);
         for (gone, instead, found) in [
             ("--port", "--portal", "docs/configuration.md:3: `brigade serve` has a flag `--port`"),
-            ("--ttl", "ttl", "docs/configuration.md:8: `brigade ticket` has a flag `--ttl`"),
+            ("--ttl", "ttl", "docs/configuration.md:13: `brigade ticket` has a flag `--ttl`"),
+            ("Beside the table above:", "", "docs/configuration.md:9: `brigade join` has a flag `--state-dir`"),
+            ("| `--lora` |", "", "docs/configuration.md:9: `brigade join` has a flag `--lora`"),
+            ("| `--port N` |", "", "docs/configuration.md:3: `brigade serve` has a flag `--port`"),
             ("`--config`", "", "the flag `--config` of all verbs"),
             ("`brigade ticket`", "", "`brigade ticket` has neither a row nor a section"),
         ] {
             let problems = check_page(&FINE.replace(gone, instead));
             assert!(problems.len() == 1 && problems[0].contains(found), "{gone}: {problems:?}");
         }
-        // A row is for its verb alone.
+        // A row is for its verb alone, and so is a section.
         let elsewhere = FINE.replace("## Others\n", "## Others\n| `brigade join` | `--state-dir` |\n");
         assert_eq!(check_page(&elsewhere).len(), 1);
+        let elsewhere = FINE.replace("| `--port N` |", "| `--port N` | `--lora` |").replace("| `--lora` |\n##", "##");
+        assert_eq!(check_page(&elsewhere).len(), 1);
+    }
+
+    /// A check that finds nothing to look at says so.
+    #[test]
+    fn verbs_that_are_not_found_are_told() {
+        for (gone, instead, n) in [
+            ("pub enum Verb {", "pub enum Action {", 2),
+            ("    Join(JoinArgs),", "    #[command(hide = true)] Join(JoinArgs, bool),", 1),
+            ("pub struct JoinArgs {", "pub struct JoinArgs<T> {", 1),
+        ] {
+            let tree = Tree::of([(ARGS, SAMPLE.replace(gone, instead).as_str()), (PAGE, FINE)]);
+            let problems: Vec<String> = check(&tree).iter().map(ToString::to_string).collect();
+            assert!(problems.len() == n && problems.iter().all(|what| what.contains(ARGS)), "{gone}: {problems:?}");
+        }
     }
 }

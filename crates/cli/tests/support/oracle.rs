@@ -129,7 +129,7 @@ impl Oracle {
     pub fn sample(&mut self, prompt: &[Token], n: u32, sampling: &Sampling) -> Answer {
         let mut sampler = Sampler::new(sampling, self.stage.n_vocab()).unwrap();
         let draw = |logits: &[f32], position| {
-            let token = sampler.sample(logits, position);
+            let token = sampler.sample(logits, position).unwrap();
             sampler.accept(token);
             token
         };

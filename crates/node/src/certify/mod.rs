@@ -221,7 +221,8 @@ pub fn certify(
 ) -> Result<Report, CertifyError> {
     let catalog = file.catalog();
     let architecture = Architecture::of(catalog).map_err(|error| CertifyError::Refused(error.to_string()))?;
-    let pooling = Work::of(catalog, PoolingChoice::Model)?.pooling;
+    let work = Work::of(catalog, PoolingChoice::Model)?;
+    let pooling = work.pooling;
     let n_tokens = options.n_tokens.clamp(MIN_TOKENS, MAX_TOKENS).min(architecture.n_ctx_train);
     if n_tokens < script::MIN_TOKENS {
         return Err(CertifyError::Refused(format!(
@@ -237,7 +238,7 @@ pub fn certify(
         [] => None,
         all => Some(Bundle::open(catalog, all).map_err(CertifyError::Adapters)?),
     };
-    let profile = profile(file, &shape, adapters.as_ref())?;
+    let profile = profile(file, work, &shape, adapters.as_ref())?;
     let runner = Runner { file, script: &script, shape, n_threads: options.n_threads, adapters: adapters.as_ref() };
 
     progress("whole", 0.0);
@@ -279,13 +280,18 @@ pub fn certify(
     })
 }
 
-fn profile(file: &ModelFile, shape: &StageShape, adapters: Option<&Bundle>) -> Result<ModelProfile, CertifyError> {
+fn profile(
+    file: &ModelFile,
+    work: Work,
+    shape: &StageShape,
+    adapters: Option<&Bundle>,
+) -> Result<ModelProfile, CertifyError> {
     let refused = |error: ModelError| match error {
         ModelError::KvTypes { .. } => CertifyError::KvTypes(error),
         error => CertifyError::Refused(error.to_string()),
     };
     let profile = model_profile(file.catalog(), shape.kv).map_err(refused)?;
-    let mut profile = Work { pooling: shape.pooling, ..Work::default() }.profile(profile);
+    let mut profile = work.profile(profile);
     if let Some(adapters) = adapters {
         adapters.add_to(&mut profile, file.catalog());
     }

@@ -163,6 +163,33 @@ fn adapters_are_cut_with_the_model() {
     assert!(matches!(refused, Err(CertifyError::Adapters(_))), "{refused:?}");
 }
 
+/// What is compared is exact without any of them as well.
+#[test]
+fn each_adapter_has_a_say_in_what_is_compared() {
+    let (model, one, other) = (model("llama", GgmlType::Q8_0), adapter(0.02), adapter(-0.01));
+    let file = Arc::new(ModelFile::open(model.path()).unwrap());
+    let script = Script::of_sessions(24, N_VOCAB as u32, true, 1);
+    let kv = KvTypes::default();
+    let shape = StageShape { n_ctx: 24, n_sessions: 2, max_rows: script.max_rows(), kv, pooling: None };
+    let of = |file: &tempfile::NamedTempFile, scale| AdapterFile { path: file.path().to_owned(), scale };
+    let run = |adapters: &[AdapterFile], cuts: &[u32]| {
+        let bundle = (!adapters.is_empty()).then(|| Bundle::open(file.catalog(), adapters).unwrap());
+        let runner = Runner { file: &file, script: &script, shape, n_threads: 1, adapters: bundle.as_ref() };
+        let mut stages = Stages::default();
+        let results = runner.cut(cuts, &mut stages).unwrap();
+        (results, stages.found.values().map(|memory| memory.weights).sum::<u64>())
+    };
+    // A pair in each of two layers.
+    let n_bytes = 2 * 4 * 2 * 2 * N_EMBD;
+    for cuts in [&[][..], &[2]] {
+        let (plain, weights) = run(&[], cuts);
+        let (first, with_first) = run(&[of(&one, 1.0)], cuts);
+        let (both, with_both) = run(&[of(&one, 1.0), of(&other, 0.5)], cuts);
+        assert!(first != plain && both != plain && both != first, "cut before {cuts:?}");
+        assert_eq!((with_first - weights, with_both - weights), (n_bytes, 2 * n_bytes));
+    }
+}
+
 #[test]
 fn what_differs_is_told() {
     // A model whose second half is another one is not what the file says.

@@ -599,6 +599,7 @@ impl Owner {
         let source = Arc::clone(self.model.file()) as Arc<dyn TensorSource>;
         let (state_dir, kv_spill) = (self.options.state_dir.clone(), self.options.kv_spill);
         let (throttle, pooling) = (self.options.throttle, self.work.pooling);
+        let n_values = pooling.map(|_| self.model.n_values(pooling));
         let load = move || {
             let mut progress = |share| {
                 let _ = events.send(Event::TailProgress(epoch, share));
@@ -611,7 +612,10 @@ impl Owner {
                 stage.runner.set_throttle(throttle);
                 Box::new(stage)
             });
-            let result = throttled.map_err(|error| chain(&error));
+            let result = throttled.map_err(|error| chain(&error)).and_then(|tail| {
+                tail.check_values(n_values)?;
+                Ok(tail)
+            });
             let _ = events.send(Event::TailLoaded(epoch, result));
         };
         self.tail = Tail::Loading(cancel);

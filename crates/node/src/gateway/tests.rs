@@ -381,6 +381,34 @@ async fn a_link_that_broke_is_dialled_again() {
 }
 
 #[tokio::test]
+async fn who_is_asked_for_the_rest_of_some_texts_hears_how_many_are_done() {
+    let ((first, mut to_first), (second, mut to_second)) = (Fake::new(), Fake::new());
+    let (dying, heir) = (Host::serving(&first), Host::serving(&second));
+    let (gateway, _dir) = following(&dying).await;
+    let all_done = TextsDone::default();
+    let text = |idx| {
+        let place = TextPlace { idx, n_texts: 3 };
+        let request = Request::of_text("embd-1".to_owned(), TenantId(3), vec![5, 6], place);
+        gateway.submit(Request { done: all_done.clone(), ..request }).unwrap()
+    };
+    let (mut slow, mut fast) = (text(0), text(1));
+    let (taken_slow, taken_fast) = (next(&mut to_first).await, next(&mut to_first).await);
+    assert_eq!((taken_slow.request.done.get(), taken_fast.request.done.get()), (0, 0));
+    let vector = || [Event::Pooled { values: vec![0.5] }, done()];
+    taken_fast.tell(vector());
+    expect(&mut fast, vector()).await;
+    drop(dying);
+    expect_pause(&mut slow).await;
+    gateway.follow(Some(heir.place.clone()));
+    let again = next(&mut to_second).await;
+    assert_eq!((again.request.place.idx, again.request.done.get()), (0, 1));
+    again.tell(vector());
+    expect(&mut slow, [Event::Resumed].into_iter().chain(vector())).await;
+    let _last = text(2);
+    assert_eq!(next(&mut to_second).await.request.done.get(), 2);
+}
+
+#[tokio::test]
 async fn a_node_takes_the_lead_and_gives_it_up() {
     let ((here, mut to_here), (there, mut to_there)) = (Fake::new(), Fake::new());
     let host = Host::serving(&there);

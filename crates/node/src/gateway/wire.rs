@@ -6,8 +6,7 @@ use brigade_base::{Hash, Token};
 use brigade_protocol::requests::{self, Card, Finish, Logprob, MAX_TIMEOUT_MS, Refusal, Submit, ToGateway};
 
 use crate::serving::{
-    Event, Failure, FinishReason, ModelCard, Purpose, Readiness, Request, Sampling, SubmitError, TextPlace,
-    TextsDone,
+    Event, Failure, FinishReason, ModelCard, Purpose, Readiness, Request, Sampling, SubmitError, TextPlace, TextsDone,
     TokenLogprob, Usage,
 };
 

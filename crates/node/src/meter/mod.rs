@@ -154,7 +154,7 @@ impl Meter {
         let track = Track::new(session, request, (now, unix_ms));
         let mut inner = self.lock();
         self.close_forsaken(&mut inner, now);
-        inner.traces.begin(track, prompt_tokens, request.place);
+        inner.traces.begin(track, request);
     }
 
     /// A request got a slot at `now`, and `cached_tokens` of it need not be computed. Not the first time, if it was
@@ -218,8 +218,8 @@ impl Meter {
         }
     }
 
-    /// A session ended at `now`, answered or not, and with it its request if that has no other texts. Ends of sessions
-    /// that are not open are ignored.
+    /// A session ended at `now`, answered or not, and with it its request if that has no other texts to come. Ends of
+    /// sessions that are not open are ignored.
     pub fn ended(&self, session: SessionId, end: End, now: Instant) {
         let mut inner = self.lock();
         let track = inner.traces.end(session, end, now);
@@ -231,10 +231,11 @@ impl Meter {
         }
     }
 
-    /// Counts requests whose callers have left between two texts.
+    /// Counts requests of many texts whose callers have left. They ended when the last text was done or given up.
     fn close_forsaken(&self, inner: &mut Inner, now: Instant) {
         for track in inner.traces.forsaken(now) {
-            self.close(inner, track, End::Abort, now);
+            let ended = track.idle.unwrap_or(now);
+            self.close(inner, track, End::Abort, ended);
         }
     }
 
@@ -422,7 +423,9 @@ impl Meter {
 
     /// What became of the request with this id, if it is open or among the last [`traces::MAX_DONE`].
     pub fn trace(&self, request: &str) -> Option<RequestTrace> {
-        self.lock().traces.find(request, Instant::now())
+        let (mut inner, now) = (self.lock(), Instant::now());
+        self.close_forsaken(&mut inner, now);
+        inner.traces.find(request, now)
     }
 
     /// How full the coordinator is.

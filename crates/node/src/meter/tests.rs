@@ -203,6 +203,11 @@ fn text(idx: u32, n: u32) -> Request {
     Request::of_text("embd-1".to_owned(), TenantId(7), vec![1; 10], TextPlace { idx, n_texts: n })
 }
 
+/// The same, where the gateway knows that so many others are done.
+fn text_again(idx: u32, n: u32, n_done: u32) -> Request {
+    Request { done: TextsDone::of(n_done), ..text(idx, n) }
+}
+
 const OF_STOP: &str = "request_success_total{finished_reason=\"stop\"}";
 const OF_ABORT: &str = "request_success_total{finished_reason=\"abort\"}";
 
@@ -267,25 +272,69 @@ fn a_request_fails_once_with_its_first_text_that_does() {
     check(&meter, &[(OF_ABORT, 0.0)]);
     assert_eq!(meter.lock().traces.len(), (0, 1));
     let later = begin + traces::FORSAKEN_AFTER;
-    meter.received(SessionId(4), &text(2, 3), later);
+    meter.received(SessionId(4), &text_again(2, 3, 2), later);
     meter.ended(SessionId(4), End::Stop, later);
     check(&meter, &[(OF_STOP, 1.0)]);
 }
 
-/// A gateway whose link broke asks for the rest anew.
+/// A gateway whose link broke asks for the rest anew, whichever texts that are.
 #[test]
 fn what_was_given_up_may_be_asked_for_again() {
+    for done_before in 0..3 {
+        let (meter, begin) = three_stages();
+        let state = || meter.trace("embd-1").map(|trace| (trace.finish, trace.texts_done, trace.prompt_tokens));
+        for n in 0..3 {
+            meter.received(SessionId(n), &text(n as u32, 3), begin);
+        }
+        meter.ended(SessionId(done_before), End::Stop, begin + ms(100));
+        for n in (0..3).filter(|n| *n != done_before) {
+            meter.ended(SessionId(n), End::Abort, begin + ms(200));
+        }
+        assert_eq!(state(), Some((None, Some(1), 30)), "it may go on");
+        let rest: Vec<u64> = (0..3).filter(|n| *n != done_before).collect();
+        for &n in &rest {
+            meter.received(SessionId(n + 5), &text_again(n as u32, 3, 1), begin + ms(900));
+        }
+        rest.iter().for_each(|n| meter.ended(SessionId(n + 5), End::Stop, begin + ms(1_000)));
+        assert_eq!(state(), Some((Some("stop"), Some(3), 30)), "text {done_before} was done before");
+        let e2e = ("e2e_request_latency_seconds_sum", 1.0);
+        check(&meter, &[(OF_ABORT, 0.0), (OF_STOP, 1.0), ("request_prompt_tokens_sum", 30.0), e2e]);
+    }
+}
+
+/// What the coordinator did that was lost, the gateway has heard; what it has not heard is asked for once more.
+#[test]
+fn the_rest_of_a_request_is_complete_when_all_of_it_is() {
     let (meter, begin) = three_stages();
-    for n in 0..2 {
-        meter.received(SessionId(n), &text(n as u32, 3), begin);
-    }
-    [0, 1].into_iter().for_each(|n| meter.ended(SessionId(n), End::Abort, begin));
-    for n in 1..3 {
-        meter.received(SessionId(n + 5), &text(n as u32, 3), begin);
-        meter.ended(SessionId(n + 5), End::Stop, begin);
-    }
-    check(&meter, &[(OF_ABORT, 1.0), (OF_STOP, 1.0)]);
-    assert_eq!(meter.trace("embd-1").unwrap().finish, Some("stop"));
+    let done = || meter.trace("embd-1").and_then(|trace| trace.texts_done);
+    // Of five texts the first three were on their way, and the last of those was done.
+    meter.received(SessionId(0), &text_again(0, 5, 1), begin);
+    meter.received(SessionId(1), &text_again(1, 5, 1), begin);
+    meter.ended(SessionId(1), End::Stop, begin);
+    meter.received(SessionId(2), &text_again(3, 5, 2), begin);
+    meter.ended(SessionId(0), End::Stop, begin);
+    meter.ended(SessionId(2), End::Stop, begin);
+    assert_eq!(done(), Some(4));
+    check(&meter, &[(OF_STOP, 0.0)]);
+    // That one was done here, but its link broke before the gateway heard.
+    meter.received(SessionId(3), &text_again(3, 5, 3), begin);
+    meter.ended(SessionId(3), End::Stop, begin);
+    assert_eq!(done(), Some(4));
+    meter.received(SessionId(4), &text_again(4, 5, 4), begin);
+    meter.ended(SessionId(4), End::Stop, begin);
+    assert_eq!(done(), Some(5));
+    check(&meter, &[(OF_ABORT, 0.0), (OF_STOP, 1.0), ("request_prompt_tokens_sum", 40.0)]);
+}
+
+/// Nothing else happens on a quiet node that would have them looked for.
+#[test]
+fn a_trace_tells_of_a_caller_who_left_long_ago() {
+    let (meter, now) = three_stages();
+    let begin = now.checked_sub(traces::FORSAKEN_AFTER + ms(500)).unwrap();
+    meter.received(SessionId(0), &text(0, 3), begin);
+    meter.ended(SessionId(0), End::Abort, begin + ms(40));
+    let trace = meter.trace("embd-1").unwrap();
+    assert_eq!((trace.state, trace.finish, trace.total_ms), ("done", Some("abort"), 40.0));
 }
 
 #[test]

@@ -4,7 +4,8 @@
 //! words of [`crate::trace`].
 //!
 //! A completion is one session. A request of many texts has one for each, of which a few are open at once; they are one
-//! request here, known by their common id. It ends with the last of them, or with the first that fails.
+//! request here, known by their common id. It ends when all of them are done, or with the first that fails. One whose
+//! texts are all given up may be over, or a gateway whose link broke is about to ask for them again: time tells.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -14,7 +15,7 @@ use brigade_base::{PassId, SessionId, TenantId};
 
 use super::End;
 use super::pass::Span;
-use crate::serving::{Request, TextPlace};
+use crate::serving::Request;
 use crate::trace::{PassTrace, RequestTrace, StageTrace};
 
 /// Requests that have ended and are still told of. At one request a second they reach back eight minutes: long enough
@@ -25,8 +26,8 @@ pub const MAX_DONE: usize = 512;
 /// waiting has. Should somebody forget to end them, the oldest are called ended.
 pub const MAX_OPEN: usize = 8192;
 
-/// How long a request of many texts may have none on its way before it counts as given up: its caller has gone between
-/// two. A gateway sends the next one as soon as it has a vector, so this is many times the slowest round trip.
+/// How long a request of many texts may have none on its way before it counts as given up. A gateway sends the next one
+/// as soon as it has a vector, and all again as soon as it has another link, so this is many times the slowest of both.
 pub const FORSAKEN_AFTER: Duration = Duration::from_secs(10);
 
 /// How often such requests are looked for.
@@ -111,12 +112,15 @@ pub struct Track {
     pub last_token: Option<Instant>,
     pub ended: Option<Instant>,
     n_texts: u32,
-    n_texts_done: u32,
     n_texts_open: u32,
-    /// Its last text has come in.
-    is_complete: bool,
+    /// Those that came in here.
+    begun: TextSet,
+    /// Those that are done here.
+    done: TextSet,
+    /// How many more are done for sure, by another coordinator.
+    n_done_elsewhere: u32,
     /// Since when none of its texts is on its way.
-    idle: Option<Instant>,
+    pub idle: Option<Instant>,
     first: Vec<Part>,
     last: VecDeque<Part>,
     left_out: u64,
@@ -146,9 +150,10 @@ impl Track {
             last_token: None,
             ended: None,
             n_texts: 1,
-            n_texts_done: 0,
             n_texts_open: 0,
-            is_complete: false,
+            begun: TextSet::default(),
+            done: TextSet::default(),
+            n_done_elsewhere: 0,
             idle: None,
             first: Vec::new(),
             last: VecDeque::new(),
@@ -161,12 +166,23 @@ impl Track {
         self.n_texts > 1
     }
 
-    fn add_text(&mut self, n_tokens: u32, place: TextPlace) {
-        self.prompt_tokens = self.prompt_tokens.saturating_add(n_tokens);
-        self.n_texts = place.n_texts;
+    fn add_text(&mut self, request: &Request) {
+        if self.begun.insert(request.place.idx) {
+            self.prompt_tokens = self.prompt_tokens.saturating_add(request.prompt.len() as u32);
+        }
+        self.n_texts = request.place.n_texts;
         self.n_texts_open += 1;
-        self.is_complete |= place.is_last();
         self.idle = None;
+        // The gateway may not know all of those that are done here, so this is too few rather than too many.
+        self.n_done_elsewhere = self.n_done_elsewhere.max(request.done.get().saturating_sub(self.done.n));
+    }
+
+    fn n_texts_done(&self) -> u32 {
+        self.done.n.saturating_add(self.n_done_elsewhere).min(self.n_texts)
+    }
+
+    fn is_complete(&self) -> bool {
+        self.n_texts_open == 0 && self.n_texts_done() == self.n_texts
     }
 
     /// Notes that `rows` of its rows were in a pass; more of them, if another text of it was there too.
@@ -217,7 +233,7 @@ impl Track {
             first_token_ms: self.first_token.map(|at| self.since(at)),
             total_ms: self.since(until),
             texts: self.is_batch().then_some(self.n_texts),
-            texts_done: self.is_batch().then_some(self.n_texts_done),
+            texts_done: self.is_batch().then(|| self.n_texts_done()),
             passes: self.first.iter().chain(&self.last).map(|part| self.tell_pass(part)).collect(),
             passes_left_out: self.left_out,
         }
@@ -256,11 +272,34 @@ fn ms(span: Duration) -> f64 {
     span.as_micros() as f64 / 1000.0
 }
 
+/// Some texts of a request, a bit for each: one that comes again counts once. As many as a request may have are 1 KiB.
+#[derive(Debug, Default)]
+struct TextSet {
+    bits: Vec<u64>,
+    n: u32,
+}
+
+impl TextSet {
+    /// Whether it was not there yet.
+    fn insert(&mut self, idx: u32) -> bool {
+        let (at, bit) = ((idx / u64::BITS) as usize, 1 << (idx % u64::BITS));
+        if at >= self.bits.len() {
+            self.bits.resize(at + 1, 0);
+        }
+        let is_new = self.bits[at] & bit == 0;
+        self.bits[at] |= bit;
+        self.n += u32::from(is_new);
+        is_new
+    }
+}
+
 /// A session: a completion, or one text of a request.
 #[derive(Debug)]
 pub struct Text {
     /// The first session of its request.
     request: SessionId,
+    /// Which of its texts it is.
+    idx: u32,
     /// Tokens of its prompt.
     pub n_tokens: u32,
     /// It had a slot before.
@@ -290,25 +329,25 @@ pub struct Traces {
 }
 
 impl Traces {
-    /// Follows a new session, the first of `track`, of so many tokens. If an earlier text of its request is known it is
-    /// counted there. Gives the oldest request back if too many are open; it is forgotten.
-    pub fn begin(&mut self, track: Track, n_tokens: u32, place: TextPlace) -> Option<Track> {
-        let session = track.session;
+    /// Follows a new session, the first of `track`, for `request`. If an earlier text of that is known it is counted
+    /// there. Gives the oldest request back if too many are open; it is forgotten.
+    pub fn begin(&mut self, track: Track, request: &Request) -> Option<Track> {
+        let (session, n_tokens, place) = (track.session, request.prompt.len() as u32, request.place);
         let oldest_text = if self.texts.len() < MAX_OPEN { None } else { self.texts.keys().min().copied() };
         let forgotten = oldest_text.and_then(|oldest| self.end(oldest, End::Abort, track.received));
         let is_full = forgotten.is_none() && self.open.len() >= MAX_OPEN;
         let oldest = if is_full { self.open.keys().min().copied() } else { None };
         let forgotten = forgotten.or_else(|| oldest.and_then(|oldest| self.close(oldest)));
         let batch = self.batches.get(&track.id).filter(|_| place.n_texts > 1);
-        let (request, has_failed) = batch.map_or((session, false), |batch| (batch.request, batch.failed.is_some()));
-        self.texts.insert(session, Text { request, n_tokens, was_admitted: false });
+        let (first, has_failed) = batch.map_or((session, false), |batch| (batch.request, batch.failed.is_some()));
+        self.texts.insert(session, Text { request: first, idx: place.idx, n_tokens, was_admitted: false });
         if has_failed {
             return forgotten;
         }
         if place.n_texts > 1 {
-            self.batches.entry(track.id.clone()).or_insert(Batch { request, failed: None });
+            self.batches.entry(track.id.clone()).or_insert(Batch { request: first, failed: None });
         }
-        self.open.entry(request).or_insert(track).add_text(n_tokens, place);
+        self.open.entry(first).or_insert(track).add_text(request);
         forgotten
     }
 
@@ -326,29 +365,30 @@ impl Traces {
 
     /// A session has ended at `now`. Gives its request back if that has ended with it.
     pub fn end(&mut self, session: SessionId, end: End, now: Instant) -> Option<Track> {
-        let request = self.texts.remove(&session)?.request;
+        let Text { request, idx, .. } = self.texts.remove(&session)?;
         // Gone already if another text of it failed.
         let track = self.open.get_mut(&request)?;
         track.n_texts_open -= 1;
         if end.is_whole() {
-            track.n_texts_done += 1;
-            if track.n_texts_open == 0 && !track.is_complete {
+            track.done.insert(idx);
+        }
+        let has_failed = matches!(end, End::Timeout | End::Error);
+        if track.is_batch() && !has_failed && !track.is_complete() {
+            if track.n_texts_open == 0 {
                 track.idle = Some(now);
             }
-            if track.n_texts_open > 0 || !track.is_complete {
-                return None;
-            }
+            return None;
         }
         let track = self.close(request)?;
-        // Who has left sends no more; but a gateway whose link broke asks for the rest anew.
-        let may_come_again = matches!(end, End::Timeout | End::Error) && track.is_batch();
-        if may_come_again && self.batches.len() < MAX_OPEN {
+        // Texts that were sent before the failure was known are not another request.
+        let has_late_texts = has_failed && track.is_batch();
+        if has_late_texts && self.batches.len() < MAX_OPEN {
             self.batches.insert(track.id.clone(), Batch { request, failed: Some(now) });
         }
         Some(track)
     }
 
-    /// Requests whose callers have left between two texts.
+    /// Requests of many texts whose callers have left.
     pub fn forsaken(&mut self, now: Instant) -> Vec<Track> {
         let is_soon = |swept: Instant| now.saturating_duration_since(swept) < SWEEP_PAUSE;
         if self.batches.is_empty() || self.swept.is_some_and(is_soon) {
@@ -400,6 +440,7 @@ impl Traces {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::serving::TextPlace;
 
     fn pass(n: u64, n_stages: usize) -> Arc<PassInfo> {
         Arc::new(PassInfo {
@@ -415,9 +456,12 @@ mod tests {
         })
     }
 
+    fn request() -> Request {
+        Request::of_text("a".to_owned(), TenantId(0), vec![1; 5], TextPlace::ONLY)
+    }
+
     fn after(n_passes: u64, n_stages: usize) -> Track {
-        let request = Request::of_text("a".to_owned(), TenantId(0), vec![1; 5], TextPlace::ONLY);
-        let mut track = Track::new(SessionId(0), &request, (Instant::now(), 0));
+        let mut track = Track::new(SessionId(0), &request(), (Instant::now(), 0));
         for n in 0..n_passes {
             track.pass(&pass(n, n_stages), 1, n == 0);
         }
@@ -450,8 +494,8 @@ mod tests {
         let mut traces = Traces::default();
         let mut n_forgotten = 0;
         for n in 0..MAX_OPEN as u64 + 10 {
-            n_forgotten +=
-                usize::from(traces.begin(Track { session: SessionId(n), ..after(0, 1) }, 5, TextPlace::ONLY).is_some());
+            let track = Track { session: SessionId(n), ..after(0, 1) };
+            n_forgotten += usize::from(traces.begin(track, &request()).is_some());
         }
         assert_eq!((traces.len().0, n_forgotten), (MAX_OPEN, 10));
         assert!(traces.open(SessionId(9)).is_none() && traces.open(SessionId(10)).is_some());

@@ -1,7 +1,7 @@
 //! One answer in the making: choosing its tokens and telling its caller.
 
 use brigade_base::Token;
-use brigade_engine::{Sampler, Vocabulary};
+use brigade_engine::{NoNumbers, Sampler, Vocabulary};
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::inbox::OpenCount;
@@ -40,12 +40,20 @@ pub(super) struct Answer {
 
 impl Answer {
     /// Chooses the token for `position` and tells the caller.
-    pub(super) fn choose(&mut self, logits: &[f32], position: u32, vocabulary: &Vocabulary) -> Chosen {
-        let token = self.sampler.sample(logits, position);
+    ///
+    /// # Errors
+    /// If no token can be chosen; the caller was not told.
+    pub(super) fn choose(
+        &mut self,
+        logits: &[f32],
+        position: u32,
+        vocabulary: &Vocabulary,
+    ) -> Result<Chosen, NoNumbers> {
+        let token = self.sampler.sample(logits, position)?;
         self.sampler.accept(token);
         self.usage.completion_tokens += 1;
         if vocabulary.is_end(token) && !self.wishes.ignore_end {
-            return Chosen::Ended(self.finish(FinishReason::Stop));
+            return Ok(Chosen::Ended(self.finish(FinishReason::Stop)));
         }
         let bytes = vocabulary.token_bytes(token, false);
         let logprob = self.wishes.logprobs.map(|n_top| logprob(logits, token, n_top, vocabulary));
@@ -53,12 +61,12 @@ impl Answer {
         let position = self.usage.completion_tokens - 1;
         self.tell(Event::Token { position, token, text: assembled.text, logprob });
         if assembled.stopped {
-            return Chosen::Ended(self.done(FinishReason::Stop));
+            return Ok(Chosen::Ended(self.done(FinishReason::Stop)));
         }
-        match self.is_long_enough() {
+        Ok(match self.is_long_enough() {
             true => Chosen::Ended(self.finish(FinishReason::Length)),
             false => Chosen::GoOn(token),
-        }
+        })
     }
 
     fn is_long_enough(&self) -> bool {

@@ -22,7 +22,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use brigade_base::{DeploymentId, Epoch, PassId, SessionId};
-use brigade_engine::Sampler;
+use brigade_engine::{NoNumbers, Sampler};
 use brigade_protocol::control::Held;
 use brigade_protocol::frame::{FrameHead, KvStep, RowSet};
 use brigade_protocol::schedule::{Arrival, Limits, Notice, Output, Pass, Scheduler, Task};
@@ -243,6 +243,11 @@ enum Interrupt {
 
 type Outcome<V = ()> = Result<V, Interrupt>;
 
+/// What a caller hears whose session got no numbers.
+fn no_numbers(error: NoNumbers) -> Failure {
+    Failure::Engine(format!("{error}; examine the model's file and its adapters with `brigade certify`"))
+}
+
 fn broke(why: impl Into<String>) -> Interrupt {
     Interrupt::Ring(RingEnd::Broke(why.into()))
 }
@@ -327,6 +332,9 @@ impl<T: Tail> Ring<T> {
         self.send(probe)?;
         let back = self.receive()?;
         self.run_tail(&back)?;
+        if !back.sent.pass.sets.is_empty() && self.logits.iter().any(|value| value.is_nan()) {
+            tracing::warn!("{NoNumbers}: requests will fail; examine its file and adapters with `brigade certify`");
+        }
         self.holds_back = false;
         if let Some(lost) = self.lost.take() {
             self.meter.recovered(&lost.why, lost.at.elapsed());
@@ -498,13 +506,16 @@ impl<T: Tail> Ring<T> {
             outcome = self.heed(happening).and(outcome);
         }
         let ids: Vec<SessionId> = self.answers.keys().copied().collect();
-        for id in ids {
-            if let Some(answer) = self.answers.get(&id) {
-                answer.fail(failure.clone());
-            }
-            self.end(id, End::Error);
-        }
+        ids.into_iter().for_each(|id| self.fail(id, failure));
         outcome
+    }
+
+    /// Tells a caller that his answer cannot be completed.
+    fn fail(&mut self, id: SessionId, failure: &Failure) {
+        if let Some(answer) = self.answers.get(&id) {
+            answer.fail(failure.clone());
+        }
+        self.end(id, End::Error);
     }
 
     fn send_passes(&mut self) -> Outcome {
@@ -710,6 +721,10 @@ impl<T: Tail> Ring<T> {
         let Some(answer) = self.answers.get(&output.session) else { return Ok(()) };
         let values = self.logits.get(output.row * width..(output.row + 1) * width).filter(|values| !values.is_empty());
         let Some(values) = values else { return Err(broke("the last stage pooled fewer texts than were asked for")) };
+        if values.iter().any(|value| !value.is_finite()) {
+            self.fail(output.session, &no_numbers(NoNumbers));
+            return Ok(());
+        }
         self.meter.pooled(output.session);
         let end = answer.pooled(values.to_vec());
         self.end(output.session, end);
@@ -722,7 +737,13 @@ impl<T: Tail> Ring<T> {
         let Some(logits) = logits else {
             return Err(broke("the head gave fewer logits than were asked for"));
         };
-        let chosen = answer.choose(logits, output.position, self.model.vocabulary());
+        let chosen = match answer.choose(logits, output.position, self.model.vocabulary()) {
+            Ok(chosen) => chosen,
+            Err(error) => {
+                self.fail(output.session, &no_numbers(error));
+                return Ok(());
+            }
+        };
         self.meter.token(output.session, Instant::now());
         let end = match chosen {
             Chosen::GoOn(token) if self.scheduler.push(output, token) => return Ok(()),

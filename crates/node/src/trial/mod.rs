@@ -8,17 +8,18 @@
 //!        TrialError or StageMemory <-- answer, or none --  one line, or an end by signal with libllama's last words
 //! ```
 //!
-//! Of a stage one child builds the graphs ([`brigade_engine::rehearse`]), which takes no weights and no memory. Others
+//! Of a stage one child builds the graphs ([`brigade_engine::rehearse`]), which takes no weights and no memory, and one
+//! builds them with the stage's adapter: shapes and types of that were checked ([`AdapterView`]), but libllama counts
+//! the nodes of a graph before it is made, and a matrix that a graph uses several times is adapted each time. Others
 //! compute with zeros ([`brigade_engine::try_passes`]): the stage where it is small, else a piece of each kind that it
-//! is made of, as far as there is time and memory for them. Each has its part of the stage's adapter: shapes and types
-//! of that were checked ([`AdapterView`]), but libllama counts the nodes of a graph before it is made, and a matrix
-//! that a graph uses several times is adapted each time.
+//! is made of, as far as there is time and memory for them, each with its part of the adapter (`pieces.rs`).
 //!
 //! A child (`child.rs`) gets no keys, opens no file or link, and is ended if it takes too long. One runs at a time,
 //! and what it found is remembered. The program says once, by [`enable`], how children are started; until then, as in
 //! tests of the library, nothing is tried.
 
 mod child;
+mod pieces;
 
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
@@ -29,14 +30,15 @@ use std::sync::mpsc::{Sender, channel};
 use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
-use brigade_base::{ByteSize, Hash, KvTypes, LayerRange, LayerScale, Pooling};
+use brigade_base::{Hash, KvTypes, LayerScale, Pooling};
 use brigade_engine::{StageMemory, StageOptions};
-use brigade_gguf::{AdapterView, Architecture, Catalog, StageView, bundle_adapters};
+use brigade_gguf::{AdapterView, StageView};
 use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
 
 use self::child::MAX_CPU_S;
 pub use self::child::answer;
+use self::pieces::{pieces, thin};
 use crate::system;
 use crate::threads::lock;
 
@@ -55,14 +57,6 @@ const MAX_SAID_BYTES: u64 = 64 << 10;
 
 /// Most results that are remembered: of some models all layers differ, and those have up to a hundred.
 const MAX_RESULTS: usize = 256;
-
-/// Weights of a stage that is not taken to pieces: computing with it takes a fraction of a second.
-const SMALL_STAGE: ByteSize = ByteSize(128 << 20);
-
-/// Tokens of a session and rows of a batch for which pieces are loaded: what they take in memory is no question here,
-/// and one trial does for stages of any length.
-const TRIED_CONTEXT: u32 = 256;
-const TRIED_ROWS: u32 = 2;
 
 /// Share of the free memory that zeros may take for a moment.
 const MEMORY_DIVISOR: u64 = 4;
@@ -123,11 +117,11 @@ pub fn memory(view: &StageView, options: &StageOptions) -> Result<Option<StageMe
     }
 }
 
-/// What the stage would take in memory without its adapter, once children have survived its graphs and computing with
-/// them, with the adapter; `None` if nothing is tried.
+/// What the stage would take in memory without its adapter, once children have survived its graphs, with the adapter
+/// too, and computing with them; `None` if nothing is tried.
 ///
 /// # Errors
-/// If libllama does not load or run such a stage.
+/// If libllama does not load or run such a stage, or its adapter cannot be tried.
 pub fn stage(
     view: &StageView,
     adapter: Option<&AdapterView>,
@@ -137,76 +131,19 @@ pub fn stage(
     let Some(trials) = TRIALS.get() else { return Ok(None) };
     let most_weights = system::available_memory().0 / MEMORY_DIVISOR;
     let begin = Instant::now();
-    for piece in pieces(view, adapter) {
+    if let Some(adapter) = adapter {
+        let (starts, thin) = (view.header_bytes().len(), thin(adapter)?.header_bytes(true));
+        // It has fewer bytes, and behind its header there are zeros without end.
+        let part = AdapterPart { starts, n_bytes: adapter.n_bytes(), scale: adapter.scale() };
+        let question = Question::Adapted { n_bytes: view.n_bytes(), options: options.into(), adapter: part };
+        lock(trials).ask(&question, &[view.header_bytes(), &thin].concat())?;
+    }
+    for piece in pieces(view, adapter)? {
         if piece.weight_bytes() <= most_weights && begin.elapsed() < PIECES_TIME {
             lock(trials).ask(&piece.question(options), &piece.header_bytes())?;
         }
     }
     Ok(Some(memory))
-}
-
-/// What is computed with in a trial: a stage or a part of it.
-struct Piece {
-    view: StageView,
-    adapter: Option<AdapterView>,
-}
-
-impl Piece {
-    fn weight_bytes(&self) -> u64 {
-        self.view.weight_bytes().saturating_add(self.adapter.as_ref().map_or(0, AdapterView::weight_bytes))
-    }
-
-    /// The header of the stage, and behind it that of the adapter.
-    fn header_bytes(&self) -> Vec<u8> {
-        [self.view.header_bytes(), self.adapter.as_ref().map_or(&[], AdapterView::header_bytes)].concat()
-    }
-
-    /// Whether computing works as in the `whole` stage that is to be loaded, but for what makes no difference.
-    fn question(&self, whole: &StageOptions) -> Question {
-        let Self { view, adapter } = self;
-        let options = Options {
-            n_ctx: TRIED_CONTEXT.min(whole.n_ctx),
-            n_sessions: 1,
-            max_rows: TRIED_ROWS.min(whole.max_rows),
-            max_outputs: 1,
-            n_embd: 0,
-            n_vocab: 0,
-            input_node: view.input_node(),
-            looks_up_rows: view.looks_up_rows(),
-            stop_node: view.stop_node(),
-            layer_scales: view.layer_scales(),
-            pooling: whole.pooling.filter(|_| view.is_final()),
-            kv: whole.kv,
-        };
-        let starts = view.header_bytes().len();
-        let adapter = adapter.as_ref();
-        let adapter = adapter.map(|it| AdapterPart { starts, n_bytes: it.n_bytes(), scale: it.scale() });
-        Question::Passes { n_bytes: view.n_bytes(), takes_tokens: view.takes_tokens(), options, adapter }
-    }
-}
-
-/// What a stage is tried in: it as a whole, or the smallest stages that it can be cut into.
-fn pieces(view: &StageView, adapter: Option<&AdapterView>) -> Vec<Piece> {
-    let cut = || {
-        // The stage is a model of its own, and its adapter one of that model.
-        let catalog = Catalog::parse_header(view.header_bytes()).ok()?;
-        let architecture = Architecture::of(&catalog).ok()?;
-        let (cuts, n_layers) = (architecture.cut_points(), architecture.n_layers);
-        let bundle = adapter.and_then(|adapter| {
-            let file = Catalog::parse_header(adapter.header_bytes()).ok()?;
-            bundle_adapters(&catalog, &[(&file, adapter.scale())]).ok()
-        });
-        let piece = |(start, end)| {
-            let view = StageView::new(&catalog, LayerRange::new(start, end).ok()?).ok()?;
-            let adapter = bundle.as_ref().and_then(|bundle| AdapterView::new(bundle, &catalog, &view).ok()?);
-            Some(Piece { view, adapter })
-        };
-        let ends = cuts.iter().copied().chain([n_layers]);
-        Some([0].into_iter().chain(cuts.iter().copied()).zip(ends).filter_map(piece).collect())
-    };
-    let whole = Piece { view: view.clone(), adapter: adapter.cloned() };
-    // Layers that have been cut out once may not be cut again.
-    if whole.weight_bytes() <= SMALL_STAGE.0 { vec![whole] } else { cut().unwrap_or_default() }
 }
 
 /// Has a child survive the vocabulary of the GGUF in `header`, if anything is tried.
@@ -224,6 +161,7 @@ static TRIALS: OnceLock<Mutex<Trials>> = OnceLock::new();
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 enum Question {
     Rehearse { n_bytes: u64, options: Options },
+    Adapted { n_bytes: u64, options: Options, adapter: AdapterPart },
     Passes { n_bytes: u64, takes_tokens: bool, options: Options, adapter: Option<AdapterPart> },
     Vocabulary,
 }
