@@ -85,7 +85,7 @@ impl Whole {
         let mut done = Generated { answers: vec![Vec::new(); prompts.len()], ..Generated::default() };
         for (slot, prompt) in (0..).zip(prompts) {
             self.read(slot, prompt, &mut logits)?;
-            next.push((slot, sampler.sample(&logits, self.stage.len(slot))));
+            next.push((slot, sampler.sample(&logits, self.stage.len(slot)).map_err(Failure::said)?));
             done.to_first_of_each.push(started.elapsed());
         }
         done.to_first = done.to_first_of_each.first().copied().unwrap_or_default();
@@ -108,7 +108,7 @@ impl Whole {
             let tokens: Vec<Token> = next.iter().map(|(_, token)| *token).collect();
             self.stage.run(&rows, Input::Tokens(&tokens), &mut logits).map_err(Failure::said)?;
             for ((slot, token), logits) in next.iter_mut().zip(logits.chunks_exact(n_vocab)) {
-                *token = sampler.sample(logits, self.stage.len(*slot));
+                *token = sampler.sample(logits, self.stage.len(*slot)).map_err(Failure::said)?;
             }
             done.to_batches.push(started.elapsed());
         }

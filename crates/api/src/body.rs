@@ -17,6 +17,7 @@ use serde_json::Value;
 use tokio::time::timeout;
 
 use crate::error::ApiError;
+use crate::json;
 use crate::room::{Room, Rooms};
 
 /// Bodies in memory at once, over all connections and until their prompts are handed on. With the default limit 64 of
@@ -113,7 +114,7 @@ impl Body {
             let message = "the body holds too many JSON values; send fewer messages, or the prompt as text";
             return Err(ApiError::bad_request(message));
         }
-        let value = serde_json::from_slice(&self.bytes)
+        let value = json::parse(&self.bytes)
             .map_err(|error| ApiError::bad_request(format!("the body is not valid JSON: {error}")))?;
         Ok((value, self.room))
     }

@@ -63,7 +63,8 @@ async fn embed(app: Arc<App>, id: String, caller: Caller, request: Request) -> A
         let texts = tokenized(&*app.serving, input)?;
         let room = texts::room_for(&app.batches, model, &texts, 0)?;
         tracing::debug!(texts = texts.len(), "the request is handed on");
-        Ok((Batch { id, tenant: caller.tenant, wishes, texts, room }, encoding, dimensions))
+        let turn = app.turns.join();
+        Ok((Batch { id, tenant: caller.tenant, wishes, texts, room, turn }, encoding, dimensions))
     })
     .await?;
     let Vectors { room, values, prompt_tokens } = texts::vectors(&*serving, batch).await?;

@@ -29,6 +29,7 @@ mod error;
 mod fields;
 mod gate;
 mod insight;
+mod json;
 mod patience;
 mod request;
 mod rerank;
@@ -38,6 +39,7 @@ mod server;
 mod stream;
 mod texts;
 mod traffic;
+mod turns;
 
 use std::sync::Arc;
 

@@ -61,7 +61,8 @@ async fn rank(app: Arc<App>, id: String, caller: Caller, request: Request) -> An
         let documents = return_documents.then_some(documents);
         let room = texts::room_for(&app.batches, model, &texts, n_bytes(documents.as_deref()) * DOCUMENT_BYTES)?;
         tracing::debug!(texts = texts.len(), "the request is handed on");
-        let batch = Batch { id: own_id, tenant: caller.tenant, wishes, texts, room };
+        let turn = app.turns.join();
+        let batch = Batch { id: own_id, tenant: caller.tenant, wishes, texts, room, turn };
         Ok((batch, documents, raw_scores, top_n))
     })
     .await?;
@@ -129,8 +130,12 @@ fn document((at, item): (usize, Value)) -> Result<String, ApiError> {
 fn tokenized(serving: &dyn Serving, query: &str, documents: &[String]) -> Result<Vec<Vec<Token>>, ApiError> {
     let mut count = TokenCount::default();
     let one = |(at, document): (usize, &String)| {
-        let pair = texts::checked(serving.model(), serving.tokenize_pair(query, document));
-        let pair = pair.map_err(texts::at(format!("documents[{at}]")))?;
+        let pair_with = |document: &str| texts::checked(serving.model(), serving.tokenize_pair(query, document));
+        let pair = pair_with(document).or_else(|error| {
+            // Where the query is too long by itself no document is at fault.
+            pair_with("").map_err(texts::at("query".to_owned()))?;
+            Err(texts::at(format!("documents[{at}]"))(error))
+        })?;
         count.add(pair.len())?;
         Ok(pair)
     };

@@ -28,6 +28,7 @@ use crate::request::tokens;
 use crate::room::Rooms;
 use crate::template::{ChatTemplate, TemplateError};
 use crate::traffic::{Traffic, count};
+use crate::turns::Turns;
 use crate::{ApiOptions, completions, embeddings, insight, rerank, texts};
 
 /// Longest life of a ticket: a month. Who needs longer makes another one.
@@ -40,6 +41,8 @@ pub(crate) struct App {
     pub(crate) bodies: BodyReader,
     /// What requests with texts hold.
     pub(crate) batches: Rooms,
+    /// What those have on its way.
+    pub(crate) turns: Arc<Turns>,
     /// A model whose template is broken still takes plain completions.
     pub(crate) template: Result<ChatTemplate, TemplateError>,
     pub(crate) traffic: Arc<Traffic>,
@@ -65,7 +68,8 @@ pub(crate) fn router(serving: Arc<dyn Serving>, options: &ApiOptions, gate: Arc<
     let bodies = BodyReader::new(options.body_limit);
     let examining = Arc::new(Semaphore::new(1));
     let (guarding, counting) = (access.clone(), traffic.clone());
-    let app = Arc::new(App { serving, access, bodies, batches: texts::rooms(), template, traffic, gate, examining });
+    let (batches, turns) = (texts::rooms(), Arc::default());
+    let app = Arc::new(App { serving, access, bodies, batches, turns, template, traffic, gate, examining });
     Router::new()
         .route("/v1/chat/completions", post(completions::chat))
         .route("/v1/completions", post(completions::plain))

@@ -16,16 +16,19 @@ use axum::body::Body;
 use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 use brigade_base::{TenantId, Token};
+use brigade_node::MAX_WAITING;
 use brigade_node::serving::{Event, Failure, ModelCard, Purpose, Request, Serving, SubmitError, TextPlace, TextsDone};
 use bytes::Bytes;
 use serde::Serialize;
 use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::time::sleep;
 
 use crate::error::ApiError;
 use crate::fields::Fields;
 use crate::request::{check_model, priority, timeout};
 use crate::room::{Room, Rooms};
 use crate::routes::Answered;
+use crate::turns::Turn;
 
 /// Most texts of a request, as OpenAI has it.
 pub(crate) const MAX_TEXTS: usize = 2048;
@@ -43,7 +46,7 @@ const MAX_VALUES: usize = 8 << 20;
 const ROOM_BYTES: usize = 256 << 20;
 /// Kept for small ones on top of that, so that a few large ones, which take minutes, do not lock them out: as many as
 /// may wait in the queue.
-const SMALL_ROOM_BYTES: usize = 256 * SMALL_BYTES;
+const SMALL_ROOM_BYTES: usize = MAX_WAITING * SMALL_BYTES;
 /// What counts as small: a text of 4096 tokens with a vector of 4096 values is 101 KiB, and 16 of 256 are 104 KiB.
 const SMALL_BYTES: usize = 128 << 10;
 /// A value in its vector and as JSON. As Base64 it is shorter.
@@ -55,9 +58,10 @@ pub(crate) const MAX_WRITTEN: usize = 17;
 /// A text besides: what holds its tokens and its vector, and the names in its part of the answer.
 pub(crate) const TEXT_BYTES: usize = 256;
 
-/// Sessions of one request at once: the passes of a few stages stay full, and no more of the queue is taken than
-/// everyone has to himself.
-const MAX_AT_ONCE: usize = 16;
+/// A request of which some texts are done does not give them up for a full queue: after so long it asks again.
+const ASK_AGAIN: Duration = Duration::from_millis(100);
+/// So many times in a row: 8 seconds, in which a queue moves. After 10 without a text the node counts it as given up.
+const MAX_ASKS: u32 = 80;
 
 /// What all requests with texts may say.
 #[derive(Debug, PartialEq)]
@@ -84,6 +88,8 @@ pub(crate) struct Batch {
     pub(crate) texts: Vec<Vec<Token>>,
     /// For all that is held of them.
     pub(crate) room: Room,
+    /// How many may be on their way.
+    pub(crate) turn: Turn,
 }
 
 /// What came of them.
@@ -206,16 +212,17 @@ impl AsRef<[u8]> for Written {
 /// # Errors
 /// If one of them cannot be; the others are then given up.
 pub(crate) async fn vectors(serving: &dyn Serving, batch: Batch) -> Result<Vectors, ApiError> {
-    let Batch { id, tenant, wishes, texts, room } = batch;
+    let Batch { id, tenant, wishes, texts, room, mut turn } = batch;
     let n_values = serving.model().n_values as usize;
     let n_texts = texts.len();
     let done = TextsDone::default();
     let until = wishes.timeout.map(|timeout| (Instant::now(), timeout));
     let mut waiting: VecDeque<(usize, Vec<Token>)> = texts.into_iter().enumerate().collect();
-    let mut under_way: VecDeque<UnboundedReceiver<Event>> = VecDeque::new();
-    let mut vectors = Vectors { room, values: Vec::with_capacity(n_texts), prompt_tokens: 0 };
-    while vectors.values.len() < n_texts {
-        while under_way.len() < MAX_AT_ONCE
+    let mut under_way: VecDeque<(usize, Vec<Token>, UnboundedReceiver<Event>)> = VecDeque::new();
+    let mut vectors = Vectors { room, values: vec![Vec::new(); n_texts], prompt_tokens: 0 };
+    let (mut n_done, mut n_asks) = (0, 0);
+    while n_done < n_texts {
+        while turn.may_send()
             && let Some((at, text)) = waiting.pop_front()
         {
             let place = TextPlace { idx: at as u32, n_texts: n_texts as u32 };
@@ -225,25 +232,44 @@ pub(crate) async fn vectors(serving: &dyn Serving, batch: Batch) -> Result<Vecto
                 done: done.clone(),
                 ..Request::of_text(id.clone(), tenant, text.clone(), place)
             };
+            turn.begin();
             match serving.submit(request) {
-                Ok(events) => under_way.push_back(events),
-                // Whoever has sessions waits for those rather than fill the queue.
-                Err(SubmitError::Busy { .. }) if !under_way.is_empty() => {
+                Ok(events) => under_way.push_back((at, text, events)),
+                // Whoever has begun waits, first for what is on its way.
+                Err(SubmitError::Busy { .. }) if at > 0 && n_asks < MAX_ASKS => {
+                    turn.end();
                     waiting.push_front((at, text));
                     break;
                 }
                 Err(error) => return Err(error.into()),
             }
         }
-        let Some(events) = under_way.pop_front() else { return Err(broken_off()) };
-        let (values, n_tokens) = vector(events, wishes.timeout).await?;
+        let Some((at, text, events)) = under_way.pop_front() else {
+            n_asks += 1;
+            sleep(ASK_AGAIN).await;
+            continue;
+        };
+        let vector = vector(events, wishes.timeout).await;
+        turn.end();
+        let (values, n_tokens) = match vector {
+            Ok(vector) => vector,
+            // Another node, which coordinates, says so by an event.
+            Err(Failure::Refused(SubmitError::Busy { .. })) if at > 0 && n_asks < MAX_ASKS => {
+                waiting.push_front((at, text));
+                n_asks += 1;
+                sleep(ASK_AGAIN).await;
+                continue;
+            }
+            Err(failure) => return Err(failure.into()),
+        };
         // No more than there is room for.
         if values.len() > n_values {
             let found = values.len();
             return Err(ApiError::internal(format!("the model gave a vector of {found} values, not {n_values}")));
         }
-        vectors.values.push(values);
+        vectors.values[at] = values;
         vectors.prompt_tokens += u64::from(n_tokens);
+        (n_done, n_asks) = (n_done + 1, 0);
     }
     Ok(vectors)
 }
@@ -258,7 +284,7 @@ fn left_of(until: Option<(Instant, Duration)>) -> Result<Option<Duration>, ApiEr
 }
 
 /// The vector of one text, and its tokens. `timeout` is that of the whole request.
-async fn vector(mut events: UnboundedReceiver<Event>, timeout: Option<Duration>) -> Result<(Vec<f32>, u32), ApiError> {
+async fn vector(mut events: UnboundedReceiver<Event>, timeout: Option<Duration>) -> Result<(Vec<f32>, u32), Failure> {
     let mut found = None;
     loop {
         match events.recv().await {
@@ -267,17 +293,17 @@ async fn vector(mut events: UnboundedReceiver<Event>, timeout: Option<Duration>)
                 return found.map(|values| (values, usage.prompt_tokens)).ok_or_else(broken_off);
             }
             Some(Event::Failed(Failure::TimedOut { after })) => {
-                return Err(Failure::TimedOut { after: timeout.unwrap_or(after) }.into());
+                return Err(Failure::TimedOut { after: timeout.unwrap_or(after) });
             }
-            Some(Event::Failed(failure)) => return Err(failure.into()),
+            Some(Event::Failed(failure)) => return Err(failure),
             Some(Event::Token { .. } | Event::Text { .. } | Event::Paused { .. } | Event::Resumed) => {}
             None => return Err(broken_off()),
         }
     }
 }
 
-fn broken_off() -> ApiError {
-    Failure::Engine("a text ended without its vector".to_owned()).into()
+fn broken_off() -> Failure {
+    Failure::Engine("a text ended without its vector".to_owned())
 }
 
 /// A text's tokens, if the model takes so many: nothing is computed for a request of which one text is refused.

@@ -146,8 +146,46 @@ fn many_texts_are_asked_a_few_at_a_time() {
     house.script(Script::Refuse(SubmitError::Busy { waiting: 256 }));
     house.script(pooled(&[2.0]));
     assert_eq!(house.post(EMBEDDINGS, &json!({"input": ["a", "b"]})).status, 200);
+    // And does not give those up if it is full still.
+    house.script(pooled(&[2.0]));
+    (0..3).for_each(|_| house.script(Script::Refuse(SubmitError::Busy { waiting: 256 })));
+    house.script(pooled(&[2.0]));
+    assert_eq!(house.post(EMBEDDINGS, &json!({"input": ["a", "b"]})).status, 200);
+    // Nor where another node coordinates, which says so later; each vector comes to its text.
+    house.script(pooled(&[2.0, 0.0, 0.0]));
+    let busy = Failure::Refused(SubmitError::Busy { waiting: 256 });
+    house.script(Script::Events(vec![Event::Failed(busy.clone())]));
+    house.script(pooled(&[0.0, 0.0, 2.0]));
+    house.script(pooled(&[0.0, 2.0, 0.0]));
+    let reply = house.post(EMBEDDINGS, &json!({"input": ["a", "b", "c"]}));
+    let found: Vec<Value> = (0..3).map(|at| reply.json()["data"][at]["embedding"].clone()).collect();
+    assert_eq!(found, [json!([1.0, 0.0, 0.0]), json!([0.0, 1.0, 0.0]), json!([0.0, 0.0, 1.0])]);
+    house.script(Script::Events(vec![Event::Failed(busy)]));
+    check_error(&house.post(EMBEDDINGS, &json!({"input": ["a", "b"]})), 429, None, "waiting already");
     house.script(Script::Refuse(SubmitError::Busy { waiting: 256 }));
     check_error(&house.post(EMBEDDINGS, &json!({"input": ["a", "b"]})), 429, None, "waiting already");
+}
+
+#[test]
+fn requests_of_many_texts_leave_half_of_the_queue_to_others() {
+    let house = House::that(Purpose::Embed);
+    (0..300).for_each(|_| house.script(Script::Hold(vec![])));
+    let text = json!({"input": vec!["a"; 60]}).to_string();
+    let mut n_held = 0;
+    let streams: Vec<_> = (0..20)
+        .map(|n| {
+            let stream = house.send("POST", EMBEDDINGS, &[("Content-Type", "application/json")], &text);
+            // The first eight share 128 texts; of each that comes then, one is on its way.
+            n_held += if n < 8 { 16 } else { 1 };
+            house.wait_until_held(n_held);
+            stream
+        })
+        .collect();
+    assert_eq!(house.mock.requests.lock().unwrap().len(), 128 + 12);
+    drop(streams);
+    house.wait_until_answering(0);
+    let _stream = house.send("POST", EMBEDDINGS, &[("Content-Type", "application/json")], &text);
+    house.wait_until_held(n_held + 16);
 }
 
 #[test]
@@ -245,5 +283,6 @@ fn wrong_rankings_are_refused_by_their_name() {
     check(json!({"query": "q", "documents": ["a"], "top_n": 0}), "top_n", "from 1");
     check(json!({"query": "q", "documents": ["a", "b".repeat(100_001)]}), "documents[1]", "tokens");
     check(json!({"query": "q", "documents": ["a", "b".repeat(5000)]}), "documents[1]", "tokens");
+    check(json!({"query": "q".repeat(5000), "documents": ["a", "b"]}), "query", "tokens");
     assert_eq!(house.mock.requests.lock().unwrap().len(), 0);
 }

@@ -222,7 +222,7 @@ fn print(answer: &Answer) -> Result<(), Failure> {
     for stage in &answer.stages {
         let total = |memory: &Memory| ByteSize(memory.weights + memory.kv + memory.compute);
         let [start, end] = stage.layers;
-        let error = 100.0 * (total(&stage.predicted).0 as f64 / total(&stage.found).0.max(1) as f64 - 1.0);
+        let error = percent_off(total(&stage.predicted).0, total(&stage.found).0);
         output::line(format_args!(
             "  layers {:<21} took {}, predicted {} ({error:+.1} %)",
             format!("{start}..{end}"),
@@ -231,6 +231,12 @@ fn print(answer: &Answer) -> Result<(), Failure> {
         ))?;
     }
     Ok(())
+}
+
+/// By how many percent a prediction is off, in tenths; none is not below none.
+fn percent_off(predicted: u64, found: u64) -> f64 {
+    let percent = 100.0 * (predicted as f64 / found.max(1) as f64 - 1.0);
+    (10.0 * percent).round() / 10.0 + 0.0
 }
 
 /// `all`, or how many cuts.
@@ -249,3 +255,15 @@ pub fn cuts(text: &str) -> Result<Cuts, String> {
 
 /// Most cuts that can be asked for by number; the deepest known model has some 130 layers, each in a cut of each kind.
 const MAX_CUTS: u32 = 1000;
+
+#[cfg(test)]
+mod tests {
+    use super::percent_off;
+
+    #[test]
+    fn a_prediction_that_is_right_is_not_below_what_was_found() {
+        for (predicted, shown) in [(99_996, "+0.0"), (100_000, "+0.0"), (100_060, "+0.1"), (99_940, "-0.1")] {
+            assert_eq!(format!("{:+.1}", percent_off(predicted, 100_000)), shown, "{predicted}");
+        }
+    }
+}

@@ -35,9 +35,10 @@ pub fn run(args: &JoinArgs) -> Result<(), Failure> {
         wait_for_capacity: args.wait_for_capacity,
     };
     let pulled = args.model.as_ref().map(|model| sources::open(model, &args.sources, &args.node.state)).transpose()?;
-    let open = |pulled| model::open_pulled(pulled, &state_dir)?.with_adapters(&args.lora, &state_dir);
-    let model = pulled.as_ref().map(open).transpose();
+    let model = pulled.as_ref().map(|pulled| model::open_pulled(pulled, &state_dir)).transpose();
     let model = model.map_err(|error| Failure::run(format!("--model cannot be used: {error}")))?;
+    let model = model.map(|model| model.with_adapters(&args.lora, &state_dir)).transpose();
+    let model = model.map_err(|error| Failure::run(format!("--lora: {error}")))?;
     let node = Node::join(options, model).map_err(Failure::run)?;
     let running = Running::new(node, &state_dir, front, args.drain_timeout)?;
     let id = running.node().id().short();

@@ -40,7 +40,7 @@ pub enum ModelsAction {
 /// `brigade models prune`
 #[derive(Debug, Args)]
 pub struct PruneArgs {
-    /// Only these, as `brigade models` names them
+    /// Only these: by name, folder or source
     #[arg(value_name = "NAME")]
     pub names: Vec<String>,
     /// Those that were not used for so long, for example 30d

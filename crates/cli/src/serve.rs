@@ -37,12 +37,12 @@ pub fn run(args: &ServeArgs) -> Result<(), Failure> {
         None => model::open(&embedded::abacus(&state_dir)?, &state_dir),
     };
     let model = model.and_then(|model| model.with_adapters(&args.lora, &state_dir)).map_err(Failure::run)?;
-    let why_whole = model.architecture().why_whole();
+    let (why_whole, has_adapted_head) = (model.architecture().why_whole(), model.has_adapted_head());
     let node = Node::serve(model, options(args, &state_dir)).map_err(Failure::run)?;
     let running = Running::new(node, &state_dir, Some(front), args.drain_timeout)?;
     running.wait(|node, part| match part {
         Part::Undecided => Ok(()),
-        Part::Coordinates => greet(args, node, why_whole),
+        Part::Coordinates => greet(args, node, why_whole, has_adapted_head),
         Part::Works(status) => {
             let coordinator = status.coordinator.short();
             output::line(format_args!("another node coordinates: {coordinator}; this one works for it"))
@@ -78,7 +78,7 @@ fn options(args: &ServeArgs, state_dir: &Path) -> CoordinatorOptions {
 }
 
 /// Says what is served, and how other nodes join.
-fn greet(args: &ServeArgs, node: &Node, why_whole: Option<&str>) -> Result<(), Failure> {
+fn greet(args: &ServeArgs, node: &Node, why_whole: Option<&str>, has_adapted_head: bool) -> Result<(), Failure> {
     let made = match node.front().create_ticket(args.ticket_ttl) {
         Ok(made) => made,
         // A coordinator that has ended since makes none, and its own last word says more.
@@ -101,6 +101,9 @@ fn greet(args: &ServeArgs, node: &Node, why_whole: Option<&str>) -> Result<(), F
         Purpose::Generate => {}
         Purpose::Embed => output::line("texts   it embeds them: POST /v1/embeddings")?,
         Purpose::Rank => output::line("texts   it ranks them: POST /v1/rerank")?,
+    }
+    if has_adapted_head && card.purpose != Purpose::Generate {
+        output::line("lora    what adapts the head (output.weight) does nothing here, since no text is generated")?;
     }
     if let Some(why) = why_whole {
         output::line(format_args!("whole   this model stays on one node, since {why}"))?;

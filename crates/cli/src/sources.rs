@@ -36,12 +36,17 @@ impl SourceArgs {
     /// The models directory.
     ///
     /// # Errors
-    /// If the environment names no sensible hub.
+    /// If the environment names no sensible hub, or a token that is none.
     pub fn store(&self, state: &StateArgs) -> Result<Store, Failure> {
-        let mut settings = Settings::from_environment().map_err(Failure::usage)?;
-        settings.is_offline |= self.offline;
+        let settings = Settings::from_environment(self.offline).map_err(Failure::usage)?;
         let dir = self.models_dir.clone().unwrap_or_else(|| state.dir().join("models"));
         Ok(Store::new(dir, Client::new(settings)))
+    }
+
+    /// The models directory, to take `source` from it. For a file here nobody is asked, so no token need be sound.
+    fn store_for(&self, source: &ModelSource, state: &StateArgs) -> Result<Store, Failure> {
+        let is_local = matches!(source, ModelSource::Local(_));
+        Self { offline: self.offline || is_local, ..self.clone() }.store(state)
     }
 }
 
@@ -53,14 +58,15 @@ pub fn parse(model: &Path) -> Result<ModelSource, Failure> {
     ModelSource::of(model).map_err(Failure::usage)
 }
 
-/// The model as a file here, fetched if it is not. Nobody prunes it while the result is held.
+/// The model as a file here, fetched if it is not. Nobody prunes it while the result is held, also where it was named
+/// by its path in a models directory.
 ///
 /// # Errors
 /// If it cannot be had.
 pub fn open(model: &Path, args: &SourceArgs, state: &StateArgs) -> Result<Opened, Failure> {
     let source = parse(model)?;
     let teller = Teller::default();
-    let opened = args.store(state)?.open(&source, &|event| teller.hear(event));
+    let opened = args.store_for(&source, state)?.open(&source, &|event| teller.hear(event));
     teller.end();
     Ok(opened?)
 }
@@ -72,7 +78,7 @@ pub fn open(model: &Path, args: &SourceArgs, state: &StateArgs) -> Result<Opened
 pub fn look(model: &Path, args: &SourceArgs, state: &StateArgs) -> Result<(String, Catalog), Failure> {
     let source = parse(model)?;
     let teller = Teller::default();
-    let found = args.store(state)?.look(&source, &|event| teller.hear(event));
+    let found = args.store_for(&source, state)?.look(&source, &|event| teller.hear(event));
     teller.end();
     Ok(found?)
 }

@@ -190,12 +190,14 @@ fn settings_that_make_no_sense_are_refused() {
     check_serve(&["--shadow"], 2, "give --redundancy 2 too");
     check_join(&["--port", "0", "--bind", "0.0.0.0"], 2, "--api-key");
     check_join(&["--lora", "style.gguf"], 2, "give --model too");
+    let model = abacus();
+    let own = ["--model", model.to_str().unwrap(), "--lora", "style.gguf"];
+    check_join(&own, 1, "--lora: cannot read style.gguf");
     let ended = run(&["join", "--direct-fetch", "on"]);
     assert!(ended.code == Some(2) && ended.stderr.contains("`brigade serve` alone can ask for on"), "{ended:?}");
     check_join(&["--port", "0", "--api-key", ""], 2, "--api-key must not be empty");
     check_join(&["--port", &port], 1, "--port, or 0 for any");
     check_serve(&["--context", "5000"], 1, "the 1024 tokens that this model was trained for");
-    let model = abacus();
     let plan = ["plan", model.to_str().unwrap(), "--context", "5000"];
     check(&plan, 1, "the 1024 tokens that this model was trained for");
     check_serve(&["--config", "/dev/zero"], 2, "/dev/zero has more than");

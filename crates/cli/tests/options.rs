@@ -6,10 +6,11 @@ mod support;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use brigade_base::{KvType, KvTypes};
+use brigade_base::{KvType, KvTypes, Pooling};
 use brigade_gguf::{Builder, GgmlType, Metadata, ModelFile};
 use brigade_plan::COMPUTE_FLOOR;
 use serde_json::{Value, json};
+use support::encoder::TextOracle;
 use support::oracle::Oracle;
 use support::{Cluster, Setup, abacus, chat_body, endless_body, run};
 
@@ -37,7 +38,8 @@ fn check(cluster: &Cluster, oracle: &mut Oracle) -> Vec<String> {
     texts
 }
 
-/// A random adapter for abacus. A cluster may need it under several names.
+/// A random adapter for those matrices of abacus, of each layer or behind the last one. A cluster may need it under
+/// several names.
 fn write_adapter(path: &Path, targets: &[&str], seed: u64) {
     let model = ModelFile::open(abacus()).unwrap();
     let mut metadata = Metadata::new();
@@ -48,7 +50,8 @@ fn write_adapter(path: &Path, targets: &[&str], seed: u64) {
     }
     metadata.set("adapter.lora.alpha", 8.0f32);
     let mut builder = Builder::new(&metadata);
-    for tensor in model.catalog().tensors().iter().filter(|t| targets.iter().any(|end| t.name.ends_with(end))) {
+    let is_target = |name: &str| targets.iter().any(|end| name == *end || name.ends_with(&format!(".{end}")));
+    for tensor in model.catalog().tensors().iter().filter(|tensor| is_target(&tensor.name)) {
         builder.tensor(format!("{}.lora_a", tensor.name), &[tensor.dims[0], 4], GgmlType::F32).unwrap();
         builder.tensor(format!("{}.lora_b", tensor.name), &[4, tensor.dims[1]], GgmlType::F32).unwrap();
     }
@@ -123,6 +126,32 @@ fn several_adapters_are_the_same_on_any_number_of_nodes() {
     let expected = answers(1, &both);
     assert_eq!(answers(3, &both), expected);
     assert_ne!(answers(1, &both[..1]), expected);
+}
+
+/// A stage that pools has no head to adapt; what adapts layers as well is applied there.
+#[test]
+fn what_adapts_the_head_changes_no_vector() {
+    let dir = tempfile::tempdir().unwrap();
+    let ([_, both], head) = (adapters(dir.path()), dir.path().join("head.gguf"));
+    write_adapter(&head, &["output.weight"], 3);
+    let texts = ["hello world", "What is 12 + 30?"];
+    for (adapter, pooling, n_nodes) in [(&both, Pooling::Mean, 1), (&both, Pooling::Last, 3), (&head, Pooling::Last, 1)]
+    {
+        let mut oracle = TextOracle::with(&abacus(), &[(adapter, 4.0)], pooling);
+        let mut plain = TextOracle::of(&abacus(), pooling);
+        let args = ["--pooling", &pooling.to_string(), "--lora", &format!("{}:4", adapter.display())];
+        let cluster = Setup::of(n_nodes).serve(&args).start();
+        assert!(cluster.coordinator.line("lora ").contains("does nothing"));
+        for text in texts {
+            let tokens = oracle.tokens(text);
+            let expected = oracle.unit(&tokens);
+            assert_eq!(plain.unit(&tokens) == expected, adapter == &head);
+            let reply = cluster.endpoint.post("/v1/embeddings", &json!({"model": "default", "input": text})).ok();
+            let values = reply["data"][0]["embedding"].as_array().unwrap().iter();
+            let found: Vec<f32> = values.map(|value| value.as_f64().unwrap() as f32).collect();
+            assert_eq!(found, expected, "{pooling} on {n_nodes}");
+        }
+    }
 }
 
 #[test]

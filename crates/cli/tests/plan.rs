@@ -154,9 +154,15 @@ fn a_model_that_embeds_is_planned_for_as_it_would_be_served() {
     assert_eq!(at_once, [&json!(true), &json!(false)]);
     let said = |report: &Value| (report["model"]["purpose"].clone(), report["model"]["pooling"].clone());
     assert_eq!((said(&whole), said(&chunks)), ((json!("embed"), json!("mean")), (json!("embed"), json!("last"))));
+    assert_eq!(whole["kv"], json!({"k": "f16", "v": "f16"}));
     assert!(compute(&whole) > compute(&chunks), "buffers are as large as a whole text");
     assert_eq!(whole["optimize"], "memory", "what is measured of others does not happen there");
 
+    let (with_types, text) = plan(&bert, &["--cache-type-k", "q8_0"]);
+    assert!(with_types["kv"].is_null() && !text.contains("KV cache"), "{text}");
+    let too_small = ["plan", bert.to_str().unwrap(), "--node", "a=3MiB", "--node", "b=3MiB"];
+    let too_small = run(&too_small).stderr;
+    assert!(too_small.contains("with the buffers of each node") && !too_small.contains("KV cache"), "{too_small}");
     let (bert, _) = plan(&bert, &["--explain"]);
     assert_eq!((said(&bert), &bert["context"]), ((json!("embed"), json!("mean")), &json!(N_CTX)));
     assert_eq!(bert["plan"]["stages"][0]["memory"]["kv"], 0);

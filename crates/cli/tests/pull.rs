@@ -109,6 +109,22 @@ fn what_was_pulled_is_served_offline() {
 }
 
 #[test]
+fn what_is_served_by_its_path_is_not_pruned() {
+    let (hub, dir) = (hub(), tempfile::tempdir().unwrap());
+    let state = dir.path().join("state");
+    let path = ok(command(&hub, &state, &["pull", SOURCE]).output().unwrap()).trim().to_owned();
+    let args = ["serve", &path, "--port", "0", "--listen", "127.0.0.1:0", "--threads", "1", "--state-dir"];
+    let served = Process::spawn("served", dir.path(), &[&args[..], &[dir.path().to_str().unwrap()]].concat());
+    served.line("serving ");
+    let prune = ["models", "prune", "--older-than", "0s"];
+    let pruned = ok(command(&hub, &state, &prune).output().unwrap());
+    assert!(pruned.contains("in use, stays: abacus-F16-") && Path::new(&path).exists(), "{pruned}");
+    drop(served);
+    let pruned = ok(command(&hub, &state, &["models", "prune", SOURCE]).output().unwrap());
+    assert!(pruned.contains("removed abacus-F16-") && !Path::new(&path).exists(), "by what was typed: {pruned}");
+}
+
+#[test]
 fn a_pull_that_was_killed_goes_on() {
     let (hub, dir) = (hub(), tempfile::tempdir().unwrap());
     hub.faults(|asked| match asked.range {
@@ -164,4 +180,12 @@ fn verbs_take_sources_and_say_what_is_wrong_with_them() {
     assert!(said(&["pull", SOURCE], 1).contains("set HF_TOKEN"));
     let bad = command(&hub, dir.path(), &["pull", SOURCE]).env("HF_ENDPOINT", "http://hub.example").output().unwrap();
     assert!(bad.status.code() == Some(2) && text(&bad.stderr).contains("HF_ENDPOINT"), "{bad:?}");
+    let with_token = |args: &[&str]| command(&hub, dir.path(), args).env("HF_TOKEN", "hf_two\nlines").output().unwrap();
+    let bad = with_token(&["pull", SOURCE]);
+    let said = text(&bad.stderr);
+    assert!(bad.status.code() == Some(2) && said.contains("HF_TOKEN has characters that no token has"), "{bad:?}");
+    assert!(!said.contains("hf_two") && !said.contains("lines"), "{said}");
+    // Who asks nobody needs no token.
+    ok(with_token(&["models"]));
+    ok(with_token(&["inspect", abacus().to_str().unwrap()]));
 }

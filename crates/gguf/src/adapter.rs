@@ -279,8 +279,8 @@ pub struct AdapterView {
 }
 
 impl AdapterView {
-    /// The part of `bundle` for a stage of the model; `None` if nothing in the stage is adapted. What adapts the head is
-    /// left out where there is none: a stage that pools makes its vectors before it.
+    /// The part of `bundle` for a stage of the model; `None` if nothing in the stage is adapted. What adapts the head
+    /// is left out where there is none: a stage that pools makes its vectors before it.
     ///
     /// # Errors
     /// If it is no bundle for this model.
@@ -769,10 +769,8 @@ mod tests {
     #[test]
     fn a_stage_that_pools_gets_nothing_for_the_head_that_it_has_not() {
         let model = model();
-        let head: &[(&str, &[u64], GgmlType)] = &[
-            ("output.weight.lora_a", &[64, 2], GgmlType::F32),
-            ("output.weight.lora_b", &[2, 50], GgmlType::F32),
-        ];
+        let head: &[(&str, &[u64], GgmlType)] =
+            &[("output.weight.lora_a", &[64, 2], GgmlType::F32), ("output.weight.lora_b", &[2, 50], GgmlType::F32)];
         let [both, alone] = [[DOWN, head].concat(), head.to_vec()].map(|tensors| catalog(&metadata(8.0), &tensors));
         let layers = |start, end| brigade_base::LayerRange::new(start, end).unwrap();
         for (start, end) in [(0, 2), (1, 2)] {

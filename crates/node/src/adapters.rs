@@ -90,7 +90,13 @@ impl Bundle {
         Ok(view.map(|view| StageAdapter { view, source: Arc::clone(&self.files) as Arc<dyn TensorSource> }))
     }
 
-    /// Adds what they take to what the model costs.
+    /// Whether they change the model's head, which a deployment that generates no text does not have.
+    pub(crate) fn adapt_the_head(&self) -> bool {
+        let of_head = |name: &str| name.split_once('.').is_some_and(|(_, name)| name == "output.weight.lora_a");
+        self.catalog.tensors().iter().any(|tensor| of_head(&tensor.name))
+    }
+
+    /// Adds what they take to what the model costs for text.
     pub(crate) fn add_to(&self, profile: &mut ModelProfile, model: &Catalog) {
         // They were checked when they were opened.
         let Ok((layers, head)) = adapter_bytes(&self.catalog, model, profile.n_layers()) else { return };

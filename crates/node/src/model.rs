@@ -135,6 +135,11 @@ impl LocalModel {
         self.adapters.as_ref()
     }
 
+    /// Whether its adapters change its head, which matters only where text is generated.
+    pub fn has_adapted_head(&self) -> bool {
+        self.adapters.as_ref().is_some_and(|adapters| adapters.bundle().adapt_the_head())
+    }
+
     /// What it is known by where it is served: only who has the same can take over.
     pub fn served_hash(&self) -> Hash {
         served_hash(self.header_hash, self.adapters.as_ref())

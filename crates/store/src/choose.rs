@@ -17,7 +17,7 @@ pub const PREFERRED: [&str; 12] =
     ["Q4_K_M", "Q4_K_S", "UD-Q4_K_XL", "IQ4_XS", "Q4_0", "MXFP4", "Q5_K_M", "Q6_K", "Q8_0", "BF16", "F16", "F32"];
 
 /// Most candidates that a message names.
-const MAX_NAMED: usize = 16;
+pub(crate) const MAX_NAMED: usize = 16;
 
 /// A file of a repository.
 #[derive(Debug, Clone, PartialEq, Eq)]

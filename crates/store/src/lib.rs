@@ -17,6 +17,7 @@ mod download;
 mod entry;
 mod error;
 mod files;
+mod find;
 mod hub;
 mod progress;
 mod ranges;

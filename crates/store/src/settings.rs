@@ -65,7 +65,7 @@ pub enum SettingsError {
         why: &'static str,
     },
     /// What should be a token. It is not shown, since it may be one with something behind it.
-    #[error("{place} has characters that no token has, as spaces and line breaks; put the token alone there")]
+    #[error("{place} has characters that no token has, such as spaces and line breaks; put the token alone there")]
     Token {
         /// A variable or a file.
         place: String,

@@ -1,11 +1,14 @@
 //! What is in a models directory, and removing what is not needed.
 
+use std::collections::BTreeSet;
 use std::fs::{self, TryLockError};
 use std::path::PathBuf;
 
 use serde::Serialize;
 
+use crate::choose::MAX_NAMED;
 use crate::entry::{Entry, is_models_folder};
+use crate::source::ModelSource;
 use crate::store::{Store, StoreError, now};
 
 /// A model on disk.
@@ -40,7 +43,8 @@ pub struct Listed {
 /// What to remove.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Prune {
-    /// Only models of these names, folders or sources; all where there are none.
+    /// Only models of these names, folders or sources, these as they are listed or were asked for; all where there are
+    /// none.
     pub names: Vec<String>,
     /// Those that were not used for so many seconds.
     pub older_than_s: Option<u64>,
@@ -123,18 +127,36 @@ impl Store {
     /// Removes models. With neither names, age nor bytes to keep, it is those that are not complete.
     ///
     /// # Errors
-    /// If a name is of no model, or something cannot be removed.
+    /// If a name is of no model, or a source may be several, or something cannot be removed.
     pub fn prune(&self, prune: &Prune) -> Result<Vec<Pruned>, StoreError> {
         let all = self.list()?;
-        let is_called = |model: &Listed, name: &String| [&model.name, &model.id, &model.source].contains(&name);
-        if let Some(name) = prune.names.iter().find(|name| !all.iter().any(|model| is_called(model, name))) {
-            return Err(StoreError::UnknownName { name: name.clone() });
+        let mut ids = BTreeSet::new();
+        for name in &prune.names {
+            ids.extend(self.ids_of(name, &all)?);
         }
-        let is_meant =
-            |model: &&Listed| prune.names.is_empty() || prune.names.iter().any(|name| is_called(model, name));
+        let is_meant = |model: &&Listed| prune.names.is_empty() || ids.contains(&model.id);
         let meant: Vec<&Listed> = all.iter().filter(is_meant).collect();
         let doomed = prune.choose(&meant, now());
         doomed.into_iter().map(|model| self.prune_one(model, prune.is_dry_run)).collect()
+    }
+
+    /// The folders of the model that somebody calls `name`; several where it was fetched in several versions.
+    fn ids_of(&self, name: &str, all: &[Listed]) -> Result<Vec<String>, StoreError> {
+        let is_called = |model: &&Listed| [&model.name, &model.id, &model.source].into_iter().any(|own| own == name);
+        let listed: Vec<String> = all.iter().filter(is_called).map(|model| model.id.clone()).collect();
+        if !listed.is_empty() {
+            return Ok(listed);
+        }
+        let found = ModelSource::parse(name).map(|source| self.found_as(&source)).unwrap_or_default();
+        let sources: BTreeSet<String> = found.iter().map(Entry::source).collect();
+        match sources.len() {
+            0 => Err(StoreError::UnknownName { name: name.to_owned() }),
+            1 => Ok(found.into_iter().map(|entry| entry.id).collect()),
+            _ => {
+                let choices = sources.into_iter().take(MAX_NAMED).collect::<Vec<_>>().join(", ");
+                Err(StoreError::AmbiguousName { name: name.to_owned(), choices })
+            }
+        }
     }
 
     fn prune_one(&self, model: &Listed, is_dry_run: bool) -> Result<Pruned, StoreError> {

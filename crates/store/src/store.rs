@@ -7,12 +7,13 @@
 //!        -> Opened: the path, held so that nobody removes it
 //! ```
 //!
-//! Without a network (or with `is_offline`) the folder is looked for by what was asked for before.
+//! Without a network (or with `is_offline`) the folder is looked for by what was asked for before, and where all is
+//! here, nobody is waited for for long. A file that is named by its path is held if it lies in a models directory.
 
 use std::fs::{self, File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use brigade_base::ByteSize;
 use brigade_gguf::{Catalog, ModelFile, OpenError};
@@ -23,17 +24,12 @@ use crate::download::{DownloadError, Wanted, Watch, download};
 use crate::entry::{Entry, FileEntry, LOCKS, Origin, is_models_file, local_name, model_name};
 use crate::error::FetchError;
 use crate::files;
+use crate::find::{POLL, hold};
 use crate::hub;
 use crate::progress::{Event, Listener};
 use crate::remote::{RemoteLocation, RemoteModel};
 use crate::source::{HubSource, ModelSource, SourceError};
 use crate::url::{file_name, part_urls, without_query};
-
-/// How often it is looked whether another process has fetched what this one wants, too.
-const POLL: Duration = Duration::from_millis(100);
-
-/// How often it is looked whether a complete model is locked no more: a listing looks at it for less than a second.
-const MAX_POLLS: u32 = 20;
 
 /// Bytes by which a web server's file is recognised.
 const PROBE_BYTES: u64 = 4;
@@ -68,6 +64,20 @@ pub enum StoreError {
     NotHere {
         /// What was asked for.
         source_text: String,
+        /// The models directory.
+        dir: PathBuf,
+    },
+    /// Not all of it is on disk, and servers are not to be asked.
+    #[error(
+        "{source_text} is not complete in {} ({} are here), and this runs offline; pull the rest first: brigade pull \
+         {source_text}",
+        dir.display(), ByteSize(*n_done)
+    )]
+    Incomplete {
+        /// What was asked for.
+        source_text: String,
+        /// Bytes that are on disk.
+        n_done: u64,
         /// The models directory.
         dir: PathBuf,
     },
@@ -115,6 +125,14 @@ pub enum StoreError {
         /// What was asked for.
         name: String,
     },
+    /// Several models are called so.
+    #[error("{name:?} may be several models here, name one of them: {choices}")]
+    AmbiguousName {
+        /// What was asked for.
+        name: String,
+        /// As what they can be asked for.
+        choices: String,
+    },
 }
 
 /// A models directory.
@@ -130,11 +148,11 @@ pub struct Opened {
     pub path: PathBuf,
     /// Where it came from, for those who fetch parts of it. Only to be handed on if it says `is_public`.
     pub location: Option<RemoteLocation>,
-    _held: Option<File>,
+    pub(crate) _held: Option<File>,
 }
 
 /// What is in a model's folder.
-enum Found {
+pub(crate) enum Found {
     /// All of it.
     Here(Opened),
     /// Not all of it.
@@ -160,17 +178,16 @@ impl Store {
     /// If it cannot be had.
     pub fn open(&self, source: &ModelSource, listener: Listener) -> Result<Opened, StoreError> {
         if let ModelSource::Local(path) = source {
-            return Ok(Opened { path: path.clone(), location: None, _held: None });
+            return Ok(Opened { path: path.clone(), location: None, _held: hold(path) });
         }
         if self.client.settings().is_offline {
-            let not_here = || StoreError::NotHere { source_text: source.to_string(), dir: self.dir.clone() };
-            return self.open_here(source, listener)?.ok_or_else(not_here);
+            return self.open_here(source, listener)?.ok_or_else(|| self.not_here(source));
         }
-        match self.resolve(source, listener) {
+        match self.resolve(source, &self.asker(source), listener) {
             Ok((entry, wanted)) => self.fetch(entry, &wanted, listener),
             Err(StoreError::Fetch(error)) if error.is_silence() => match self.open_here(source, listener)? {
                 Some(opened) => {
-                    listener(Event::Fallback { why: error.to_string() });
+                    listener(Event::Fallback { why: error.fact() });
                     Ok(opened)
                 }
                 None => Err(error.into()),
@@ -185,23 +202,41 @@ impl Store {
     /// If it cannot be had, or is unsound.
     pub fn look(&self, source: &ModelSource, listener: Listener) -> Result<(String, Catalog), StoreError> {
         let remote = match source {
-            ModelSource::Local(path) => return look_at(path),
+            ModelSource::Local(_) => return look_at(&self.open(source, listener)?.path),
             _ if self.client.settings().is_offline => return look_at(&self.open(source, listener)?.path),
-            ModelSource::Hub(hub) => {
-                self.resolve_hub(hub, listener).and_then(|(entry, _)| self.look_at(&entry, listener))
-            }
+            ModelSource::Hub(hub) => self
+                .resolve_hub(hub, &self.asker(source), listener)
+                .and_then(|(entry, _)| self.look_at(&entry, listener)),
             ModelSource::Web { url } => {
                 let is_public = without_query(url) == url;
-                let found = RemoteModel::open_urls(self.client.clone(), &part_urls(url), is_public);
+                let found = RemoteModel::open_urls(self.asker(source), &part_urls(url), is_public);
                 found.map(|model| (model_name(file_name(url)), model.catalog().clone())).map_err(StoreError::from)
             }
         };
         match remote {
             Err(StoreError::Fetch(error)) if error.is_silence() => match self.open_here(source, listener)? {
-                Some(opened) => look_at(&opened.path),
+                Some(opened) => {
+                    listener(Event::Fallback { why: error.fact() });
+                    look_at(&opened.path)
+                }
                 None => Err(error.into()),
             },
             other => other,
+        }
+    }
+
+    /// Whom to ask what `source` is now: where all of it is here already, nobody waits for long.
+    fn asker(&self, source: &ModelSource) -> Client {
+        let is_here = self.find_here(source).is_ok_and(|found| found.is_some());
+        if is_here { self.client.hasty() } else { self.client.clone() }
+    }
+
+    fn not_here(&self, source: &ModelSource) -> StoreError {
+        let (source_text, dir) = (source.to_string(), self.dir.clone());
+        let n_done = |entry: &Entry| entry.n_done(&dir.join(&entry.id)).iter().sum::<u64>();
+        match self.found_as(source).iter().map(n_done).max() {
+            Some(n_done) => StoreError::Incomplete { source_text, n_done, dir },
+            None => StoreError::NotHere { source_text, dir },
         }
     }
 
@@ -214,62 +249,16 @@ impl Store {
         Ok((entry.name.clone(), model.catalog().clone()))
     }
 
-    /// The model that was fetched from `source` before, if it is complete.
-    fn open_here(&self, source: &ModelSource, listener: Listener) -> Result<Option<Opened>, StoreError> {
-        let mut entries: Vec<Entry> = self.entries().into_iter().map(|(_, entry)| entry).collect();
-        // The one that was fetched last wins.
-        entries.sort_by_key(|entry| std::cmp::Reverse(entry.added));
-        entries.retain(|entry| entry.is_complete(&self.dir.join(&entry.id)));
-        let found = match source {
-            ModelSource::Local(_) => None,
-            ModelSource::Web { url } => {
-                let path = without_query(url);
-                entries.iter().find(|entry| entry.files.iter().any(|file| file.url == path))
-            }
-            ModelSource::Hub(source) => {
-                entries.retain(|entry| entry.is_of(source));
-                let file = |file: &FileEntry| HubFile {
-                    path: file.path.clone(),
-                    n_bytes: file.n_bytes.unwrap_or(0),
-                    sha256: file.sha256.clone(),
-                };
-                let files: Vec<_> = entries.iter().flat_map(|entry| entry.files.iter().map(file)).collect();
-                match choose(&files, &source.pick) {
-                    Ok(chosen) => {
-                        let path = chosen.first().map(|file| &file.path);
-                        entries.iter().find(|entry| entry.files.first().map(|file| &file.path) == path)
-                    }
-                    Err(ChoiceError::NoModel | ChoiceError::NoSuch { .. }) => None,
-                    Err(error) => return Err(choice_error(source, error)),
-                }
-            }
-        };
-        let Some(entry) = found else { return Ok(None) };
-        // It is complete, so whoever has it locked looks at it only for a moment.
-        for _ in 0..MAX_POLLS {
-            match self.use_complete(entry, false, listener)? {
-                Found::Here(opened) => return Ok(Some(opened)),
-                Found::Incomplete => return Ok(None),
-                Found::Locked => std::thread::sleep(POLL),
-            }
-        }
-        Ok(None)
-    }
-
-    /// All entries, with their folders.
-    pub(crate) fn entries(&self) -> Vec<(PathBuf, Entry)> {
-        let dirs = fs::read_dir(&self.dir).into_iter().flatten().flatten().map(|dir| dir.path());
-        dirs.filter_map(|dir| Entry::read(&dir).map(|entry| (dir, entry)))
-            // Whoever renames a folder by hand makes it unknown, not wrong.
-            .filter(|(dir, entry)| dir.file_name().is_some_and(|name| name.to_str() == Some(&entry.id)))
-            .collect()
-    }
-
     /// What `source` is now, by its server.
-    fn resolve(&self, source: &ModelSource, listener: Listener) -> Result<(Entry, Vec<Wanted>), StoreError> {
+    fn resolve(
+        &self,
+        source: &ModelSource,
+        client: &Client,
+        listener: Listener,
+    ) -> Result<(Entry, Vec<Wanted>), StoreError> {
         match source {
-            ModelSource::Hub(source) => self.resolve_hub(source, listener),
-            ModelSource::Web { url } => self.resolve_web(url, listener),
+            ModelSource::Hub(source) => self.resolve_hub(source, client, listener),
+            ModelSource::Web { url } => self.resolve_web(url, client, listener),
             ModelSource::Local(path) => {
                 let source = io::Error::new(io::ErrorKind::InvalidInput, "this file needs not be fetched");
                 Err(StoreError::Io { path: path.clone(), source })
@@ -277,9 +266,14 @@ impl Store {
         }
     }
 
-    fn resolve_hub(&self, source: &HubSource, listener: Listener) -> Result<(Entry, Vec<Wanted>), StoreError> {
-        let (client, repository) = (&self.client, &source.repository);
-        let on_retry = |error: &FetchError, pause| listener(Event::Retrying { why: error.to_string(), pause });
+    fn resolve_hub(
+        &self,
+        source: &HubSource,
+        client: &Client,
+        listener: Listener,
+    ) -> Result<(Entry, Vec<Wanted>), StoreError> {
+        let repository = &source.repository;
+        let on_retry = |error: &FetchError, pause| listener(Event::Retrying { why: error.fact(), pause });
         let revision = hub::revision(client, repository, source.revision(), &on_retry)?;
         let listed = hub::files(client, repository, &revision.commit, &on_retry)?;
         let chosen = choose(&listed, &source.pick).map_err(|error| choice_error(source, error))?;
@@ -301,13 +295,13 @@ impl Store {
         Ok((Entry::new(origin, revision.is_public, files, now()), wanted))
     }
 
-    fn resolve_web(&self, url: &str, listener: Listener) -> Result<(Entry, Vec<Wanted>), StoreError> {
-        let on_retry = |error: &FetchError, pause| listener(Event::Retrying { why: error.to_string(), pause });
+    fn resolve_web(&self, url: &str, client: &Client, listener: Listener) -> Result<(Entry, Vec<Wanted>), StoreError> {
+        let on_retry = |error: &FetchError, pause| listener(Event::Retrying { why: error.fact(), pause });
         let urls = part_urls(url);
         let mut files = Vec::new();
         for url in &urls {
             let mut beginning = Vec::new();
-            let (target, _) = self.client.probe(url, PROBE_BYTES, &mut beginning, &on_retry)?;
+            let (target, _) = client.probe(url, PROBE_BYTES, &mut beginning, &on_retry)?;
             let name = file_name(url);
             files.push(FileEntry {
                 name: local_name(name),
@@ -351,7 +345,7 @@ impl Store {
     }
 
     /// The model of this entry, if it is complete and nobody changes it.
-    fn use_complete(&self, entry: &Entry, is_new: bool, listener: Listener) -> Result<Found, StoreError> {
+    pub(crate) fn use_complete(&self, entry: &Entry, is_new: bool, listener: Listener) -> Result<Found, StoreError> {
         let id = entry.id.clone();
         let dir = self.dir.join(&id);
         let lock = self.lock_file(&id)?;
@@ -386,7 +380,7 @@ impl Store {
         self.check_space(&entry, dir, &done)?;
         let (name, n_files) = (entry.name.clone(), wanted.len());
         listener(Event::Fetching { name, n_files, n_bytes, n_done: done.iter().sum() });
-        let on_retry = |error: &FetchError, pause| listener(Event::Retrying { why: error.to_string(), pause });
+        let on_retry = |error: &FetchError, pause| listener(Event::Retrying { why: error.fact(), pause });
         for (i, wanted) in wanted.iter().enumerate() {
             let file = &mut entry.files[i];
             if file.is_complete(dir) {
@@ -470,7 +464,7 @@ fn look_at(path: &Path) -> Result<(String, Catalog), StoreError> {
     Ok((model_name(&name), file.catalog().clone()))
 }
 
-fn choice_error(source: &HubSource, error: ChoiceError) -> StoreError {
+pub(crate) fn choice_error(source: &HubSource, error: ChoiceError) -> StoreError {
     let (repository, revision) = (source.repository.clone(), source.revision().to_owned());
     StoreError::Choice { repository, revision, source: error }
 }

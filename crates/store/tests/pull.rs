@@ -6,7 +6,7 @@ mod support;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use brigade_store::{DownloadError, Event, ModelSource, Outcome, Prune, StoreError};
+use brigade_store::{DownloadError, Event, ModelSource, Outcome, Prune, StoreError, Token};
 use support::{Asked, COMMIT, Fault, Shop, abacus, bytes, sha256};
 
 const HUB: &str = "hf:someone/thing:m-Q8_0.gguf";
@@ -80,6 +80,9 @@ fn what_is_here_stays_when_a_pull_fails() {
     shop.check_error(HUB, &["is not there (404)"]);
     let listed = shop.store().list().unwrap().remove(0);
     assert!(!listed.complete && listed.bytes_here > 0 && listed.bytes == Some(N as u64), "{listed:?}");
+    let mut shop = shop.offline();
+    shop.check_error(HUB, &["is not complete in", "runs offline", "the rest first: brigade pull hf:someone/thing"]);
+    shop.settings.is_offline = false;
     shop.server.faults(|_| None);
     let before = shop.server.n_bytes_sent();
     shop.check(HUB, &model);
@@ -133,11 +136,14 @@ fn who_may_not_read_is_told_what_to_do() {
     shop.check_error(HUB, &["401", "set HF_TOKEN"]);
     let shop = shop.with_token("wrong");
     shop.check_error(HUB, &["401", "the token in HF_TOKEN may not read"]);
+    let mut shop = shop;
+    shop.settings.token = Token::new("wrong", "/home/me/token").unwrap();
+    shop.check_error(HUB, &["401", "the token in /home/me/token may not read"]);
     shop.server.faults(|asked| asked.is_file().then_some(Fault::Status(403, "")));
     shop.check_error(HUB, &["403", "licence"]);
     shop.server.faults(|_| Some(Fault::Status(404, "")));
     shop.check_error(HUB, &["is not there (404)", "names of the repository"]);
-    assert!(shop.server.asked().len() <= 8, "none of it is worth another try");
+    assert!(shop.server.asked().len() <= 9, "none of it is worth another try");
 }
 
 #[test]
@@ -151,6 +157,12 @@ fn a_busy_server_is_left_alone_for_as_long_as_it_wants() {
     let started = Instant::now();
     shop.check(HUB, &model);
     assert!(started.elapsed() >= Duration::from_secs(1));
+    let why = shop.events.lock().unwrap().iter().find_map(|event| match event {
+        Event::Retrying { why, .. } => Some(why.clone()),
+        _ => None,
+    });
+    let why = why.unwrap();
+    assert!(why.ends_with("is busy (429) and wants to be left alone for 1 s"), "no advice while it is tried: {why}");
     let (shop, _) = self::shop(3);
     shop.server.faults(|_| Some(Fault::Status(429, "retry-after: 3600\r\n")));
     shop.check_error(HUB, &["busy (429)", "3600 s"]);
@@ -335,6 +347,29 @@ fn without_a_network_what_is_here_is_used() {
 }
 
 #[test]
+fn a_hub_that_says_nothing_is_not_waited_for_where_all_is_here() {
+    let model = std::fs::read(abacus()).unwrap();
+    let mut shop = Shop::of(&[("abacus-q8_0.gguf", &model)]);
+    let url = format!("{}/web/abacus-q8_0.gguf", shop.server.url());
+    let sources = ["hf:a/b", &url];
+    sources.iter().for_each(|source| drop(shop.check(source, &model)));
+    shop.settings.limits.request_time = Duration::from_secs(60);
+    shop.server.faults(|_| Some(Fault::Silence(Duration::from_secs(60))));
+    for source in sources {
+        let (started, n_asked) = (Instant::now(), shop.server.asked().len());
+        shop.events.lock().unwrap().clear();
+        shop.check(source, &model);
+        assert_eq!(shop.server.asked().len(), n_asked + 1, "{source}: asked once");
+        let hears = |event| shop.events.lock().unwrap().push(event);
+        shop.store().look(&ModelSource::parse(source).unwrap(), &hears).unwrap();
+        assert!(started.elapsed() < Duration::from_secs(20), "{source}: {:?}", started.elapsed());
+        let is_said =
+            |event: &&Event| matches!(event, Event::Fallback { why } if why.contains("did not answer within"));
+        assert_eq!(shop.events.lock().unwrap().iter().filter(is_said).count(), 2, "{source}: by open and by look");
+    }
+}
+
+#[test]
 fn a_header_is_looked_at_without_the_rest() {
     let model = std::fs::read(abacus()).unwrap();
     let catalog = brigade_gguf::ModelFile::open(abacus()).unwrap().catalog().clone();
@@ -399,6 +434,64 @@ fn what_is_in_use_is_not_pruned() {
     assert!(matches!(store.prune(&named("c")), Err(StoreError::UnknownName { .. })));
     assert_eq!(outcomes(&named("a-Q8_0")), [("a-Q8_0".to_owned(), Outcome::Removed)]);
     assert_eq!(store.list().unwrap(), []);
+}
+
+#[test]
+fn a_model_that_is_named_by_its_path_is_in_use_too() {
+    let (shop, model) = shop(1);
+    let path = shop.check(HUB, &model).path;
+    let store = shop.store();
+    let links = tempfile::tempdir().unwrap();
+    let link = links.path().join("linked.gguf");
+    #[cfg(unix)]
+    std::os::unix::fs::symlink(&path, &link).unwrap();
+    let entry = path.with_file_name("model.json");
+    let all = Prune { older_than_s: Some(0), ..Prune::default() };
+    let paths = if cfg!(unix) { vec![&path, &link] } else { vec![&path] };
+    for path in paths {
+        // As if it had been used long ago.
+        let mut noted: serde_json::Value = serde_json::from_slice(&std::fs::read(&entry).unwrap()).unwrap();
+        noted["last_used"] = 1.into();
+        std::fs::write(&entry, serde_json::to_vec(&noted).unwrap()).unwrap();
+        let opened = store.open(&ModelSource::of(path).unwrap(), &|_| ()).unwrap();
+        assert_eq!((&opened.path, &opened.location), (path, &None), "used as it was named");
+        let listed = store.list().unwrap().remove(0);
+        assert!(listed.in_use && listed.last_used > 1, "{listed:?}");
+        assert_eq!(store.prune(&all).unwrap()[0].outcome, Outcome::InUse);
+    }
+    assert_eq!(store.prune(&all).unwrap()[0].outcome, Outcome::Removed);
+    // Elsewhere nothing is left beside a file, and whether there is one is for others to say.
+    let (dir, missing) = (tempfile::tempdir().unwrap(), path);
+    let file = dir.path().join("d/m.gguf");
+    std::fs::create_dir(dir.path().join("d")).unwrap();
+    std::fs::write(&file, &model).unwrap();
+    for path in [&file, &missing] {
+        assert_eq!(&store.open(&ModelSource::of(path).unwrap(), &|_| ()).unwrap().path, path);
+    }
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn models_are_pruned_by_what_they_were_asked_for_as() {
+    let (one, two) = (bytes(1, 10_000), bytes(2, 20_000));
+    let shop = Shop::of(&[("a-Q8_0.gguf", &one), ("b-Q4_0.gguf", &two)]);
+    let store = shop.store();
+    let url = format!("{}/web/b-Q4_0.gguf?key=secret", shop.server.url());
+    for (source, file) in [("hf:x/y:q8_0", &one), ("hf:X/y:a-Q8_0.gguf", &one), ("hf:x/y", &two)] {
+        shop.check(source, file);
+        let prune = Prune { names: vec![source.to_owned()], ..Prune::default() };
+        let pruned = store.prune(&prune).unwrap();
+        assert!(pruned.len() == 1 && pruned[0].outcome == Outcome::Removed, "{source}: {pruned:?}");
+        assert_eq!(store.list().unwrap(), [], "{source}");
+    }
+    ["hf:x/y:Q8_0", "hf:x/y:Q4_0"].iter().for_each(|source| drop(shop.open(source).unwrap()));
+    let error = |name: &str| store.prune(&Prune { names: vec![name.to_owned()], ..Prune::default() }).unwrap_err();
+    let several = error("hf:x/y").to_string();
+    assert!(several.ends_with("name one of them: hf:x/y:a-Q8_0.gguf, hf:x/y:b-Q4_0.gguf"), "{several}");
+    for none in ["hf:x/y:Q6_K", "hf:x/z", "hf:x/y@v2", "hf:x", url.as_str(), "a.gguf"] {
+        assert!(matches!(error(none), StoreError::UnknownName { .. }), "{none}");
+    }
+    assert_eq!(store.list().unwrap().len(), 2);
 }
 
 #[test]

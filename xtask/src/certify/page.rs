@@ -94,7 +94,8 @@ fn rows(findings: &[Finding]) -> Vec<Row> {
                 if finding.word > row.word {
                     (row.word, row.reason) = (finding.word, finding.reason.clone());
                 }
-                if !row.types.split(", ").any(|ty| ty == finding.ty) {
+                // Nothing that is refused was run with weights of any type.
+                if finding.word != Word::Refused && !row.types.split(", ").any(|ty| ty == finding.ty) {
                     row.types = format!("{}, {}", row.types, finding.ty);
                 }
             }
@@ -220,6 +221,8 @@ mod tests {
         let rows = rows(&findings);
         assert_eq!(rows[0].line(), "| llama | within tolerance | any layer | F16, Q4_K |  |\n");
         assert_eq!((rows[1].cuts.as_str(), rows[2].cuts.as_str()), ("4 of 8", "every 2 layers"));
+        let refused = ["F16", "F16", "Q4_K"].map(|ty| finding("clip", ty, Word::Refused, &[]));
+        assert_eq!(self::rows(&refused)[0].line(), "| clip | refused |  |  |  |\n");
         let page = page(&findings, &rows);
         assert!(page.contains("**5 architectures: 4 exact, 0 within tolerance, 0 whole only, 1 refused.**"), "{page}");
     }

@@ -39,8 +39,8 @@ struct Report {
     context: u32,
     /// Sessions at once.
     parallel: u32,
-    /// How keys and values are stored.
-    kv: KvTypes,
+    /// How keys and values are stored, by a model that keeps some.
+    kv: Option<KvTypes>,
     optimize: Optimize,
     machines: MachinesReport,
     #[serde(flatten)]
@@ -106,7 +106,7 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
         },
         context: demand.context,
         parallel: demand.parallel,
-        kv: model.kv,
+        kv: keeps_values(&model).then_some(model.kv),
         optimize: demand.optimize,
         machines: MachinesReport { source: machines.source, nodes: machines.nodes.len(), notes: machines.notes },
         study,
@@ -114,6 +114,11 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
         what_if,
     };
     if args.json { output::json(&report) } else { output::text(&show::text(&report, args.explain)) }
+}
+
+/// Whether it has a KV cache. One that sees texts from both ends has none, and one of states alone neither.
+fn keeps_values(model: &Model) -> bool {
+    model.profile.kv_bytes_per_token.iter().any(|&bytes| bytes > 0)
 }
 
 /// What a deployment would be asked for: the same as by `brigade serve` with these flags.

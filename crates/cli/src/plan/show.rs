@@ -56,8 +56,8 @@ fn head(text: &mut String, report: &Report) {
         n => format!("{n} {thing}s"),
     };
     let kv = match report.kv {
-        kv if kv == KvTypes::default() => String::new(),
-        kv => format!(", KV cache in {kv}"),
+        Some(kv) if kv != KvTypes::default() => format!(", KV cache in {kv}"),
+        _ => String::new(),
     };
     let said = format!(
         "{} {}, {} layers, {}; {sessions} of {} tokens{kv}",

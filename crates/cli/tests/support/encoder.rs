@@ -105,6 +105,11 @@ pub struct TextOracle {
 
 impl TextOracle {
     pub fn of(model: &Path, pooling: Pooling) -> Self {
+        Self::with(model, &[], pooling)
+    }
+
+    /// The same with an adapter and its scale.
+    pub fn with(model: &Path, adapters: &[(&Path, f32)], pooling: Pooling) -> Self {
         brigade_engine::init();
         let options = StageOptions {
             n_ctx: N_CTX,
@@ -121,7 +126,7 @@ impl TextOracle {
             pooling: Some(pooling),
             kv: KvTypes::default(),
         };
-        let stage = Stage::load_file(model, options).unwrap();
+        let stage = Stage::load_file_adapted(model, adapters, options).unwrap();
         let header = vocabulary_header(ModelFile::open(model).unwrap().catalog());
         let n_bytes = header.len() as u64;
         let vocabulary = Vocabulary::load(Box::new(std::io::Cursor::new(header)), n_bytes).unwrap();

@@ -254,7 +254,8 @@ pub fn certify(
         (None, Err(error)) => return Err(CertifyError::Whole(error.clone())),
     };
     if wanted.iter().flatten().any(|value| value.is_nan()) {
-        return Err(CertifyError::Whole("it yields values that are no numbers".to_owned()));
+        let with = if adapters.is_some() { "with these adapters " } else { "" };
+        return Err(CertifyError::Whole(format!("{with}it yields values that are no numbers")));
     }
     let outcome = |results: Result<run::Results, String>| match results {
         Ok(results) => Outcome::Compared(compare::compare(&script, &wanted, &results)),
@@ -290,11 +291,12 @@ fn profile(
         ModelError::KvTypes { .. } => CertifyError::KvTypes(error),
         error => CertifyError::Refused(error.to_string()),
     };
-    let profile = model_profile(file.catalog(), shape.kv).map_err(refused)?;
-    let mut profile = work.profile(profile);
+    let mut profile = model_profile(file.catalog(), shape.kv).map_err(refused)?;
     if let Some(adapters) = adapters {
         adapters.add_to(&mut profile, file.catalog());
     }
+    // After that, since what adapts the head goes with it.
+    let profile = work.profile(profile);
     let rehearsed = rehearse_model(file.catalog(), &demand(shape), shape.kv, shape.pooling).ok();
     Ok(ModelProfile { rehearsed, ..profile })
 }

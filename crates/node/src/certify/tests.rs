@@ -14,6 +14,11 @@ const N_EXPERTS: u64 = 3;
 
 /// A mixture of experts of an architecture that is built like a llama, with all matrices in one type.
 fn model(architecture: &str, ty: GgmlType) -> tempfile::NamedTempFile {
+    model_that_pools(architecture, ty, None)
+}
+
+/// The same, and if there is a way of pooling, one that embeds texts.
+fn model_that_pools(architecture: &str, ty: GgmlType, pooling: Option<u32>) -> tempfile::NamedTempFile {
     let mut metadata = Metadata::new();
     metadata.set("general.architecture", architecture);
     metadata.set("tokenizer.ggml.model", "no_vocab");
@@ -32,6 +37,9 @@ fn model(architecture: &str, ty: GgmlType) -> tempfile::NamedTempFile {
     ];
     numbers.iter().for_each(|(key, n)| metadata.set(format!("{architecture}.{key}"), *n as u32));
     metadata.set(format!("{architecture}.attention.layer_norm_rms_epsilon"), 1e-5);
+    if let Some(pooling) = pooling {
+        metadata.set(format!("{architecture}.pooling_type"), pooling);
+    }
     let mut tensors = vec![("token_embd.weight".to_owned(), vec![N_EMBD, N_VOCAB])];
     for layer in 0..N_LAYERS {
         let of_layer: [(&str, &[u64]); 10] = [
@@ -127,14 +135,19 @@ fn without_a_path_the_whole_is_one_stage() {
 
 /// An adapter of two layers, one in each half.
 fn adapter(value: f32) -> tempfile::NamedTempFile {
+    adapter_of(&[("blk.1.attn_q", N_EMBD), ("blk.4.attn_q", N_EMBD)], value)
+}
+
+/// An adapter of matrices, which are given with their rows.
+fn adapter_of(matrices: &[(&str, u64)], value: f32) -> tempfile::NamedTempFile {
     let mut metadata = Metadata::new();
     for (key, value) in [("general.architecture", "llama"), ("general.type", "adapter"), ("adapter.type", "lora")] {
         metadata.set(key, value);
     }
     let mut builder = Builder::new(&metadata);
-    for layer in [1, 4] {
-        builder.tensor(format!("blk.{layer}.attn_q.weight.lora_a"), &[N_EMBD, 2], GgmlType::F32).unwrap();
-        builder.tensor(format!("blk.{layer}.attn_q.weight.lora_b"), &[2, N_EMBD], GgmlType::F32).unwrap();
+    for (name, n_rows) in matrices {
+        builder.tensor(format!("{name}.weight.lora_a"), &[N_EMBD, 2], GgmlType::F32).unwrap();
+        builder.tensor(format!("{name}.weight.lora_b"), &[2, *n_rows], GgmlType::F32).unwrap();
     }
     let fill = |_: usize, _: u64, bytes: &mut [u8]| {
         bytes.as_chunks_mut::<4>().0.iter_mut().for_each(|element| *element = value.to_le_bytes());
@@ -161,6 +174,34 @@ fn adapters_are_cut_with_the_model() {
     let options = CertifyOptions { adapters: vec![of(&model, 1.0)], ..CertifyOptions::default() };
     let refused = certify(&opened, Some(model.path()), &options, &mut |_, _| {});
     assert!(matches!(refused, Err(CertifyError::Adapters(_))), "{refused:?}");
+}
+
+/// The whole as llama.cpp reads it has a head, and stages that pool have none.
+#[test]
+fn an_adapter_of_the_head_changes_nothing_where_texts_are_embedded() {
+    let both = [("blk.1.attn_q", N_EMBD), ("blk.4.attn_q", N_EMBD), ("output", N_VOCAB)];
+    for pooling in [1, 3] {
+        let model = model_that_pools("llama", GgmlType::Q8_0, Some(pooling));
+        for matrices in [&both[..], &both[2..]] {
+            let adapter = adapter_of(matrices, 0.02);
+            let adapters = vec![AdapterFile { path: adapter.path().to_owned(), scale: 1.0 }];
+            let report = check(&model, &CertifyOptions { adapters, ..CertifyOptions::default() });
+            assert_eq!(report.pooling, Pooling::of_gguf(pooling.into()));
+            assert_eq!(report.verdict(), Verdict::Exact, "{matrices:?}: {:?}", report.plans);
+            let worst = report.worst_prediction(0).unwrap();
+            assert!(worst.error().abs() < 0.05, "{worst:?}");
+        }
+    }
+}
+
+#[test]
+fn numbers_that_are_none_are_those_of_the_adapters() {
+    let (model, adapter) = (model("llama", GgmlType::Q8_0), adapter(f32::NAN));
+    let file = Arc::new(ModelFile::open(model.path()).unwrap());
+    let adapters = vec![AdapterFile { path: adapter.path().to_owned(), scale: 1.0 }];
+    let options = CertifyOptions { adapters, ..CertifyOptions::default() };
+    let error = certify(&file, Some(model.path()), &options, &mut |_, _| {}).unwrap_err();
+    assert!(error.to_string().contains("with these adapters it yields values that are no numbers"), "{error}");
 }
 
 /// What is compared is exact without any of them as well.

@@ -42,6 +42,7 @@ pub fn limits() -> Limits {
         first_pause: Duration::from_millis(1),
         longest_pause: Duration::from_secs(1),
         request_time: Duration::from_secs(5),
+        look_time: Duration::from_secs(1),
         silence: Duration::from_secs(5),
         progress_bytes: 1000,
         n_connections: 4,
@@ -97,7 +98,7 @@ impl Shop {
 
     /// The same store with a token for the hub.
     pub fn with_token(mut self, token: &str) -> Self {
-        self.settings.token = Token::new(token);
+        self.settings.token = Token::new(token, "HF_TOKEN").unwrap();
         self
     }
 

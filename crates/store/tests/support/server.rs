@@ -61,6 +61,8 @@ pub enum Fault {
     Drip(u64, Duration),
     /// Another tag.
     Tag(&'static str),
+    /// Nothing for so long, and then the end.
+    Silence(Duration),
     /// Elsewhere: this server, the same path.
     Redirect(String),
     /// Another body.
@@ -135,6 +137,10 @@ impl Inner {
             Some(Fault::Status(status, headers)) => return reply(stream, *status, headers, b"").ok(),
             Some(Fault::Redirect(to)) => {
                 return reply(stream, 302, &format!("location: {to}{}\r\n", asked.path), b"").ok();
+            }
+            Some(Fault::Silence(time)) => {
+                std::thread::sleep(*time);
+                return None;
             }
             Some(Fault::Body(body, headers)) => return reply(stream, 200, headers, body).ok(),
             _ => {}
