@@ -137,8 +137,8 @@ fn who_may_not_read_is_told_what_to_do() {
     let shop = shop.with_token("wrong");
     shop.check_error(HUB, &["401", "the token in HF_TOKEN may not read"]);
     let mut shop = shop;
-    shop.settings.token = Token::new("wrong", "/home/me/token").unwrap();
-    shop.check_error(HUB, &["401", "the token in /home/me/token may not read"]);
+    shop.settings.token = Token::new("wrong", "/secrets/token").unwrap();
+    shop.check_error(HUB, &["401", "the token in /secrets/token may not read"]);
     shop.server.faults(|asked| asked.is_file().then_some(Fault::Status(403, "")));
     shop.check_error(HUB, &["403", "licence"]);
     shop.server.faults(|_| Some(Fault::Status(404, "")));

@@ -33,6 +33,8 @@ pub(super) struct Answer {
     pub(super) usage: Usage,
     /// Where the scheduler said so; only the first time counts, as a session that was preempted is not cheaper.
     pub(super) has_started: bool,
+    /// Rings in a row that ended while rows of it were on their way, since its last token.
+    pub(super) rings_lost: u32,
     /// The time that its request gave it.
     pub(super) timeout: Option<std::time::Duration>,
     pub(super) _open: OpenCount,
@@ -50,6 +52,7 @@ impl Answer {
         vocabulary: &Vocabulary,
     ) -> Result<Chosen, NoNumbers> {
         let token = self.sampler.sample(logits, position)?;
+        self.rings_lost = 0;
         self.sampler.accept(token);
         self.usage.completion_tokens += 1;
         if vocabulary.is_end(token) && !self.wishes.ignore_end {

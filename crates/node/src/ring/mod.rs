@@ -15,7 +15,7 @@
 //! - `watch.rs`: which pass is awaited, and since when, for the owner loop, which looks whether it is stuck.
 //! - What travels when is decided by [`Scheduler`]; what happened is told to the [`Meter`].
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{Arc, OnceLock};
@@ -43,6 +43,10 @@ use crate::threads::micros;
 mod answer;
 mod inbox;
 mod watch;
+
+/// Rings in a row that a session may lose without a token in between. Machines that die come one at a time; what is
+/// lost so often breaks its rings itself, as values that are no numbers do.
+const MAX_RINGS_LOST: u32 = 5;
 
 /// How often the links are asked what they carried.
 const LINK_POLL: Duration = Duration::from_millis(250);
@@ -350,12 +354,18 @@ impl<T: Tail> Ring<T> {
         // Whoever stops a ring closes its links and cancels its stage, which then look broken.
         let end = if stop.is_set() { RingEnd::Stopped } else { end };
         drop(links);
+        let given_up = self.count_losses();
         self.sent.clear();
         self.watch.set(None);
         let why = match &end {
             RingEnd::Stopped => stop.why.get().cloned().unwrap_or_default(),
             RingEnd::Broke(why) => why.clone(),
         };
+        let failure = Failure::Engine(format!(
+            "{MAX_RINGS_LOST} times in a row the machines failed while they computed it, at last since {why}; `brigade \
+             certify` tells whether the model's file or an adapter is at fault"
+        ));
+        given_up.into_iter().for_each(|id| self.fail(id, &failure));
         if self.lost.is_none() {
             self.answers.values().for_each(|answer| answer.tell(Event::Paused { why: why.clone() }));
             self.meter.lost(&why);
@@ -363,6 +373,22 @@ impl<T: Tail> Ring<T> {
         }
         self.tell_load();
         (self.tell)(News::Ended(epoch, Box::new(tail), end));
+    }
+
+    /// Counts a ring as lost for each session that had rows on their way. Those that have lost [`MAX_RINGS_LOST`] in a
+    /// row are returned: what breaks a ring whenever it is computed would break each further one.
+    fn count_losses(&mut self) -> Vec<SessionId> {
+        let rows = self.sent.iter().flat_map(|sent| &sent.pass.rows);
+        let sessions: HashSet<SessionId> = rows.map(|rows| rows.session).collect();
+        let mut given_up = Vec::new();
+        for id in sessions {
+            let Some(answer) = self.answers.get_mut(&id) else { continue };
+            answer.rings_lost += 1;
+            if answer.rings_lost >= MAX_RINGS_LOST {
+                given_up.push(id);
+            }
+        }
+        given_up
     }
 
     fn turn(&mut self) -> Outcome {
@@ -462,8 +488,17 @@ impl<T: Tail> Ring<T> {
         };
         let wishes = Wishes { max_tokens, logprobs, ignore_end };
         let text = Assembler::new(stop);
-        let mut answer =
-            Answer { wishes, events: events.clone(), sampler, text, usage, has_started: false, timeout, _open: open };
+        let mut answer = Answer {
+            wishes,
+            events: events.clone(),
+            sampler,
+            text,
+            usage,
+            has_started: false,
+            rings_lost: 0,
+            timeout,
+            _open: open,
+        };
         let is_full = prompt.len() + told.len() >= self.scheduler.context() as usize;
         if let Some(end) = answer.retrace(&told, is_full, self.model.vocabulary()) {
             return meter.ended(id, end, Instant::now());
