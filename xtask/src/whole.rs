@@ -7,7 +7,7 @@ use std::fs::File;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use brigade_base::{KvTypes, Token};
+use brigade_base::{Hooks, KvTypes, Token};
 use brigade_engine::{Input, Row, Sampler, Sampling, Stage, StageOptions, Vocabulary};
 
 use crate::failure::{Failure, Outcome};
@@ -45,10 +45,7 @@ impl Whole {
             n_threads,
             n_embd: 0,
             n_vocab: 0,
-            input_node: None,
-            looks_up_rows: false,
-            stop_node: None,
-            layer_scales: Vec::new(),
+            hooks: Hooks::default(),
             pooling: None,
             kv: KvTypes::default(),
         };

@@ -1,19 +1,19 @@
-//! Identifiers, units, layer ranges, kinds of KV caches and of pooling: the words that every crate of Brigade shares.
+//! Identifiers, units, layer ranges, kinds of KV caches and of pooling, hooks: the words that all crates of Brigade share.
 //!
 //! Nothing here does I/O. Each type is checked where it is made, so that code which holds one need not check again.
 
+mod hooks;
 mod ids;
 mod kv;
 mod layers;
 mod pooling;
-mod scale;
 mod units;
 
+pub use hooks::{Hooks, LayerScale};
 pub use ids::{DeploymentId, Epoch, Hash, IdError, ImageId, ModelId, NodeId, PassId, SessionId, TenantId};
 pub use kv::{KvType, KvTypes, UnknownKvType};
 pub use layers::{LayerRange, LayerRangeError};
 pub use pooling::{Pooling, UnknownPooling};
-pub use scale::LayerScale;
 pub use units::{ByteSize, ByteSizeError};
 
 /// A token of a model's vocabulary, as libllama numbers them. Negative values never name a token.

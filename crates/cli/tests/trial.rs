@@ -114,10 +114,7 @@ fn options(view: &StageView) -> StageOptions {
         n_threads: 1,
         n_embd: view.n_embd(),
         n_vocab: if view.is_final() { view.n_vocab() } else { 0 },
-        input_node: view.input_node(),
-        looks_up_rows: view.looks_up_rows(),
-        stop_node: view.stop_node(),
-        layer_scales: view.layer_scales(),
+        hooks: view.hooks(),
         pooling: None,
         kv: KvTypes::default(),
     }

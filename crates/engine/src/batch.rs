@@ -104,7 +104,7 @@ impl Scratch {
             n_outputs: 0,
             batch: Batch {
                 n_planes,
-                looks_up_rows: options.looks_up_rows,
+                looks_up_rows: options.hooks.looks_up_rows,
                 tokens: Vec::with_capacity(n_rows),
                 hidden: Vec::with_capacity(n_rows * n_embd),
                 positions: Vec::with_capacity(n_rows * n_planes),
@@ -260,10 +260,7 @@ mod tests {
             n_threads: 1,
             n_embd: 0,
             n_vocab: 0,
-            input_node: None,
-            looks_up_rows: false,
-            stop_node: None,
-            layer_scales: Vec::new(),
+            hooks: brigade_base::Hooks::default(),
             pooling: None,
             kv: brigade_base::KvTypes::default(),
         };

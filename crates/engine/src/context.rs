@@ -289,7 +289,10 @@ impl Drop for Context {
 impl Hook {
     /// The hook that the options ask for, if they ask for one.
     fn new(options: &StageOptions, n_embd: usize) -> Result<Option<Self>, LoadError> {
-        if options.input_node.is_none() && options.stop_node.is_none() && options.layer_scales.is_empty() {
+        if options.hooks.input_node.is_none()
+            && options.hooks.stop_node.is_none()
+            && options.hooks.layer_scales.is_empty()
+        {
             return Ok(None);
         }
         let n_values = n_embd * options.max_rows as usize;
@@ -298,8 +301,8 @@ impl Hook {
             let name = name.as_deref().map(|name| node_name(name.strip_suffix('+').unwrap_or(name)));
             Ok((name.transpose()?, is_sum))
         };
-        let (input_node, enters_at_sum) = node(&options.input_node)?;
-        let (stop_node, stops_at_sum) = node(&options.stop_node)?;
+        let (input_node, enters_at_sum) = node(&options.hooks.input_node)?;
+        let (stop_node, stops_at_sum) = node(&options.hooks.stop_node)?;
         let prefix = |scale: &LayerScale| Ok((node_name(&format!("{}-", scale.node))?.into_bytes(), scale.factor));
         let reserve = |node: &Option<String>| Vec::with_capacity(if node.is_some() { n_values } else { 0 });
         Ok(Some(Self {
@@ -309,10 +312,10 @@ impl Hook {
             stops_at_sum,
             n_embd,
             n_rows: 0,
-            input: reserve(&options.input_node),
+            input: reserve(&options.hooks.input_node),
             entered: false,
-            values: reserve(&options.stop_node),
-            scales: options.layer_scales.iter().map(prefix).collect::<Result<_, LoadError>>()?,
+            values: reserve(&options.hooks.stop_node),
+            scales: options.hooks.layer_scales.iter().map(prefix).collect::<Result<_, LoadError>>()?,
             n_scaled: 0,
             n_hits: 0,
             odd_shape: None,

@@ -36,7 +36,7 @@ pub(crate) fn type_of(pooling: Pooling) -> sys::llama_pooling_type {
 /// # Errors
 /// If the model has no such output, or texts may be longer than it has positions for.
 pub(crate) fn check(model: &Model, context: &Context, options: &StageOptions) -> Result<u32, LoadError> {
-    let is_final = options.stop_node.is_none();
+    let is_final = options.hooks.stop_node.is_none();
     if !context.has_memory {
         // What positions are learned for is looked up by their number, and beyond the last libllama ends the process.
         let (value, max) = (options.n_ctx.into(), model.n_ctx_train().into());

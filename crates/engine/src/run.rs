@@ -225,7 +225,7 @@ impl Stage {
             scratch.output_index.push(scratch.n_outputs);
             scratch.n_outputs += usize::from(output);
         }
-        if self.options.stop_node.is_none() && scratch.n_outputs > self.max_outputs as usize {
+        if self.options.hooks.stop_node.is_none() && scratch.n_outputs > self.max_outputs as usize {
             let (n_outputs, max_outputs) = (scratch.n_outputs, self.max_outputs);
             return Err(RunError::TooManyOutputs { n_outputs, max_outputs });
         }

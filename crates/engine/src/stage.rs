@@ -28,7 +28,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use brigade_base::{KvTypes, LayerScale, Pooling};
+use brigade_base::{Hooks, KvTypes, LayerScale, Pooling};
+use serde::{Deserialize, Serialize};
 
 use crate::adapter::{Adapter, AdapterSource};
 use crate::batch::Scratch;
@@ -56,7 +57,7 @@ const MAX_CELLS: u64 = 1 << 30;
 const MAX_THREADS: u32 = 512;
 
 /// How a stage is loaded.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StageOptions {
     /// Most tokens of one session.
     pub n_ctx: u32,
@@ -72,21 +73,11 @@ pub struct StageOptions {
     pub n_threads: u32,
     /// Width of the hidden state that the caller believes in; 0 if it does not know.
     pub n_embd: u32,
-    /// Size of the vocabulary that the caller believes in; 0 if it does not know. Compared only without `stop_node`:
+    /// Size of the vocabulary that the caller believes in; 0 if it does not know. Compared only without a stop node:
     /// the other stages carry a vocabulary of a few rows.
     pub n_vocab: u32,
-    /// Name of the graph node, shape `[n_rows, n_embd]`, whose value is replaced by the given hidden states, for
-    /// graphs that change them first; with a `+` behind it, the first sum of that node and another one. `None` for
-    /// all others.
-    pub input_node: Option<String>,
-    /// Whether the graph must look its rows up itself and ends the process over hidden states: it is given tokens then,
-    /// any, and the hidden states replace the value of the input node.
-    pub looks_up_rows: bool,
-    /// Name of the graph node, shape `[n_rows, n_embd]`, at which the pass stops and whose value it yields; with a `+`
-    /// behind it, the sum of that node and another one. `None` for the last stage, which yields logits or pools.
-    pub stop_node: Option<String>,
-    /// Factors that the graph is told, since they depend on the number of layers of the whole model.
-    pub layer_scales: Vec<LayerScale>,
+    /// Where the graph is entered and left, and what it is told.
+    pub hooks: Hooks,
     /// The last stage yields one pooled vector for each text, not logits.
     pub pooling: Option<Pooling>,
     /// How keys and values are stored. Values in blocks bring flash attention with them.
@@ -103,7 +94,7 @@ impl StageOptions {
         check("max_rows", self.max_rows.into(), 1, MAX_ROWS.into())?;
         check("n_threads", self.n_threads.into(), 1, MAX_THREADS.into())?;
         check("n_ctx * n_sessions", self.n_cells(), 1, MAX_CELLS)?;
-        match self.layer_scales.iter().find(|scale| !(scale.factor.is_finite() && scale.factor > 0.0)) {
+        match self.hooks.layer_scales.iter().find(|scale| !(scale.factor.is_finite() && scale.factor > 0.0)) {
             Some(LayerScale { node, factor }) => Err(LoadError::Factor { node: node.clone(), factor: *factor }),
             None => Ok(()),
         }
@@ -124,7 +115,7 @@ impl StageOptions {
     /// outputs, none may be missing in the graphs that buffers are measured with either: the mean of a text is a
     /// product over its rows, and ends the process if they are fewer.
     pub(crate) fn n_outputs(&self) -> u32 {
-        let all = self.stop_node.is_some() || self.pooling.is_some() || self.max_outputs == 0;
+        let all = self.hooks.stop_node.is_some() || self.pooling.is_some() || self.max_outputs == 0;
         if all { self.n_graph_rows() } else { self.max_outputs.min(self.max_rows).max(self.n_sessions) }
     }
 }
@@ -251,7 +242,7 @@ impl Stage {
         model.check_kind()?;
         let (n_embd, n_vocab) = (model.n_embd(), model.n_vocab());
         check_shape("n_embd", n_embd, options.n_embd)?;
-        if options.stop_node.is_none() {
+        if options.hooks.stop_node.is_none() {
             check_shape("n_vocab", n_vocab, options.n_vocab)?;
         }
         let (context, captured) = Context::new(&model, &options, n_embd)?;
@@ -297,7 +288,7 @@ impl Stage {
 
     /// Whether it yields logits or pooled vectors, not hidden states.
     pub fn is_final(&self) -> bool {
-        self.options.stop_node.is_none()
+        self.options.hooks.stop_node.is_none()
     }
 
     /// What it holds in memory.

@@ -125,10 +125,7 @@ mod tests {
             n_threads: 1,
             n_embd: 0,
             n_vocab: 0,
-            input_node: None,
-            looks_up_rows: false,
-            stop_node: None,
-            layer_scales: Vec::new(),
+            hooks: brigade_base::Hooks::default(),
             pooling: None,
             kv: brigade_base::KvTypes::default(),
         };

@@ -138,14 +138,7 @@ impl Adapted {
                 weight_bytes: adapter.weight_bytes(),
                 scale: adapter.scale(),
             });
-        let options = StageOptions {
-            n_embd: view.n_embd(),
-            n_vocab: view.n_vocab(),
-            input_node: view.input_node(),
-            stop_node: view.stop_node(),
-            layer_scales: view.layer_scales(),
-            ..options()
-        };
+        let options = StageOptions { n_embd: view.n_embd(), n_vocab: view.n_vocab(), hooks: view.hooks(), ..options() };
         let reader = Box::new(view.reader(self.model.clone()));
         Stage::load_adapted(reader, view.n_bytes(), adapter, options, &mut |_| true).unwrap()
     }

@@ -90,8 +90,8 @@ fn filled_holes_do_not_show_in_results() {
         let name = if input_node.is_some() { "gemma2" } else { "llama" };
         let mut stage = Synthetic { ty: Q8_0, ..named(name) }.load(|o| {
             (o.n_sessions, o.max_rows) = (6, 40);
-            o.stop_node = stop_node.map(str::to_owned);
-            o.input_node = input_node.map(str::to_owned);
+            o.hooks.stop_node = stop_node.map(str::to_owned);
+            o.hooks.input_node = input_node.map(str::to_owned);
         });
         let n_embd = stage.n_embd() as usize;
         let value = |position: u32, i: usize| ((i * 37 + position as usize * 11) % 64) as f32 / 64.0;

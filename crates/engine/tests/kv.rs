@@ -65,7 +65,7 @@ fn a_copy_goes_on_with_the_bits_of_a_slot_that_computed_it() {
 
 #[test]
 fn a_stage_that_is_not_the_last_copies_and_saves() {
-    let mut stage = named("llama").load(|o| o.stop_node = Some("l_out-2".to_owned()));
+    let mut stage = named("llama").load(|o| o.hooks.stop_node = Some("l_out-2".to_owned()));
     let text = conversation(2);
     let expected = alone(&mut stage, &text);
     feed(&mut stage, 0, &text[..N_PREFIX]);

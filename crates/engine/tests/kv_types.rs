@@ -141,7 +141,8 @@ fn a_rehearsal_knows_what_a_stage_takes() {
     let dir = tempfile::tempdir().unwrap();
     let check = |path: &Path, change: &dyn Fn(&mut StageOptions)| {
         for stop_node in [None, Some("l_out-1")] {
-            let mut options = StageOptions { stop_node: stop_node.map(str::to_owned), ..options() };
+            let mut options = options();
+            options.hooks.stop_node = stop_node.map(str::to_owned);
             change(&mut options);
             let (file, n_bytes) = open(path);
             let found = rehearse(file, n_bytes, &options).unwrap();

@@ -36,7 +36,7 @@ fn embed(stage: &mut Stage, slot: u32, text: &[Token]) -> Vec<f32> {
 
 /// All rows that the graph of the model ends with.
 fn all_rows(name: &str, node: &str, text: &[Token]) -> Vec<f32> {
-    let mut stage = load(named(name), |o| o.stop_node = Some(node.to_owned())).unwrap();
+    let mut stage = load(named(name), |o| o.hooks.stop_node = Some(node.to_owned())).unwrap();
     feed(&mut stage, 0, text)
 }
 
@@ -100,9 +100,7 @@ fn embed_split(source: &Arc<ModelFile>, cuts: &[u32], pooling: Pooling, text: &[
         let options = StageOptions {
             n_embd: view.n_embd(),
             n_vocab: view.n_vocab(),
-            input_node: view.input_node(),
-            stop_node: view.stop_node(),
-            layer_scales: view.layer_scales(),
+            hooks: view.hooks(),
             pooling: view.is_final().then_some(pooling),
             ..options()
         };
@@ -193,6 +191,6 @@ fn what_a_model_cannot_do_is_refused() {
     let too_long = |o: &mut StageOptions| (o.n_ctx, o.pooling) = (513, Some(Pooling::Cls));
     check("bert", too_long, "n_ctx is 513, but must be from 1 to 512");
     let in_the_middle =
-        |o: &mut StageOptions| (o.stop_node, o.pooling) = (Some("l_out-1".to_owned()), Some(Pooling::Last));
+        |o: &mut StageOptions| (o.hooks.stop_node, o.pooling) = (Some("l_out-1".to_owned()), Some(Pooling::Last));
     check("qwen3-embedding", in_the_middle, "only the last stage");
 }

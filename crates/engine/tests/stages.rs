@@ -28,15 +28,8 @@ impl Pipeline {
         for bounds in bounds.windows(2) {
             let layers = LayerRange::new(bounds[0], bounds[1]).unwrap();
             let view = StageView::new(source.catalog(), layers).unwrap();
-            let options = StageOptions {
-                n_embd: view.n_embd(),
-                n_vocab: view.n_vocab(),
-                input_node: view.input_node(),
-                looks_up_rows: view.looks_up_rows(),
-                stop_node: view.stop_node(),
-                layer_scales: view.layer_scales(),
-                ..options.clone()
-            };
+            let options =
+                StageOptions { n_embd: view.n_embd(), n_vocab: view.n_vocab(), hooks: view.hooks(), ..options.clone() };
             let reader = Box::new(view.reader(source.clone()));
             let stage = Stage::load(reader, view.n_bytes(), options, &mut |_| true)
                 .unwrap_or_else(|error| panic!("layers {layers}: {error}"));

@@ -232,7 +232,7 @@ fn more_sessions_than_rows_are_fine() {
 /// Cut short at a node of the first layer: the value of that node comes out, and a wrong name is an error.
 #[test]
 fn a_stop_node_yields_its_value() {
-    let with_stop = |node: &str| whole(&abacus(), |o| o.stop_node = Some(node.to_owned()));
+    let with_stop = |node: &str| whole(&abacus(), |o| o.hooks.stop_node = Some(node.to_owned()));
     let mut stage = with_stop("l_out-0");
     assert!(!stage.is_final());
     let hidden = feed(&mut stage, 0, &[1, 2, 3]);
@@ -256,7 +256,7 @@ fn a_stop_node_yields_its_value() {
 fn a_graph_is_told_its_factors() {
     let told = |node: &str, factor: f32| {
         let scale = LayerScale { node: node.to_owned(), factor };
-        let mut stage = named("gemma2").load(|o| o.layer_scales = vec![scale]);
+        let mut stage = named("gemma2").load(|o| o.hooks.layer_scales = vec![scale]);
         let row = [Row { slot: 0, position: 0, output: true }, Row { slot: 0, position: 1, output: true }];
         let mut out = Vec::new();
         stage.run(&row, Input::Tokens(&[1, 2]), &mut out).map(|()| out)
@@ -283,10 +283,13 @@ fn bad_options_and_models_are_refused() {
         (&|o| (o.n_ctx, o.n_sessions) = (1 << 24, 256), "n_ctx * n_sessions"),
         (&|o| o.n_embd = 255, "n_embd 256, but 255"),
         (&|o| o.n_vocab = 32, "n_vocab 1024, but 32"),
-        (&|o| o.stop_node = Some(String::new()), "graph node"),
-        (&|o| o.layer_scales = vec![LayerScale { node: "Qcur".to_owned(), factor: f32::INFINITY }], "factor of Qcur"),
-        (&|o| o.layer_scales = vec![LayerScale { node: "x".repeat(63), factor: 1.0 }], "graph node"),
-        (&|o| o.stop_node = Some("x".repeat(64)), "graph node"),
+        (&|o| o.hooks.stop_node = Some(String::new()), "graph node"),
+        (
+            &|o| o.hooks.layer_scales = vec![LayerScale { node: "Qcur".to_owned(), factor: f32::INFINITY }],
+            "factor of Qcur",
+        ),
+        (&|o| o.hooks.layer_scales = vec![LayerScale { node: "x".repeat(63), factor: 1.0 }], "graph node"),
+        (&|o| o.hooks.stop_node = Some("x".repeat(64)), "graph node"),
     ] {
         let error = load(change).to_string();
         assert!(error.contains(text), "{error}");

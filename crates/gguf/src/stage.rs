@@ -16,7 +16,7 @@
 
 use std::sync::Arc;
 
-use brigade_base::{LayerRange, LayerScale};
+use brigade_base::{Hooks, LayerRange};
 
 use crate::architecture::{Architecture, ArchitectureError};
 use crate::builder::{BuildError, Builder};
@@ -107,10 +107,7 @@ pub struct StageView {
     n_embd: u32,
     n_vocab: u32,
     input_scale: f32,
-    input_node: Option<&'static str>,
-    scales: Vec<LayerScale>,
-    stop: Stop,
-    looks_up_rows: bool,
+    hooks: Hooks,
     takes_tokens: bool,
     max_positions: Option<u32>,
     tensors: Vec<usize>,
@@ -182,39 +179,15 @@ impl StageView {
         self.layers
     }
 
-    /// The graph node whose value is this stage's output and behind which nothing need be computed; `None` for the
-    /// final stage. A `+` behind a name stands for the sum of that node and another one.
-    pub fn stop_node(&self) -> Option<String> {
-        (!self.is_final).then(|| match self.stop {
-            Stop::Numbered(name) => format!("{name}-{}", self.layers.len() - 1),
-            Stop::Named(name) => name.to_owned(),
-            Stop::Sum(name) => format!("{name}-{}+", self.layers.len() - 1),
-        })
+    /// Where its graph is entered and left, and what it is told. The final stage has no stop node.
+    pub fn hooks(&self) -> Hooks {
+        self.hooks.clone()
     }
 
     /// What each input row must be multiplied by before libllama gets it as an embedding: rows of the token embedding
     /// in the first stage, hidden states in all others.
     pub fn input_scale(&self) -> f32 {
         self.input_scale
-    }
-
-    /// The graph node that must hold this stage's input rows instead of what the graph makes of them; `None` where it
-    /// takes them as they are. With a `+` behind it, the first sum of that node and another one. gemma2's graph
-    /// multiplies all input rows by `sqrt(n_embd)`, which hidden states already are; dividing beforehand would round
-    /// them once more.
-    pub fn input_node(&self) -> Option<String> {
-        self.input_node.map(str::to_owned)
-    }
-
-    /// Factors that libllama derives from the number of layers and the stage's graph is to be told.
-    pub fn layer_scales(&self) -> Vec<LayerScale> {
-        self.scales.clone()
-    }
-
-    /// Whether libllama must be given tokens in place of hidden states, any tokens, since its graph ends the process
-    /// over given rows; [`StageView::input_node`] then gets the rows.
-    pub fn looks_up_rows(&self) -> bool {
-        self.looks_up_rows
     }
 
     /// Whether the stage is to be given tokens: its layers need them, and it looks their embedding up itself. Such a
@@ -324,10 +297,7 @@ impl<'a> Draft<'a> {
             n_embd: self.architecture.n_embd,
             n_vocab: self.n_vocab,
             input_scale: input_scale(self.architecture, self.layers),
-            input_node: input_node(self.architecture, self.layers),
-            scales: self.architecture.scales(self.layers.len()),
-            stop: self.architecture.rules.stop,
-            looks_up_rows: self.architecture.looks_up_rows(),
+            hooks: hooks(self.architecture, self.layers, self.is_final),
             takes_tokens: self.architecture.takes_tokens(),
             max_positions: max_positions(self.catalog),
             tensors,
@@ -499,6 +469,19 @@ fn input_scale(architecture: &Architecture, layers: LayerRange) -> f32 {
     }
 }
 
-fn input_node(architecture: &Architecture, layers: LayerRange) -> Option<&'static str> {
-    architecture.input_node.filter(|_| layers.start() > 0 || architecture.looks_up_rows())
+fn hooks(architecture: &Architecture, layers: LayerRange, is_final: bool) -> Hooks {
+    let looks_up_rows = architecture.looks_up_rows();
+    let enters = layers.start() > 0 || looks_up_rows;
+    let last = layers.len() - 1;
+    let stop = match architecture.rules.stop {
+        Stop::Numbered(name) => format!("{name}-{last}"),
+        Stop::Named(name) => name.to_owned(),
+        Stop::Sum(name) => format!("{name}-{last}+"),
+    };
+    Hooks {
+        input_node: architecture.input_node.filter(|_| enters).map(str::to_owned),
+        looks_up_rows,
+        stop_node: (!is_final).then_some(stop),
+        layer_scales: architecture.scales(layers.len()),
+    }
 }

@@ -111,7 +111,7 @@ fn every_stage_of_every_architecture_holds_its_layers() {
 #[test]
 fn a_stage_is_stopped_behind_its_last_layer_unless_it_is_final() {
     let model = Recipe::new("llama", 8).model();
-    let stop = |start, end| StageView::new(&model.catalog, range(start, end)).unwrap().stop_node();
+    let stop = |start, end| StageView::new(&model.catalog, range(start, end)).unwrap().hooks().stop_node;
     assert_eq!(stop(0, 3), Some("l_out-2".to_owned()));
     assert_eq!(stop(3, 7), Some("l_out-3".to_owned()));
     assert_eq!(stop(7, 8), None);
@@ -127,7 +127,7 @@ fn a_stage_that_pools_has_a_norm_and_a_classifier_but_no_head() {
         let model = recipe.model();
         let source: Arc<dyn TensorSource> = Arc::<Model>::clone(&model);
         let view = StageView::pooled(&model.catalog, range(2, 4)).unwrap();
-        assert_eq!((view.is_final(), view.stop_node(), view.n_vocab()), (true, None, PLACEHOLDER_VOCAB));
+        assert_eq!((view.is_final(), view.hooks().stop_node, view.n_vocab()), (true, None, PLACEHOLDER_VOCAB));
         let stage = materialise(&view, &source);
         assert_eq!(stage.tensor_bytes("output_norm.weight"), model.tensor_bytes("output_norm.weight"));
         assert!(stage.tensor_bytes(head).iter().all(|byte| *byte == 0));
@@ -144,12 +144,12 @@ fn an_encoder_keeps_nothing_and_has_no_head() {
     assert_eq!(architecture.kv_bytes_per_token(0, KvTypes::default()), 0);
     let later = StageView::new(&model.catalog, range(2, 3)).unwrap();
     assert_eq!(
-        (later.stop_node().as_deref(), later.input_node().as_deref()),
+        (later.hooks().stop_node.as_deref(), later.hooks().input_node.as_deref()),
         (Some("result_embd"), Some("inp_norm-0"))
     );
     let model = Recipe::new("eurobert", 4).model();
     let later = StageView::new(&model.catalog, range(1, 3)).unwrap();
-    assert_eq!((later.stop_node().as_deref(), later.input_node()), (Some("ffn_inp-1+"), None));
+    assert_eq!((later.hooks().stop_node.as_deref(), later.hooks().input_node), (Some("ffn_inp-1+"), None));
 }
 
 #[test]
@@ -219,7 +219,7 @@ fn a_stage_is_told_the_factors_that_depend_on_the_number_of_layers() {
         recipe.with("attention.head_count_kv", 1).model()
     };
     let told = |model: &Arc<Model>, start, end| {
-        let scales = check(model, range(start, end)).layer_scales();
+        let scales = check(model, range(start, end)).hooks().layer_scales;
         scales.into_iter().map(|scale| (scale.node, scale.factor)).collect::<Vec<_>>()
     };
     let queries = |factor: f32| vec![("Qcur".to_owned(), factor)];

@@ -46,12 +46,21 @@ pub(crate) fn stage_options(view: &StageView, shape: StageShape, n_threads: u32)
         n_threads,
         n_embd: view.n_embd(),
         n_vocab: if view.is_final() { view.n_vocab() } else { 0 },
-        input_node: view.input_node(),
-        looks_up_rows: view.looks_up_rows(),
-        stop_node: view.stop_node(),
-        layer_scales: view.layer_scales(),
-        pooling: shape.pooling,
+        hooks: view.hooks(),
+        pooling: shape.pooling.filter(|_| view.is_final()),
         kv: shape.kv,
+    }
+}
+
+/// The view of `layers` as a deployment with this pooling has it.
+pub(crate) fn view_of(
+    catalog: &Catalog,
+    layers: LayerRange,
+    pooling: Option<Pooling>,
+) -> Result<StageView, StageViewError> {
+    match pooling {
+        Some(_) => StageView::pooled(catalog, layers),
+        None => StageView::new(catalog, layers),
     }
 }
 
@@ -89,7 +98,7 @@ pub fn rehearse_model(
     let architecture = Architecture::of(&catalog).map_err(StageViewError::from)?;
     let (n_layers, cuts) = (architecture.n_layers, architecture.cut_points());
     let (context, parallel, max_rows) = (demand.context, demand.parallel, demand.max_rows);
-    let shape = StageShape { n_ctx: context, n_sessions: parallel, max_rows, kv, pooling: None };
+    let shape = StageShape { n_ctx: context, n_sessions: parallel, max_rows, kv, pooling };
     let tail_bytes = architecture.head_bytes().saturating_add(architecture.unread_embedding_bytes());
     let mut rehearsed = Rehearsed { context, parallel, max_rows, runs: Vec::new(), tail_bytes };
     let bounds: Vec<u32> = [0].into_iter().chain(cuts).chain([n_layers]).collect();
@@ -98,17 +107,13 @@ pub fn rehearse_model(
     let mut known: HashMap<(Vec<u8>, bool), (u64, u64)> = HashMap::new();
     for (start, end) in runs_of(&bounds) {
         let Ok(layers) = LayerRange::new(start, end) else { continue };
-        let pooling = pooling.filter(|_| end == n_layers);
-        let view = match pooling {
-            Some(_) => StageView::pooled(&catalog, layers)?,
-            None => StageView::new(&catalog, layers)?,
-        };
+        let view = view_of(&catalog, layers, pooling)?;
         let key = (view.header_bytes().to_vec(), view.is_final());
         let (compute, weights) = match known.get(&key) {
             Some(bytes) => *bytes,
             None if known.len() >= MAX_REHEARSALS => continue,
             None => {
-                let options = stage_options(&view, StageShape { pooling, ..shape }, 1);
+                let options = stage_options(&view, shape, 1);
                 let memory = match trial::memory(&view, &options)? {
                     Some(memory) => memory,
                     None => rehearse(Box::new(view.reader(source.clone())), view.n_bytes(), &options)?,
@@ -154,11 +159,7 @@ mod tests {
         let n_layers = profile.n_layers();
         for (start, end) in [(0, middle), (middle, n_layers), (0, n_layers)] {
             let layers = LayerRange::new(start, end).unwrap();
-            let pooling = pooling.filter(|_| end == n_layers);
-            let view = match pooling {
-                Some(_) => StageView::pooled(file.catalog(), layers).unwrap(),
-                None => StageView::new(file.catalog(), layers).unwrap(),
-            };
+            let view = view_of(file.catalog(), layers, pooling).unwrap();
             let shape = StageShape {
                 n_ctx: demand.context,
                 n_sessions: demand.parallel,

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use brigade_base::{KvTypes, Pooling, Token};
+use brigade_base::{Hooks, KvTypes, Pooling, Token};
 use brigade_engine::{Input, Row, Stage, StageOptions, Vocabulary};
 use brigade_gguf::{Array, Builder, GgmlType, Metadata, ModelFile, Value, vocabulary_header};
 
@@ -119,10 +119,7 @@ impl TextOracle {
             n_threads: 1,
             n_embd: 0,
             n_vocab: 0,
-            input_node: None,
-            looks_up_rows: false,
-            stop_node: None,
-            layer_scales: Vec::new(),
+            hooks: Hooks::default(),
             pooling: Some(pooling),
             kv: KvTypes::default(),
         };

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use brigade_base::{KvTypes, Token};
+use brigade_base::{Hooks, KvTypes, Token};
 use brigade_engine::{Input, Row, Sampler, Sampling, Stage, StageOptions, Vocabulary};
 use brigade_gguf::{ModelFile, vocabulary_header};
 
@@ -78,10 +78,7 @@ impl Oracle {
             n_threads: 1,
             n_embd: 0,
             n_vocab: 0,
-            input_node: None,
-            looks_up_rows: false,
-            stop_node: None,
-            layer_scales: Vec::new(),
+            hooks: Hooks::default(),
             pooling: None,
             kv,
         };

@@ -23,7 +23,7 @@ use std::sync::Arc;
 
 use brigade_base::{KvTypes, LayerRange, Pooling};
 use brigade_engine::StageMemory;
-use brigade_gguf::{Architecture, ModelFile, StageView, StageViewError};
+use brigade_gguf::{Architecture, ModelFile, StageViewError};
 use brigade_plan::{Demand, ModelProfile, stage_memory};
 
 pub use compare::{Comparison, MAX_ERROR};
@@ -316,12 +316,4 @@ fn line(profile: &ModelProfile, shape: &StageShape, layers: LayerRange, found: S
 /// Numbers with commas between them.
 fn listed(numbers: &[u32]) -> String {
     numbers.iter().map(u32::to_string).collect::<Vec<_>>().join(", ")
-}
-
-/// The view of `layers`, as a deployment with this pooling would have it.
-fn view_of(file: &ModelFile, layers: LayerRange, pooling: Option<Pooling>) -> Result<StageView, StageViewError> {
-    match pooling {
-        Some(_) => StageView::pooled(file.catalog(), layers),
-        None => StageView::new(file.catalog(), layers),
-    }
 }

@@ -4,15 +4,14 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use brigade_base::LayerRange;
+use brigade_base::{Hooks, LayerRange};
 use brigade_engine::{Input, Stage, StageMemory, StageOptions, dequantize_rows};
 use brigade_gguf::{ModelFile, StageView, TensorSource, vocabulary_header};
 
 use super::script::{Pass, Script};
-use super::view_of;
 use crate::adapters::{AdapterFile, Bundle, StageAdapter};
 use crate::loaded::chain;
-use crate::sizes::{StageShape, stage_options};
+use crate::sizes::{StageShape, stage_options, view_of};
 use crate::trial;
 
 /// For each pass, what its rows yield: hidden states of all, or results of those with output.
@@ -39,7 +38,7 @@ impl Runner<'_> {
     /// The results of the whole model as llama.cpp's own readers load it, and one adapter if there is one.
     pub(super) fn uncut(&self, path: &Path, adapter: Option<&AdapterFile>) -> Result<Results, String> {
         let whole = self.whole().map_err(|error| chain(&error))?;
-        let view = view_of(self.file, whole, self.shape.pooling).map_err(|error| chain(&error))?;
+        let view = view_of(self.file.catalog(), whole, self.shape.pooling).map_err(|error| chain(&error))?;
         let mut options = stage_options(&view, self.shape, self.n_threads);
         self.tried(&view, &options)?;
         let catalog = self.file.catalog();
@@ -47,8 +46,7 @@ impl Runner<'_> {
             trial::vocabulary(&vocabulary_header(catalog)).map_err(|error| chain(&error))?;
         }
         // The file has all tokens, its graph makes its own input, and rows for images may be wider.
-        (options.n_vocab, options.n_embd, options.input_node, options.looks_up_rows) = (0, 0, None, false);
-        options.layer_scales.clear();
+        (options.n_vocab, options.n_embd, options.hooks) = (0, 0, Hooks::default());
         let adapters: Vec<_> = adapter.iter().map(|adapter| (adapter.path.as_path(), adapter.scale)).collect();
         let mut stage = Stage::load_file_adapted(path, &adapters, options).map_err(|error| chain(&error))?;
         self.each(&mut stage, |_, pass| Given::Tokens(pass))
@@ -61,7 +59,7 @@ impl Runner<'_> {
         let mut states = self.embeddings()?;
         for (start, end) in [0].into_iter().chain(cuts.iter().copied()).zip(ends) {
             let layers = LayerRange::new(start, end).map_err(|error| chain(&error))?;
-            let view = view_of(self.file, layers, self.shape.pooling).map_err(|error| chain(&error))?;
+            let view = view_of(self.file.catalog(), layers, self.shape.pooling).map_err(|error| chain(&error))?;
             let mut stage = self.load(&view).map_err(|error| format!("the stage of layers {layers}: {error}"))?;
             stages.found.insert(layers, stage.memory());
             if view.input_scale() != 1.0 {
@@ -79,8 +77,7 @@ impl Runner<'_> {
     }
 
     fn load(&self, view: &StageView) -> Result<Stage, String> {
-        let mut options = stage_options(view, self.shape, self.n_threads);
-        options.pooling = options.pooling.filter(|_| view.is_final());
+        let options = stage_options(view, self.shape, self.n_threads);
         let adapter = self.tried(view, &options)?.map(StageAdapter::into_source);
         let source = Arc::clone(self.file) as Arc<dyn TensorSource>;
         let reader = Box::new(view.reader(source));

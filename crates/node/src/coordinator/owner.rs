@@ -38,6 +38,7 @@ use crate::ring::{Connection, Happening, News, RingEnd, Watch};
 use crate::serving::Failure;
 use crate::share::Tally;
 use crate::site::Keeping;
+use crate::sizes::view_of;
 use crate::threads::{lock, spawn};
 
 /// How often the status is brought up to date while nothing happens.
@@ -563,11 +564,7 @@ impl Owner {
         }
         self.tail_loading = self.tail_wanted.take();
         let catalog = self.model.file().catalog();
-        let view = match self.work.pooling {
-            Some(_) => StageView::pooled(catalog, layers),
-            None => StageView::new(catalog, layers),
-        };
-        let view = match view {
+        let view = match view_of(catalog, layers, self.work.pooling) {
             Ok(view) => view,
             Err(error) => return drop(self.events.send(Event::TailLoaded(epoch, Err(error.to_string())))),
         };

@@ -55,19 +55,19 @@ fn attempt(question: Question, mut header: Vec<u8>, memory: u64) -> Answer {
         AdapterSource { reader, n_bytes, weight_bytes: 0, scale }
     };
     let result = match question {
-        Question::Rehearse { n_bytes, options } => attempt_graphs(header, n_bytes, &options.into()),
+        Question::Rehearse { n_bytes, options } => attempt_graphs(header, n_bytes, &options),
         Question::Adapted { n_bytes, options, adapter } => {
             limit(memory.saturating_add(adapter.n_bytes));
             let adapter = split(&mut header, adapter);
             let reader = Box::new(Cursor::new(header));
-            let result = brigade_engine::rehearse_adapted(reader, n_bytes, adapter, &options.into());
+            let result = brigade_engine::rehearse_adapted(reader, n_bytes, adapter, &options);
             result.map(|()| Answer::Survived)
         }
         Question::Passes { n_bytes, takes_tokens, options, adapter } => {
             let adapted_bytes = adapter.as_ref().map_or(0, |adapter| adapter.n_bytes);
             limit(memory.saturating_add(n_bytes).saturating_add(adapted_bytes));
             let adapter = adapter.map(|adapter| split(&mut header, adapter));
-            brigade_engine::try_passes(header, n_bytes, adapter, &options.into(), takes_tokens);
+            brigade_engine::try_passes(header, n_bytes, adapter, &options, takes_tokens);
             Ok(Answer::Survived)
         }
         Question::Vocabulary => attempt_vocabulary(header),

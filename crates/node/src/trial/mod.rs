@@ -30,7 +30,7 @@ use std::sync::mpsc::{Sender, channel};
 use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
-use brigade_base::{Hash, KvTypes, LayerScale, Pooling};
+use brigade_base::Hash;
 use brigade_engine::{StageMemory, StageOptions};
 use brigade_gguf::{AdapterView, StageView};
 use rustix::process::Signal;
@@ -110,7 +110,7 @@ pub fn enable(program: PathBuf) {
 /// If libllama does not load such a stage.
 pub fn memory(view: &StageView, options: &StageOptions) -> Result<Option<StageMemory>, TrialError> {
     let Some(trials) = TRIALS.get() else { return Ok(None) };
-    let question = Question::Rehearse { n_bytes: view.n_bytes(), options: options.into() };
+    let question = Question::Rehearse { n_bytes: view.n_bytes(), options: tried_options(options) };
     match lock(trials).ask(&question, view.header_bytes())? {
         Answer::Memory { weights, kv, compute } => Ok(Some(StageMemory { weights, kv, compute })),
         Answer::Survived | Answer::Refused(_) => Err(TrialError::Untried("the trial answered nonsense".to_owned())),
@@ -132,10 +132,10 @@ pub fn stage(
     let most_weights = system::available_memory().0 / MEMORY_DIVISOR;
     let begin = Instant::now();
     if let Some(adapter) = adapter {
-        let (starts, thin) = (view.header_bytes().len(), thin(adapter)?.header_bytes(true));
+        let thin = thin(adapter)?.header_bytes(true);
         // It has fewer bytes, and behind its header there are zeros without end.
-        let part = AdapterPart { starts, n_bytes: adapter.n_bytes(), scale: adapter.scale() };
-        let question = Question::Adapted { n_bytes: view.n_bytes(), options: options.into(), adapter: part };
+        let part = AdapterPart::behind(view, adapter);
+        let question = Question::Adapted { n_bytes: view.n_bytes(), options: tried_options(options), adapter: part };
         lock(trials).ask(&question, &[view.header_bytes(), &thin].concat())?;
     }
     for piece in pieces(view, adapter)? {
@@ -160,9 +160,9 @@ static TRIALS: OnceLock<Mutex<Trials>> = OnceLock::new();
 /// What a child is asked: a line of JSON, followed by the header, and that of an adapter.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 enum Question {
-    Rehearse { n_bytes: u64, options: Options },
-    Adapted { n_bytes: u64, options: Options, adapter: AdapterPart },
-    Passes { n_bytes: u64, takes_tokens: bool, options: Options, adapter: Option<AdapterPart> },
+    Rehearse { n_bytes: u64, options: StageOptions },
+    Adapted { n_bytes: u64, options: StageOptions, adapter: AdapterPart },
+    Passes { n_bytes: u64, takes_tokens: bool, options: StageOptions, adapter: Option<AdapterPart> },
     Vocabulary,
 }
 
@@ -175,72 +175,24 @@ struct AdapterPart {
     scale: f32,
 }
 
+impl AdapterPart {
+    /// What is to be known of it where its header follows that of the stage.
+    fn behind(stage: &StageView, adapter: &AdapterView) -> Self {
+        Self { starts: stage.header_bytes().len(), n_bytes: adapter.n_bytes(), scale: adapter.scale() }
+    }
+}
+
+/// The options as a child is told them: how many threads compute has no say in whether a stage can be loaded.
+fn tried_options(options: &StageOptions) -> StageOptions {
+    StageOptions { n_threads: 1, ..options.clone() }
+}
+
 /// What it answers: a line of JSON.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 enum Answer {
     Memory { weights: u64, kv: u64, compute: u64 },
     Survived,
     Refused(String),
-}
-
-/// What of [`StageOptions`] has a say in whether a stage can be loaded.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-struct Options {
-    n_ctx: u32,
-    n_sessions: u32,
-    max_rows: u32,
-    max_outputs: u32,
-    n_embd: u32,
-    n_vocab: u32,
-    input_node: Option<String>,
-    looks_up_rows: bool,
-    stop_node: Option<String>,
-    layer_scales: Vec<LayerScale>,
-    pooling: Option<Pooling>,
-    kv: KvTypes,
-}
-
-impl From<&StageOptions> for Options {
-    fn from(options: &StageOptions) -> Self {
-        let StageOptions { n_ctx, n_sessions, max_rows, max_outputs, n_threads: _, n_embd, n_vocab, .. } = *options;
-        let StageOptions { input_node, looks_up_rows, stop_node, layer_scales, pooling, kv, .. } = options.clone();
-        Self {
-            n_ctx,
-            n_sessions,
-            max_rows,
-            max_outputs,
-            n_embd,
-            n_vocab,
-            input_node,
-            looks_up_rows,
-            stop_node,
-            layer_scales,
-            pooling,
-            kv,
-        }
-    }
-}
-
-impl From<Options> for StageOptions {
-    fn from(options: Options) -> Self {
-        let Options { n_ctx, n_sessions, max_rows, max_outputs, n_embd, n_vocab, .. } = options;
-        let Options { input_node, looks_up_rows, stop_node, layer_scales, pooling, kv, .. } = options;
-        Self {
-            n_ctx,
-            n_sessions,
-            max_rows,
-            max_outputs,
-            n_threads: 1,
-            n_embd,
-            n_vocab,
-            input_node,
-            looks_up_rows,
-            stop_node,
-            layer_scales,
-            pooling,
-            kv,
-        }
-    }
 }
 
 /// Starts children and remembers what they found.

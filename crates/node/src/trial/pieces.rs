@@ -4,7 +4,8 @@ use brigade_base::{ByteSize, LayerRange};
 use brigade_engine::StageOptions;
 use brigade_gguf::{AdapterError, AdapterView, Architecture, Builder, Catalog, StageView, bundle_adapters};
 
-use super::{AdapterPart, Options, Question, TrialError};
+use super::{AdapterPart, Question, TrialError};
+use crate::sizes::{StageShape, stage_options};
 
 /// Weights of a stage that is not taken to pieces: computing with it takes a fraction of a second.
 const SMALL_STAGE: ByteSize = ByteSize(128 << 20);
@@ -33,23 +34,15 @@ impl Piece {
     /// Whether computing works as in the `whole` stage that is to be loaded, but for what makes no difference.
     pub(super) fn question(&self, whole: &StageOptions) -> Question {
         let Self { view, adapter } = self;
-        let options = Options {
+        let shape = StageShape {
             n_ctx: TRIED_CONTEXT.min(whole.n_ctx),
             n_sessions: 1,
             max_rows: TRIED_ROWS.min(whole.max_rows),
-            max_outputs: 1,
-            n_embd: 0,
-            n_vocab: 0,
-            input_node: view.input_node(),
-            looks_up_rows: view.looks_up_rows(),
-            stop_node: view.stop_node(),
-            layer_scales: view.layer_scales(),
-            pooling: whole.pooling.filter(|_| view.is_final()),
             kv: whole.kv,
+            pooling: whole.pooling,
         };
-        let starts = view.header_bytes().len();
-        let adapter = adapter.as_ref();
-        let adapter = adapter.map(|it| AdapterPart { starts, n_bytes: it.n_bytes(), scale: it.scale() });
+        let options = StageOptions { n_embd: 0, n_vocab: 0, ..stage_options(view, shape, 1) };
+        let adapter = adapter.as_ref().map(|adapter| AdapterPart::behind(view, adapter));
         Question::Passes { n_bytes: view.n_bytes(), takes_tokens: view.takes_tokens(), options, adapter }
     }
 }
