@@ -1,4 +1,4 @@
-//! Identifiers, units, layer ranges, kinds of KV caches and of pooling, hooks: the words that all crates of Brigade share.
+//! Identifiers, units, layer ranges, kinds of KV caches and of pooling, hooks: the words that all crates share.
 //!
 //! Nothing here does I/O. Each type is checked where it is made, so that code which holds one need not check again.
 

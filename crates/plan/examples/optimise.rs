@@ -37,11 +37,6 @@ fn model(n_layers: u32, are_alike: bool, dice: &mut Dice) -> ModelProfile {
         (0..n_layers).map(|_| if are_alike || dice.share() < 0.5 { 450 * MIB } else { 520 * MIB }).collect();
     ModelProfile {
         kv_bytes_per_token: vec![4096; n_layers as usize],
-        value_bytes_per_token: Vec::new(),
-        state_bytes: Vec::new(),
-        is_flash: false,
-        rehearsed: None,
-        why_whole: None,
         layer_bytes,
         head_bytes: 800 * MIB,
         cut_points: (1..n_layers).collect(),

@@ -347,11 +347,6 @@ mod tests {
         ModelProfile {
             layer_bytes: vec![100 * MIB; n_layers as usize],
             kv_bytes_per_token: vec![1024; n_layers as usize],
-            value_bytes_per_token: Vec::new(),
-            state_bytes: Vec::new(),
-            is_flash: false,
-            rehearsed: None,
-            why_whole: None,
             head_bytes: 200 * MIB,
             cut_points: (1..n_layers).collect(),
             n_embd: 64,

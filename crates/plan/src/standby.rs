@@ -143,11 +143,6 @@ mod tests {
         ModelProfile {
             layer_bytes: vec![100 << 20; 8],
             kv_bytes_per_token: vec![1; 8],
-            value_bytes_per_token: Vec::new(),
-            state_bytes: Vec::new(),
-            is_flash: false,
-            rehearsed: None,
-            why_whole: None,
             head_bytes: 0,
             cut_points: (1..8).collect(),
             n_embd: 8,

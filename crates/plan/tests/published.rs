@@ -198,11 +198,6 @@ fn tiny_llama() -> ModelProfile {
     ModelProfile {
         layer_bytes: vec![2 * weights; 22],
         kv_bytes_per_token: vec![1024; 22],
-        value_bytes_per_token: Vec::new(),
-        state_bytes: Vec::new(),
-        is_flash: false,
-        rehearsed: None,
-        why_whole: None,
         head_bytes: 2 * 2048 * 32_000,
         embedding_bytes: 2 * 2048 * 32_000,
         cut_points: (1..22).collect(),
@@ -308,11 +303,6 @@ fn petals_cases() -> Vec<Case> {
         ModelProfile {
             layer_bytes: vec![weights; n_layers],
             kv_bytes_per_token: vec![4 * embd; n_layers],
-            value_bytes_per_token: Vec::new(),
-            state_bytes: Vec::new(),
-            is_flash: false,
-            rehearsed: None,
-            why_whole: None,
             head_bytes: 2 * vocab * embd,
             cut_points: (1..n_layers as u32).collect(),
             n_embd: embd as u32,

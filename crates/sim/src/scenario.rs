@@ -182,11 +182,6 @@ fn profile(n_layers: u32) -> ModelProfile {
     ModelProfile {
         layer_bytes: vec![LAYER_BYTES; n_layers as usize],
         kv_bytes_per_token: vec![100; n_layers as usize],
-        value_bytes_per_token: Vec::new(),
-        state_bytes: Vec::new(),
-        is_flash: false,
-        rehearsed: None,
-        why_whole: None,
         head_bytes: LAYER_BYTES / 2,
         cut_points: (1..n_layers).collect(),
         n_embd: N_EMBD,

@@ -303,11 +303,6 @@ pub(super) mod tests {
         let model = ModelProfile {
             layer_bytes: vec![100 * MIB; n_layers as usize],
             kv_bytes_per_token: vec![1024; n_layers as usize],
-            value_bytes_per_token: Vec::new(),
-            state_bytes: Vec::new(),
-            is_flash: false,
-            rehearsed: None,
-            why_whole: None,
             head_bytes: MIB,
             cut_points: (1..n_layers).collect(),
             n_embd: 4096,

@@ -63,11 +63,6 @@ fn case(
             let layer_bytes: Vec<u64> = (0..n_layers).map(|i| size(i.min(sizes.len() as u32 - 1))).collect();
             let model = ModelProfile {
                 kv_bytes_per_token: vec![1024; layer_bytes.len()],
-                value_bytes_per_token: Vec::new(),
-                state_bytes: Vec::new(),
-                is_flash: false,
-                rehearsed: None,
-                why_whole: None,
                 layer_bytes,
                 head_bytes: 150 * MIB,
                 cut_points: (1..n_layers).filter(|at| at % step == 0).collect(),
@@ -303,11 +298,6 @@ fn cluster(nodes: &[(&str, f64, u64)], n_layers: u32) -> Case {
     let model = ModelProfile {
         layer_bytes: vec![100 * MIB; n_layers as usize],
         kv_bytes_per_token: vec![1024; n_layers as usize],
-        value_bytes_per_token: Vec::new(),
-        state_bytes: Vec::new(),
-        is_flash: false,
-        rehearsed: None,
-        why_whole: None,
         head_bytes: 100 * MIB,
         cut_points: (1..n_layers).collect(),
         n_embd: 1024,

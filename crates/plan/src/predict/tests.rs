@@ -20,11 +20,6 @@ impl Ring {
         let model = ModelProfile {
             layer_bytes: vec![1 << 20; n],
             kv_bytes_per_token: vec![1024; n],
-            value_bytes_per_token: Vec::new(),
-            state_bytes: Vec::new(),
-            is_flash: false,
-            rehearsed: None,
-            why_whole: None,
             cut_points: (1..n as u32).collect(),
             n_embd: 1000,
             ..ModelProfile::default()

@@ -9,11 +9,6 @@ fn model() -> ModelProfile {
     ModelProfile {
         layer_bytes: vec![100 * MIB; 16],
         kv_bytes_per_token: vec![1024; 16],
-        value_bytes_per_token: Vec::new(),
-        state_bytes: Vec::new(),
-        is_flash: false,
-        rehearsed: None,
-        why_whole: None,
         head_bytes: 100 * MIB,
         cut_points: (1..16).collect(),
         n_embd: 1024,

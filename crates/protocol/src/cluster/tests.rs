@@ -30,11 +30,6 @@ pub(super) fn settings(mib: u64, nodes_wanted: usize) -> Settings {
     let model = ModelProfile {
         layer_bytes: vec![100 << 20; 9],
         kv_bytes_per_token: vec![16; 9],
-        value_bytes_per_token: Vec::new(),
-        state_bytes: Vec::new(),
-        is_flash: false,
-        rehearsed: None,
-        why_whole: None,
         head_bytes: 1 << 20,
         cut_points: (1..9).collect(),
         n_embd: 8,
