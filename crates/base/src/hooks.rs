@@ -25,9 +25,9 @@ pub struct Hooks {
 /// so its graph is told.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LayerScale {
-    /// Each layer multiplies by the factor once: in the graph node with this name, a dash and the layer's number, or in
-    /// the node that scales that one.
+    /// Where layers multiply by it, each once: in the graph node with this name, a dash and the layer's number, in the
+    /// node that scales that one, or in a node that scales the input of the graph with just this name.
     pub node: String,
-    /// What it is in the whole model.
-    pub factor: f32,
+    /// What it is in the whole model for each layer that multiplies by it, in their order.
+    pub factors: Vec<f32>,
 }

@@ -15,6 +15,7 @@ use crate::backend::{Captured, capture};
 use crate::kv_types::{check_types, ggml_type};
 use crate::model::{HAS_DEVICES, LoadError, Model};
 use crate::pooling;
+use crate::run::RunError;
 use crate::stage::StageOptions;
 
 /// Most bytes of attention scores, `n_heads * n_ctx * max_rows` floats, a part of the compute buffers: 256 rows in a
@@ -93,14 +94,22 @@ pub(crate) struct Hook {
     pub(crate) entered: bool,
     /// `[n_rows, n_embd]` of the last decode.
     pub(crate) values: Vec<f32>,
-    /// Factors that the graph is told: the start of their nodes' names, up to the layer's number.
-    scales: Vec<(Vec<u8>, f32)>,
-    /// How often the graph was told one in the present decode.
-    pub(crate) n_scaled: u32,
+    /// Factors that the graph is told.
+    scales: Vec<Scale>,
     /// How often the node was reached in the present decode.
     pub(crate) n_hits: u32,
     /// The node's shape, if it was not `[n_rows, n_embd]` of F32.
     pub(crate) odd_shape: Option<[i64; 4]>,
+}
+
+/// Factors of one kind that the graph is told.
+struct Scale {
+    /// The start of their nodes' names, up to the layer's number.
+    prefix: Vec<u8>,
+    /// One for each node, in the order in which they are computed.
+    factors: Vec<f32>,
+    /// Nodes that were found in the present decode.
+    n_found: usize,
 }
 
 unsafe extern "C" fn on_abort(data: *mut c_void) -> bool {
@@ -118,8 +127,7 @@ unsafe extern "C" fn on_node(node: *mut sys::ggml_tensor, ask: bool, user_data: 
     }
     // SAFETY: as above; nothing changes the node while this function reads it.
     let node = unsafe { &*node };
-    // SAFETY: ggml ends all names with NUL inside their array.
-    let name = unsafe { CStr::from_ptr(node.name.as_ptr()) };
+    let name = name_of(node);
     let is = |wanted: &Option<CString>| wanted.as_deref() == Some(name);
     let stops = if hook.stops_at_sum { is_sum_of(node, &hook.stop_node) } else { is(&hook.stop_node) };
     let enters =
@@ -156,11 +164,16 @@ unsafe extern "C" fn on_node(node: *mut sys::ggml_tensor, ask: bool, user_data: 
     false
 }
 
+fn name_of(tensor: &sys::ggml_tensor) -> &CStr {
+    // SAFETY: ggml ends all names with NUL inside their array.
+    unsafe { CStr::from_ptr(tensor.name.as_ptr()) }
+}
+
 /// Whether `node` adds something to the node of this name.
 fn is_sum_of(node: &sys::ggml_tensor, name: &Option<CString>) -> bool {
     let is_named = |operand: &*mut sys::ggml_tensor| {
-        // SAFETY: operands of a node live as long as it, and ggml ends all names with NUL inside their array.
-        let operand_name = unsafe { operand.as_ref() }.map(|operand| unsafe { CStr::from_ptr(operand.name.as_ptr()) });
+        // SAFETY: operands of a node live as long as it.
+        let operand_name = unsafe { operand.as_ref() }.map(name_of);
         operand_name.is_some() && operand_name == name.as_deref()
     };
     node.op == sys::GGML_OP_ADD && node.src.iter().any(is_named)
@@ -303,7 +316,10 @@ impl Hook {
         };
         let (input_node, enters_at_sum) = node(&options.hooks.input_node)?;
         let (stop_node, stops_at_sum) = node(&options.hooks.stop_node)?;
-        let prefix = |scale: &LayerScale| Ok((node_name(&format!("{}-", scale.node))?.into_bytes(), scale.factor));
+        let scale = |scale: &LayerScale| {
+            let prefix = node_name(&format!("{}-", scale.node))?.into_bytes();
+            Ok(Scale { prefix, factors: scale.factors.clone(), n_found: 0 })
+        };
         let reserve = |node: &Option<String>| Vec::with_capacity(if node.is_some() { n_values } else { 0 });
         Ok(Some(Self {
             input_node,
@@ -315,16 +331,21 @@ impl Hook {
             input: reserve(&options.hooks.input_node),
             entered: false,
             values: reserve(&options.hooks.stop_node),
-            scales: options.hooks.layer_scales.iter().map(prefix).collect::<Result<_, LoadError>>()?,
-            n_scaled: 0,
+            scales: options.hooks.layer_scales.iter().map(scale).collect::<Result<_, LoadError>>()?,
             n_hits: 0,
             odd_shape: None,
         }))
     }
 
-    /// How often the graph of a model with `n_layers` is told a factor.
-    pub(crate) fn n_scales(&self, n_layers: u32) -> u32 {
-        self.scales.len() as u32 * n_layers
+    /// Whether the present decode had as many nodes of each kind as there are factors for them.
+    ///
+    /// # Errors
+    /// If it had not; the graph is another one than the caller knew then.
+    pub(crate) fn check_scales(&self) -> Result<(), RunError> {
+        match self.scales.iter().find(|scale| scale.n_found != scale.factors.len()) {
+            Some(scale) => Err(RunError::Scales { found: scale.n_found, wanted: scale.factors.len() }),
+            None => Ok(()),
+        }
     }
 
     /// Tells the factor to a node that multiplies by it. ggml keeps it as the first parameter of the operation and
@@ -335,16 +356,18 @@ impl Hook {
         }
         // SAFETY: operands of a node live as long as it.
         let operand = unsafe { node.src[0].as_ref() };
-        let is_of = |prefix: &[u8], tensor: &sys::ggml_tensor| {
-            // SAFETY: ggml ends all names with NUL inside their array.
-            let name = unsafe { CStr::from_ptr(tensor.name.as_ptr()) }.to_bytes();
-            name.strip_prefix(prefix).is_some_and(|layer| !layer.is_empty() && layer.iter().all(u8::is_ascii_digit))
+        let (name, operand) =
+            (name_of(node).to_bytes(), operand.map_or(&[][..], |operand| name_of(operand).to_bytes()));
+        let is_layer = |digits: &[u8]| !digits.is_empty() && digits.iter().all(u8::is_ascii_digit);
+        let is_at = |scale: &&mut Scale| {
+            let is_of = |name: &[u8]| name.strip_prefix(&scale.prefix[..]).is_some_and(is_layer);
+            is_of(name) || is_of(operand) || scale.prefix.strip_suffix(b"-") == Some(operand)
         };
-        let names_it = |prefix: &[u8]| is_of(prefix, node) || operand.is_some_and(|operand| is_of(prefix, operand));
-        if let Some((_, factor)) = self.scales.iter().find(|(prefix, _)| names_it(prefix)) {
+        let Some(scale) = self.scales.iter_mut().find(is_at) else { return };
+        if let Some(factor) = scale.factors.get(scale.n_found) {
             node.op_params[0] = factor.to_bits().cast_signed();
-            self.n_scaled += 1;
         }
+        scale.n_found += 1;
     }
 
     /// Forgets the last decode. `hidden` is what enters the next one.
@@ -355,7 +378,7 @@ impl Hook {
             self.input.extend_from_slice(hidden);
         }
         self.entered = self.input_node.is_none();
-        self.n_scaled = 0;
+        self.scales.iter_mut().for_each(|scale| scale.n_found = 0);
         self.n_hits = 0;
         self.odd_shape = None;
     }

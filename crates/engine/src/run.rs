@@ -131,12 +131,14 @@ pub enum RunError {
         n_rows: usize,
     },
     /// The graph did not multiply by the factors that it was to be told, as expected.
-    #[error("the graph was told {found} factors, but {wanted} were expected; the architecture needs other nodes")]
+    #[error(
+        "the graph multiplies {found} times by a factor that {wanted} layers were to be told; it needs other nodes"
+    )]
     Scales {
-        /// How often it was told one.
-        found: u32,
-        /// How often it should have been.
-        wanted: u32,
+        /// How often it does.
+        found: usize,
+        /// How many factors there are.
+        wanted: usize,
     },
     /// llama.cpp failed.
     #[error("llama.cpp failed with code {code}: {message}")]
@@ -306,13 +308,11 @@ impl Stage {
         captured.log();
         self.context.copies_queued = 0;
         let n_rows = call.len();
-        let n_layers = self.model.n_layers();
         let Some(hook) = self.context.hook() else { return Ok(()) };
         if !hook.entered {
             return Err(RunError::StopNode { n_hits: 0, shape: hook.odd_shape, n_embd, n_rows });
         }
-        let (found, wanted) = (hook.n_scaled, hook.n_scales(n_layers));
-        if found == wanted { Ok(()) } else { Err(RunError::Scales { found, wanted }) }
+        hook.check_scales()
     }
 
     fn scatter_hidden(&mut self, range: Range<usize>, out: &mut [f32]) -> Result<(), RunError> {

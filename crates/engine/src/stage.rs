@@ -94,10 +94,12 @@ impl StageOptions {
         check("max_rows", self.max_rows.into(), 1, MAX_ROWS.into())?;
         check("n_threads", self.n_threads.into(), 1, MAX_THREADS.into())?;
         check("n_ctx * n_sessions", self.n_cells(), 1, MAX_CELLS)?;
-        match self.hooks.layer_scales.iter().find(|scale| !(scale.factor.is_finite() && scale.factor > 0.0)) {
-            Some(LayerScale { node, factor }) => Err(LoadError::Factor { node: node.clone(), factor: *factor }),
-            None => Ok(()),
+        for LayerScale { node, factors } in &self.hooks.layer_scales {
+            if let Some(factor) = factors.iter().find(|factor| !(factor.is_finite() && **factor > 0.0)) {
+                return Err(LoadError::Factor { node: node.clone(), factor: *factor });
+            }
         }
+        Ok(())
     }
 
     /// KV cells of all sessions.

@@ -254,8 +254,8 @@ fn a_stop_node_yields_its_value() {
 /// and a factor that no node has a use for is an error.
 #[test]
 fn a_graph_is_told_its_factors() {
-    let told = |node: &str, factor: f32| {
-        let scale = LayerScale { node: node.to_owned(), factor };
+    let told = |node: &str, factors: Vec<f32>| {
+        let scale = LayerScale { node: node.to_owned(), factors };
         let mut stage = named("gemma2").load(|o| o.hooks.layer_scales = vec![scale]);
         let row = [Row { slot: 0, position: 0, output: true }, Row { slot: 0, position: 1, output: true }];
         let mut out = Vec::new();
@@ -263,9 +263,16 @@ fn a_graph_is_told_its_factors() {
     };
     let mut stage = named("gemma2").load(|_| ());
     let own = feed(&mut stage, 0, &[1, 2]);
-    assert_eq!(told("Qcur", 1.0 / 32f32.sqrt()).unwrap(), own);
-    assert_ne!(told("Qcur", 0.5).unwrap(), own);
-    assert_eq!(told("Kcur", 0.5).unwrap_err(), RunError::Scales { found: 0, wanted: 6 });
+    let factor = 1.0 / 32f32.sqrt();
+    assert_eq!(told("Qcur", vec![factor; 6]).unwrap(), own);
+    assert_ne!(told("Qcur", vec![0.5; 6]).unwrap(), own);
+    // Each layer has its own.
+    let one = |layer| (0..6).map(|l| if l == layer { 0.5 } else { factor }).collect();
+    let ones: Vec<_> = (0..6).map(|layer| told("Qcur", one(layer)).unwrap()).collect();
+    assert!(ones.iter().enumerate().all(|(layer, out)| *out != own && !ones[..layer].contains(out)));
+    assert_eq!(told("Kcur", vec![0.5; 6]).unwrap_err(), RunError::Scales { found: 0, wanted: 6 });
+    assert_eq!(told("Qcur", vec![factor; 5]).unwrap_err(), RunError::Scales { found: 6, wanted: 5 });
+    assert_eq!(told("Qcur", vec![factor; 7]).unwrap_err(), RunError::Scales { found: 6, wanted: 7 });
 }
 
 #[test]
@@ -285,10 +292,10 @@ fn bad_options_and_models_are_refused() {
         (&|o| o.n_vocab = 32, "n_vocab 1024, but 32"),
         (&|o| o.hooks.stop_node = Some(String::new()), "graph node"),
         (
-            &|o| o.hooks.layer_scales = vec![LayerScale { node: "Qcur".to_owned(), factor: f32::INFINITY }],
+            &|o| o.hooks.layer_scales = vec![LayerScale { node: "Qcur".to_owned(), factors: vec![1.0, f32::INFINITY] }],
             "factor of Qcur",
         ),
-        (&|o| o.hooks.layer_scales = vec![LayerScale { node: "x".repeat(63), factor: 1.0 }], "graph node"),
+        (&|o| o.hooks.layer_scales = vec![LayerScale { node: "x".repeat(63), factors: vec![1.0] }], "graph node"),
         (&|o| o.hooks.stop_node = Some("x".repeat(64)), "graph node"),
     ] {
         let error = load(change).to_string();

@@ -6,7 +6,7 @@
 
 use std::collections::HashSet;
 
-use brigade_base::{KvType, KvTypes, LayerScale};
+use brigade_base::{KvType, KvTypes, LayerRange, LayerScale};
 
 use crate::catalog::{Catalog, TensorRole};
 use crate::cuts;
@@ -273,17 +273,24 @@ impl Architecture {
         self.n_embd / self.n_head.first().copied().unwrap_or(1).max(1)
     }
 
-    /// Factors that libllama would work out otherwise for a stage of `n_stage_layers`, as they are in the whole.
-    pub(crate) fn scales(&self, n_stage_layers: u32) -> Vec<LayerScale> {
-        let all = |n_layers| self.rules.scales.iter().map(move |(_, factor)| self.factor(*factor, n_layers));
-        let pairs = all(self.n_layers).zip(all(n_stage_layers));
-        let told = self.rules.scales.iter().zip(pairs).filter(|(_, (whole, stage))| whole != stage);
-        told.map(|((node, _), (factor, _))| LayerScale { node: (*node).to_owned(), factor }).collect()
+    /// Factors that libllama would work out otherwise for a stage of these layers, as they are in the whole.
+    pub(crate) fn scales(&self, layers: LayerRange) -> Vec<LayerScale> {
+        let told = |(node, factor): &(&str, Factor)| {
+            let has_it = |layer: &u32| *factor != Factor::Falling || self.state.is_in(*layer);
+            let all = |start: u32, n_layers: u32| {
+                let layers = (layers.start()..layers.end()).filter(has_it);
+                layers.map(|layer| self.factor(*factor, layer - start, n_layers)).collect::<Vec<f32>>()
+            };
+            let factors = all(0, self.n_layers);
+            (factors != all(layers.start(), layers.len())).then(|| LayerScale { node: (*node).to_owned(), factors })
+        };
+        self.rules.scales.iter().filter_map(told).collect()
     }
 
-    /// As libllama computes it, with the same bits.
-    fn factor(&self, factor: Factor, n_layers: u32) -> f32 {
+    /// That of `layer` in a model with `n_layers`, as libllama computes it, with the same bits.
+    fn factor(&self, factor: Factor, layer: u32, n_layers: u32) -> f32 {
         match factor {
+            Factor::Falling => (1.0 - f64::from(layer) / (f64::from(n_layers) - 1.0) + 1e-5) as f32,
             Factor::Queries(recognised) if n_layers == recognised => 1.0 / (self.head_width() as f32).sqrt(),
             Factor::Queries(_) => 1.0 / (self.key_length as f32).sqrt(),
             Factor::OverRootOfLayers(numerator) => numerator / (n_layers as f32).sqrt(),

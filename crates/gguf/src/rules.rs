@@ -94,6 +94,8 @@ pub(crate) enum Factor {
     Queries(u32),
     /// This divided by the root of the number of layers.
     OverRootOfLayers(f32),
+    /// Of layers that keep a state: from 1 in the first layer of the model to 0 in the last one, and a little more.
+    Falling,
 }
 
 /// Which models of an architecture cannot be cut.
@@ -329,7 +331,12 @@ const RULES: &[Rules] = &[
     Rules {
         name: "minimax-01",
         recurrent: Recurrent::Interval,
-        whole: &[Whole::Always("what its layers forget depends on their number")],
+        scales: &[
+            ("slopes", Factor::Falling),
+            ("q_decay_exp", Factor::Falling),
+            ("k_decay_exp", Factor::Falling),
+            ("diag_decay_exp", Factor::Falling),
+        ],
         ..FREE
     },
     Rules { name: "kimi-linear", recurrent: Recurrent::NoKvHeads, ..FREE },

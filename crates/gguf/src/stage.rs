@@ -482,6 +482,6 @@ fn hooks(architecture: &Architecture, layers: LayerRange, is_final: bool) -> Hoo
         input_node: architecture.input_node.filter(|_| enters).map(str::to_owned),
         looks_up_rows,
         stop_node: (!is_final).then_some(stop),
-        layer_scales: architecture.scales(layers.len()),
+        layer_scales: architecture.scales(layers),
     }
 }

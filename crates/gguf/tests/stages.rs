@@ -220,24 +220,34 @@ fn a_stage_is_told_the_factors_that_depend_on_the_number_of_layers() {
     };
     let told = |model: &Arc<Model>, start, end| {
         let scales = check(model, range(start, end)).hooks().layer_scales;
-        scales.into_iter().map(|scale| (scale.node, scale.factor)).collect::<Vec<_>>()
+        scales.into_iter().map(|scale| (scale.node, scale.factors)).collect::<Vec<_>>()
     };
-    let queries = |factor: f32| vec![("Qcur".to_owned(), factor)];
+    let queries = |factor: f32, n_layers| vec![("Qcur".to_owned(), vec![factor; n_layers])];
     for (architecture, n_layers) in [("gemma2", 46), ("gemma3", 62)] {
         let model = odd(architecture, n_layers);
-        assert_eq!(told(&model, 24, n_layers), queries(1.0 / 32f32.sqrt()), "{architecture}");
+        assert_eq!(told(&model, 24, n_layers), queries(1.0 / 32f32.sqrt(), n_layers as usize - 24), "{architecture}");
         assert_eq!(told(&model, 0, n_layers), []);
         // Here a stage has the number of layers by which libllama recognises the model that this is not.
         let model = odd(architecture, n_layers + 6);
-        assert_eq!(told(&model, 0, n_layers), queries(1.0 / 16f32.sqrt()), "{architecture}");
+        assert_eq!(told(&model, 0, n_layers), queries(1.0 / 16f32.sqrt(), n_layers as usize), "{architecture}");
         assert_eq!(told(&model, 0, n_layers + 6), []);
         let even = Recipe::new(architecture, n_layers).model();
         assert_eq!(told(&even, 24, n_layers), []);
     }
     let model = Recipe::new("minicpm3", 7).model();
     let factor = 1.4 / 7f32.sqrt();
-    let both = vec![("hidden_scaled".to_owned(), factor), ("hidden_scaled_ffn".to_owned(), factor)];
-    assert_eq!((told(&model, 0, 3), told(&model, 3, 7), told(&model, 0, 7)), (both.clone(), both, vec![]));
+    let both = |n_layers| ["hidden_scaled", "hidden_scaled_ffn"].map(|node| (node.to_owned(), vec![factor; n_layers]));
+    assert_eq!((told(&model, 0, 3), told(&model, 3, 7)), (both(3).to_vec(), both(4).to_vec()));
+    assert_eq!(told(&model, 0, 7), []);
+    // Every fourth layer attends; the others forget the less, the later they come.
+    let model = Recipe::new("minimax-01", 12).with("full_attention_interval", 4).model();
+    let nodes = ["slopes", "q_decay_exp", "k_decay_exp", "diag_decay_exp"];
+    let falling = |layers: &[u8]| {
+        let factors: Vec<f32> = layers.iter().map(|l| (1.0 - f64::from(*l) / 11.0 + 1e-5) as f32).collect();
+        nodes.map(|node| (node.to_owned(), factors.clone())).to_vec()
+    };
+    assert_eq!((told(&model, 0, 4), told(&model, 4, 12)), (falling(&[0, 1, 2]), falling(&[4, 5, 6, 8, 9, 10])));
+    assert_eq!(told(&model, 0, 12), []);
 }
 
 #[test]

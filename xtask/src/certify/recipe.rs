@@ -491,7 +491,7 @@ pub const ALL: &[Recipe] = &[
         ("xielu.beta", F(0.5)),
         ("xielu.eps", F(-1e-6)),
     ]),
-    of("minimax-01", 8, &[MOE]).keys(&[("residual_scale", F(2.0)), ("full_attention_interval", U(4))]),
+    of("minimax-01", 16, &[MOE]).keys(&[("residual_scale", F(2.0)), ("full_attention_interval", U(4))]),
     of("hrm_text", 8, &[])
         .fixed()
         .keys(&[
