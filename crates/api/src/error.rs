@@ -196,7 +196,12 @@ mod tests {
         check(SubmitError::NotReady("no worker".into()), 503, Some("5"), Some("service_unavailable"));
         check(SubmitError::Stopping, 503, Some("5"), Some("service_unavailable"));
         check(SubmitError::Busy { waiting: 9 }, 429, Some("1"), Some("rate_limit_exceeded"));
-        check(SubmitError::PromptTooLong { tokens: 9, context: 8 }, 400, None, Some("context_length_exceeded"));
+        check(
+            SubmitError::PromptTooLong { tokens: 9, is_bound: false, context: 8 },
+            400,
+            None,
+            Some("context_length_exceeded"),
+        );
         check(SubmitError::PromptEmpty, 400, None, None);
         check(SubmitError::Invalid("no".into()), 400, None, None);
         check(Failure::PlacementLost("a left".into()), 503, Some("5"), Some("service_unavailable"));

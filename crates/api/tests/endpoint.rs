@@ -170,7 +170,12 @@ fn what_the_node_refuses_has_its_status() {
     for (error, status, retry_after, code) in [
         (SubmitError::NotReady("no worker".into()), 503, Some("5"), Some("service_unavailable")),
         (SubmitError::Busy { waiting: 64 }, 429, Some("1"), Some("rate_limit_exceeded")),
-        (SubmitError::PromptTooLong { tokens: 9, context: 8 }, 400, None, Some("context_length_exceeded")),
+        (
+            SubmitError::PromptTooLong { tokens: 9, is_bound: false, context: 8 },
+            400,
+            None,
+            Some("context_length_exceeded"),
+        ),
         (SubmitError::Invalid("no".into()), 400, None, None),
     ] {
         house.script(Script::Refuse(error));

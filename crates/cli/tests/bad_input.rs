@@ -387,6 +387,12 @@ fn requests_that_cannot_be_answered_get_an_openai_error() {
         assert_eq!(reply.status, status, "{path} {body}: {reply:?}");
         assert!(!reply.message().is_empty() && (code.is_empty() || reply.code() == code), "{path} {body}: {reply:?}");
     }
+    // What is too long for certain is not tokenized, so the tokens of it are not known.
+    for (n_words, is_bound) in [(600, false), (60_000, true)] {
+        let reply = cluster.endpoint.post("/v1/completions", &json!({"prompt": "seven ".repeat(n_words)}));
+        assert_eq!(reply.message().contains("the prompt has at least "), is_bound, "{reply:?}");
+        assert!(reply.message().contains("shorten it or serve with a larger --context"), "{reply:?}");
+    }
     cluster.check_answer();
 }
 

@@ -163,7 +163,7 @@ impl ModelCard {
     /// The error for a prompt of so many tokens, or more if that is only a bound.
     pub(crate) fn too_long(&self, tokens: usize, is_bound: bool) -> SubmitError {
         match self.purpose {
-            Purpose::Generate => SubmitError::PromptTooLong { tokens, context: self.context },
+            Purpose::Generate => SubmitError::PromptTooLong { tokens, is_bound, context: self.context },
             Purpose::Embed | Purpose::Rank => SubmitError::TextTooLong { tokens, is_bound, most: self.context },
         }
     }
@@ -380,11 +380,15 @@ pub enum SubmitError {
     },
     /// The prompt leaves no room.
     #[error(
-        "the prompt has {tokens} tokens, but a session holds {context} and needs room for at least one more; shorten it or serve with a larger --context"
+        "the prompt has {}{tokens} tokens, but a session holds {context} and needs room for at least one more; shorten \
+         it or serve with a larger --context",
+        if *is_bound { "at least " } else { "" }
     )]
     PromptTooLong {
         /// Tokens of the prompt.
         tokens: usize,
+        /// It may have more than that; so long a text is not tokenized.
+        is_bound: bool,
         /// Tokens of a session.
         context: u32,
     },

@@ -87,13 +87,8 @@ fn chosen(
 ) -> Plan {
     let mut plan = assemble(model, nodes, links, demand, ring);
     plan.explanation = explain(choice, plan.prediction.as_ref());
-    plan.explanation.extend(stays_whole(model));
+    plan.explanation.extend(model.stays_whole());
     plan
-}
-
-/// What to say of a model that cannot be cut.
-fn stays_whole(model: &ModelProfile) -> Option<String> {
-    model.why_whole.map(|why| format!("The model must stay whole on one node, since {why}."))
 }
 
 /// Whether a node can hold the whole model as the coordinator.
@@ -288,7 +283,7 @@ fn explain_by_memory(model: &ModelProfile, nodes: &[NodeProfile], demand: &Deman
             format!("The model needs {n} of {} nodes; {idle} stay idle, since each hop costs time.", nodes.len())
         }
     }];
-    explanation.extend(stays_whole(model));
+    explanation.extend(model.stays_whole());
     if demand.spread && idle > 0 && model.why_whole.is_none() {
         explanation.push(format!(
             "The model has only {} places to cut, so not every node gets a stage.",

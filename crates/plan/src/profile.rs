@@ -54,6 +54,11 @@ pub struct ModelProfile {
 }
 
 impl ModelProfile {
+    /// What to say of a model that cannot be cut.
+    pub fn stays_whole(&self) -> Option<String> {
+        self.why_whole.map(|why| format!("This model must stay whole on one node, since {why}."))
+    }
+
     /// Number of layers.
     pub fn n_layers(&self) -> u32 {
         self.layer_bytes.len() as u32

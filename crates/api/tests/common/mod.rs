@@ -70,7 +70,7 @@ impl Serving for Mock {
     fn tokenize(&self, text: &str, add_special: bool, parse_special: bool) -> Result<Vec<Token>, SubmitError> {
         self.tokenized.lock().unwrap().push((text.to_owned(), add_special, parse_special));
         if text.len() > 100_000 {
-            return Err(SubmitError::PromptTooLong { tokens: text.len(), context: self.card.context });
+            return Err(SubmitError::PromptTooLong { tokens: text.len(), is_bound: false, context: self.card.context });
         }
         Ok(text.bytes().map(Token::from).collect())
     }

@@ -102,7 +102,7 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
             pooling: model.work.pooling,
             is_at_once: model.work.is_at_once(),
             supported: model.unsupported.is_none(),
-            notes: cannot_run(&model).into_iter().chain(stays_whole(&model)).collect(),
+            notes: cannot_run(&model).into_iter().chain(model.profile.stays_whole()).collect(),
         },
         context: demand.context,
         parallel: demand.parallel,
@@ -165,12 +165,6 @@ fn does_not_fit(error: &PlanError, model: &Model, machines: &Machines, demand: &
 /// Whether less memory would help.
 fn is_too_large(error: &PlanError) -> bool {
     matches!(error, PlanError::DoesNotFit { .. } | PlanError::WholeDoesNotFit { .. })
-}
-
-/// What to say of a model that cannot be cut.
-fn stays_whole(model: &Model) -> Option<String> {
-    let why = model.profile.why_whole?;
-    Some(format!("This model must stay whole on one node, since {why}."))
 }
 
 /// What to say of a model that can be planned for and not run.

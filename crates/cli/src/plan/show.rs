@@ -26,7 +26,8 @@ pub fn text(report: &Report, explain: bool) -> String {
     notes.for_each(|note| line(&mut text, "note", note));
     report.study.advice.iter().for_each(|advice| line(&mut text, "advice", advice));
     if explain {
-        report.study.plan.explanation.iter().for_each(|why| line(&mut text, "why", why));
+        let is_new = |why: &&String| !report.model.notes.contains(why);
+        report.study.plan.explanation.iter().filter(is_new).for_each(|why| line(&mut text, "why", why));
         alternatives(&mut text, &report.study.alternatives);
         what_ifs(&mut text, report);
     }

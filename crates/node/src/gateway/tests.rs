@@ -490,7 +490,10 @@ async fn refusals_reach_the_caller() {
     let mut events = gateway.submit(request()).unwrap();
     expect(&mut events, [Event::Failed(Failure::Refused(busy))]).await;
     let long = Request { prompt: vec![1; 64], ..request() };
-    assert_eq!(gateway.submit(long).unwrap_err(), SubmitError::PromptTooLong { tokens: 64, context: 64 });
+    assert_eq!(
+        gateway.submit(long).unwrap_err(),
+        SubmitError::PromptTooLong { tokens: 64, is_bound: false, context: 64 }
+    );
     // A begun answer waits for room.
     *lock(&fake.refuses) = None;
     let mut events = gateway.submit(request()).unwrap();

@@ -149,7 +149,7 @@ fn refusal(error: SubmitError) -> Refusal {
     match error {
         SubmitError::NotReady(why) => Refusal::NotReady(why),
         SubmitError::Busy { waiting } => Refusal::Busy { waiting: waiting as u64 },
-        SubmitError::PromptTooLong { tokens, context } => Refusal::PromptTooLong { tokens: tokens as u64, context },
+        SubmitError::PromptTooLong { tokens, context, .. } => Refusal::PromptTooLong { tokens: tokens as u64, context },
         SubmitError::TextTooLong { tokens, most, .. } => Refusal::TextTooLong { tokens: tokens as u64, most },
         SubmitError::PromptEmpty => Refusal::PromptEmpty,
         SubmitError::UnknownToken { token, n_vocab } => Refusal::UnknownToken { token, n_vocab },
@@ -162,8 +162,10 @@ fn submit_error(refusal: Refusal) -> SubmitError {
     match refusal {
         Refusal::NotReady(why) => SubmitError::NotReady(why),
         Refusal::Busy { waiting } => SubmitError::Busy { waiting: waiting as usize },
-        Refusal::PromptTooLong { tokens, context } => SubmitError::PromptTooLong { tokens: tokens as usize, context },
         // A coordinator sees tokens, so it has counted them all.
+        Refusal::PromptTooLong { tokens, context } => {
+            SubmitError::PromptTooLong { tokens: tokens as usize, is_bound: false, context }
+        }
         Refusal::TextTooLong { tokens, most } => {
             SubmitError::TextTooLong { tokens: tokens as usize, is_bound: false, most }
         }
@@ -275,7 +277,7 @@ mod tests {
         let refused = [
             SubmitError::NotReady("a".into()),
             SubmitError::Busy { waiting: 3 },
-            SubmitError::PromptTooLong { tokens: 4, context: 5 },
+            SubmitError::PromptTooLong { tokens: 4, is_bound: false, context: 5 },
             SubmitError::TextTooLong { tokens: 7, is_bound: false, most: 6 },
             SubmitError::PromptEmpty,
             SubmitError::UnknownToken { token: -1, n_vocab: 6 },
