@@ -6,12 +6,17 @@ mod support;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use brigade_gguf::{Builder, GgmlType, Metadata, ModelFile};
+use brigade_gguf::{Array, Builder, GgmlType, Metadata, ModelFile, Value as Metadatum};
 use serde_json::Value;
 use support::{abacus, quantised_abacus, run};
 
 /// The small model as one of another architecture, without its tokenizer.
 fn as_architecture(name: &str, dir: &Path) -> PathBuf {
+    as_architecture_with(name, dir, &[], &[])
+}
+
+/// The same with more metadata, and more tensors of 64 ones in each layer.
+fn as_architecture_with(name: &str, dir: &Path, keys: &[(&str, Metadatum)], tensors: &[&str]) -> PathBuf {
     let file = ModelFile::open(abacus()).unwrap();
     let mut metadata = Metadata::new();
     for (key, value) in file.catalog().metadata().iter() {
@@ -22,13 +27,23 @@ fn as_architecture(name: &str, dir: &Path) -> PathBuf {
     metadata.set("general.architecture", name);
     metadata.set("tokenizer.ggml.model", "no_vocab");
     metadata.set(format!("{name}.vocab_size"), 1024);
+    keys.iter().for_each(|(key, value)| metadata.set(format!("{name}.{key}"), value.clone()));
     let mut builder = Builder::new(&metadata);
     for tensor in file.catalog().tensors() {
         builder.tensor(&tensor.name, &tensor.dims, tensor.ty).unwrap();
     }
+    for (layer, tensor) in (0..8).flat_map(|layer| tensors.iter().map(move |tensor| (layer, tensor))) {
+        builder.tensor(format!("blk.{layer}.{tensor}"), &[64], GgmlType::F32).unwrap();
+    }
+    let n_tensors = file.catalog().tensors().len();
+    let ones = |bytes: &mut [u8]| bytes.as_chunks_mut::<4>().0.iter_mut().for_each(|one| *one = 1f32.to_le_bytes());
     let path = dir.join(format!("{name}.gguf"));
     let mut out = File::create(&path).unwrap();
-    builder.write(&mut out, |idx, offset, bytes| file.read_at(idx, offset, bytes)).unwrap();
+    let read = |idx: usize, offset: u64, bytes: &mut [u8]| match idx < n_tensors {
+        true => file.read_at(idx, offset, bytes),
+        false => Ok(ones(bytes)),
+    };
+    builder.write(&mut out, read).unwrap();
     path
 }
 
@@ -69,6 +84,23 @@ fn what_is_not_cut_or_not_run_has_an_exit_code_of_its_own() {
     let report: Value = serde_json::from_str(&refused.stdout).unwrap();
     assert_eq!((&report["verdict"], &report["architecture"]), (&"refused".into(), &"gptj".into()));
     assert!(report["reason"].as_str().unwrap().contains("gptj"));
+}
+
+/// What stages leave out of a header is in that of the whole, which llama.cpp reads: a child survives it first.
+#[test]
+fn a_header_that_would_end_the_process_is_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let norms = ["attn_q_norm.weight", "attn_k_norm.weight"];
+    let model = |n_deepstack: u32| {
+        let sections = Array::of_u32(&[12, 10, 10, 0]);
+        let keys = [("rope.dimension_sections", sections.into()), ("n_deepstack_layers", n_deepstack.into())];
+        as_architecture_with("qwen3vl", dir.path(), &keys, &norms)
+    };
+    let text = certify(&model(2), &["--cuts", "1", "--tokens", "16"]).ok();
+    assert!(text.contains("(qwen3vl, 8 layers): exact"), "{text}");
+    let bad = certify(&model(100), &["--cuts", "1", "--tokens", "16"]);
+    assert!(bad.code == Some(1) && bad.stderr.contains("llama.cpp"), "{bad:?}");
+    assert!(!bad.stderr.contains("#1 "), "no backtrace: {bad:?}");
 }
 
 /// An adapter of the first matrix of some layers, with values that change what comes out.

@@ -142,7 +142,9 @@ impl Architecture {
         let n_rope_dims = keys.optional("rope.dimension_count", heads.key_length.into(), 0, MAX_WIDTH)?;
         keys.check_lengths(rules, heads.key_length, heads.value_length, n_rope_dims)?;
         keys.check_rope()?;
-        let (n_experts, n_experts_used) = keys.experts(rules, n_blocks)?;
+        let (n_experts, mut used) = keys.experts(rules, n_blocks)?;
+        used.truncate(n_layers as usize);
+        let n_experts_used = used.iter().copied().max().unwrap_or(0);
         let sliding_window = keys.sliding_window(rules, n_layers)?;
         let n_ff = n_ff.unwrap_or_else(|| vec![0; n_blocks as usize]);
         let recurrent = keys.recurrent(rules, &heads.n_head_kv, &n_ff, n_layers)?;
@@ -151,7 +153,11 @@ impl Architecture {
         let tensors = Tensors { catalog, rules };
         let n_vocab = tensors.n_vocab(n_embd)?;
         keys.check_vocabulary(n_vocab)?;
-        tensors.check_layers(n_layers, n_blocks)?;
+        let is_bare = |layer: u32| {
+            let layer = layer as usize;
+            rules.has_bare_layers && heads.n_head[layer] == 0 && heads.n_head_kv[layer] == 0 && n_ff[layer] == 0
+        };
+        tensors.check_layers(n_layers, n_blocks, is_bare)?;
         let embedding_bytes = catalog.tensor("token_embd.weight").map_or(0, |tensor| tensor.n_bytes);
         let has_head = catalog.tensor("output.weight").is_some() || rules.is_encoder;
         let tied_head = rules.always_tied || !has_head;
@@ -200,7 +206,8 @@ impl Architecture {
             rules,
         };
         if architecture.why_whole.is_none() {
-            let facts = cuts::Facts { steps: keys.steps(rules), rotates, indexes, swa_differs };
+            let routes = used.iter().map(|n| *n > 0).collect();
+            let facts = cuts::Facts { steps: keys.steps(rules), rotates, indexes, routes, swa_differs };
             architecture.cut_points = cuts::cut_points(&architecture, &facts);
             if architecture.cut_points.is_empty() {
                 architecture.why_whole = Some(if n_layers == 1 {
@@ -480,10 +487,10 @@ impl Keys<'_> {
             Recurrent::All | Recurrent::Beside => all(&|_| true),
             Recurrent::NoKvHeads => all(&|i| n_head_kv[i] == 0),
             Recurrent::NoKvHeadsNoFeedForward => all(&|i| n_head_kv[i] == 0 && n_ff[i] == 0),
-            Recurrent::Interval => match self.flags("attention.recurrent_layers", n_layers)? {
+            Recurrent::Interval(default) => match self.flags("attention.recurrent_layers", n_layers)? {
                 Some(flags) => flags,
                 None => {
-                    let interval = self.optional("full_attention_interval", 4, 1, MAX_LAYERS)? as usize;
+                    let interval = self.optional("full_attention_interval", default.into(), 1, MAX_LAYERS)? as usize;
                     all(&|i| (i + 1) % interval != 0)
                 }
             },
@@ -580,19 +587,22 @@ impl Keys<'_> {
         }
     }
 
-    fn experts(&self, rules: &Rules, n_layers: u32) -> Result<(u32, u32), ArchitectureError> {
+    /// How many there are, and how many of them a row uses in each layer; no list if there are none.
+    fn experts(&self, rules: &Rules, n_layers: u32) -> Result<(u32, Vec<u32>), ArchitectureError> {
         let (min, max) = match rules.experts {
             Experts::Never => (0, 0),
             Experts::Optional => (0, MAX_EXPERTS),
             Experts::Always => (1, MAX_EXPERTS),
         };
         let n_experts = self.optional("expert_count", 0, min, max)?;
-        let min_used = u64::from(n_experts > 0);
-        let used = self.per_layer("expert_used_count", n_layers, min_used, n_experts.into())?;
-        let n_used = match (used, n_experts) {
-            (Some(used), _) => used.into_iter().max().unwrap_or(0),
-            (None, 0) => 0,
-            (None, _) => return Err(self.missing("expert_used_count")),
+        let key = "expert_used_count";
+        let used = match (self.per_layer(key, n_layers, 0, n_experts.into())?, n_experts) {
+            (Some(used), _) if n_experts > 0 && !used.iter().any(|n| *n > 0) => {
+                return Err(self.wrong(key, "0 in all layers", format!("1 to {n_experts} in some")));
+            }
+            (Some(used), _) => used,
+            (None, 0) => Vec::new(),
+            (None, _) => return Err(self.missing(key)),
         };
         let n_groups = self.optional("expert_group_count", 0, 0, u64::from(n_experts.saturating_sub(1)))?;
         if n_groups > 1 {
@@ -602,7 +612,7 @@ impl Keys<'_> {
             self.required("expert_group_used_count", 1, u64::from(n_groups - 1))?;
         }
         self.per_layer("expert_feed_forward_length", n_layers, 0, MAX_WIDTH)?;
-        Ok((n_experts, n_used))
+        Ok((n_experts, used))
     }
 
     fn sliding_window(&self, rules: &Rules, n_layers: u32) -> Result<Option<SlidingWindow>, ArchitectureError> {
@@ -686,8 +696,7 @@ fn describe(value: &Value) -> String {
     match value {
         Value::Array(array) => format!("an array of {} values", array.len()),
         Value::String(text) => format!("{:?}", text.chars().take(80).collect::<String>()),
-        Value::U64(n) => n.to_string(),
-        other => format!("{other:?}"),
+        other => other.as_u64().map_or_else(|| format!("{other:?}"), |n| n.to_string()),
     }
 }
 
@@ -724,10 +733,16 @@ impl Tensors<'_> {
         Ok(n_vocab)
     }
 
-    /// Each layer has tensors, and there is nothing that no stage would take.
-    fn check_layers(&self, n_layers: u32, n_blocks: u32) -> Result<(), ArchitectureError> {
+    /// Each layer has tensors unless it is bare, and there is nothing that no stage would take.
+    fn check_layers(
+        &self,
+        n_layers: u32,
+        n_blocks: u32,
+        is_bare: impl Fn(u32) -> bool,
+    ) -> Result<(), ArchitectureError> {
         let bytes = self.catalog.bytes_per_layer();
-        if let Some(layer) = (0..n_layers).find(|layer| bytes.get(*layer as usize).is_none_or(|bytes| *bytes == 0)) {
+        let is_empty = |layer: &u32| bytes.get(*layer as usize).is_none_or(|bytes| *bytes == 0);
+        if let Some(layer) = (0..n_layers).find(|layer| is_empty(layer) && !is_bare(*layer)) {
             return Err(ArchitectureError::MissingTensor { name: format!("blk.{layer}.attn_norm.weight") });
         }
         let is_whole = !self.rules.whole.is_empty();

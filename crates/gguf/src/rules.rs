@@ -65,8 +65,9 @@ pub(crate) enum Recurrent {
     NoKvHeads,
     /// Those with neither KV heads nor a feed-forward part; a layer with the latter has no state at all.
     NoKvHeadsNoFeedForward,
-    /// `attention.recurrent_layers` tells, else all but the last of each `full_attention_interval` (4 by default).
-    Interval,
+    /// `attention.recurrent_layers` tells, else all but the last of each `full_attention_interval`; of each so many where
+    /// that is missing.
+    Interval(u32),
 }
 
 /// Whether layers route to experts.
@@ -152,6 +153,10 @@ pub(crate) struct Rules {
     pub stop: Stop,
     /// Numbers of layers by which libllama recognises a kind of model; no stage may have so many, unless the model has.
     pub recognised: &'static [u32],
+    /// A number of layers by which it does so where there are so many tokens.
+    pub recognised_with_tokens: Option<(u32, u32)>,
+    /// Layers may have neither attention nor a feed-forward part, and no tensors then.
+    pub has_bare_layers: bool,
 }
 
 /// Attention whose head sizes are free.
@@ -172,7 +177,12 @@ const FREE: Rules = Rules {
     scales: &[],
     stop: Stop::Numbered("l_out"),
     recognised: &[],
+    recognised_with_tokens: None,
+    has_bare_layers: false,
 };
+
+/// Latent attention in which libllama knows small models by how many layers they have, and others from the rest.
+const LATENT: Rules = Rules { recognised: &[26, 27], recognised_with_tokens: Some((48, 128_256)), ..FREE };
 
 /// Embeddings of positions and token types with a norm before the first layer, and a norm at the end of each.
 const ENCODER: Rules = Rules {
@@ -325,12 +335,12 @@ const RULES: &[Rules] = &[
         stop: Stop::Numbered("nemotron_h_block_out"),
         ..FREE
     },
-    Rules { name: "qwen3next", recurrent: Recurrent::Interval, ..FREE },
-    Rules { name: "qwen35", recurrent: Recurrent::Interval, ..FREE },
-    Rules { name: "qwen35moe", recurrent: Recurrent::Interval, ..FREE },
+    Rules { name: "qwen3next", recurrent: Recurrent::Interval(4), ..FREE },
+    Rules { name: "qwen35", recurrent: Recurrent::Interval(4), ..FREE },
+    Rules { name: "qwen35moe", recurrent: Recurrent::Interval(4), ..FREE },
     Rules {
         name: "minimax-01",
-        recurrent: Recurrent::Interval,
+        recurrent: Recurrent::Interval(8),
         scales: &[
             ("slopes", Factor::Falling),
             ("q_decay_exp", Factor::Falling),
@@ -353,8 +363,8 @@ const RULES: &[Rules] = &[
     Rules { name: "arwkv7", recurrent: Recurrent::All, whole: &[Whole::Always(FIRST_LAYER)], ..FREE },
 
     // Latent attention.
-    Rules { name: "deepseek2", recognised: &[26, 27], ..FREE },
-    Rules { name: "mistral4", recognised: &[26, 27], ..FREE },
+    Rules { name: "deepseek2", ..LATENT },
+    Rules { name: "mistral4", ..LATENT },
     Rules { name: "plm", always_tied: true, ..FREE },
     Rules { name: "deepseek2-ocr", ..FREE },
     Rules { name: "deepseek32", ..FREE },
@@ -363,7 +373,7 @@ const RULES: &[Rules] = &[
 
     // Plain decoders.
     Rules { name: "mistral3", ..FREE },
-    Rules { name: "deci", ..FREE },
+    Rules { name: "deci", has_bare_layers: true, ..FREE },
     Rules { name: "falcon", ..FREE },
     Rules { name: "gptneox", ..FREE },
     Rules { name: "refact", ..FREE },
@@ -459,7 +469,7 @@ const RULES: &[Rules] = &[
     Rules {
         name: "qwen4exp",
         input: Input::Tokens,
-        recurrent: Recurrent::Interval,
+        recurrent: Recurrent::Interval(4),
         whole: &[Whole::Always(TOKENS)],
         ..FREE
     },

@@ -401,7 +401,7 @@ fn stage_metadata(source: &Metadata, architecture: &Architecture, layers: LayerR
             metadata.set(window_key, 0);
         }
     }
-    if architecture.rules.recurrent == Recurrent::Interval {
+    if matches!(architecture.rules.recurrent, Recurrent::Interval(_)) {
         let flags: Vec<u32> = layers.iter().map(|layer| architecture.state.is_in(layer).into()).collect();
         metadata.set(name("attention.recurrent_layers"), Array::of_u32(&flags));
     }

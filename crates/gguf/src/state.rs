@@ -50,7 +50,9 @@ impl Kv {
             let has_kv = match rules.recurrent {
                 Recurrent::None | Recurrent::Beside => !rules.is_encoder,
                 Recurrent::All => false,
-                Recurrent::NoKvHeads | Recurrent::NoKvHeadsNoFeedForward | Recurrent::Interval => !state.is_in(layer),
+                Recurrent::NoKvHeads | Recurrent::NoKvHeadsNoFeedForward | Recurrent::Interval(_) => {
+                    !state.is_in(layer)
+                }
             };
             let has_kv = has_kv && layer < n_own;
             let slides = window.is_some_and(|window| window.slides[layer as usize]);

@@ -311,6 +311,8 @@ fn stages_begin_where_a_pattern_does() {
     let cuts = |recipe: Recipe| Architecture::of(&recipe.model().catalog).unwrap().cut_points();
     assert_eq!(cuts(Recipe::new("smollm3", 13)), [4, 8, 12]);
     assert_eq!(cuts(Recipe::new("ernie4_5-moe", 13).with("interleave_moe_layer_step", 3)), [3, 6, 9, 12]);
+    assert_eq!(cuts(Recipe::new("minimax-01", 24)), [8, 16]);
+    assert_eq!(cuts(Recipe::new("qwen3next", 12).with("full_attention_interval", 6)), [6]);
     assert_eq!(cuts(Recipe::new("rwkv6", 13).with("rescale_every_n_layers", 6)), [6, 12]);
     let llama4 = Recipe::new("llama4", 26).with("interleave_moe_layer_step", 3);
     // Layers 3, 7, 11 are full; a stage begins with one that slides.
@@ -320,14 +322,68 @@ fn stages_begin_where_a_pattern_does() {
     let jamba = Recipe::new("jamba", 7).with("attention.head_count", heads.clone());
     // Each stage begins with attention and has both kinds of layers.
     assert_eq!(cuts(jamba.with("attention.head_count_kv", heads)), [2]);
-    // No stage may have 26 or 27 layers, by which libllama knows a smaller model.
-    let cuts = cuts(Recipe::new("deepseek2", 61));
-    for (i, first) in cuts.iter().enumerate() {
-        for length in cuts[i + 1..].iter().map(|other| other - first).chain([*first, 61 - first]) {
-            assert!(![26, 27].contains(&length), "{cuts:?}");
+}
+
+/// No stage of a model with latent attention may have 26 or 27 layers, by which libllama knows a smaller one. The cuts
+/// that are left lie close to each other nevertheless.
+#[test]
+fn no_stage_has_the_length_of_another_model() {
+    let cuts = |recipe: Recipe| Architecture::of(&recipe.model().catalog).unwrap().cut_points();
+    for n_layers in 2..=100 {
+        let cuts = cuts(Recipe::new("deepseek2", n_layers));
+        let bounds: Vec<u32> = [0].into_iter().chain(cuts.iter().copied()).chain([n_layers]).collect();
+        for (i, start) in bounds.iter().enumerate() {
+            let lengths = bounds[i + 1..].iter().map(|end| end - start);
+            let is_whole = |length: &u32| *length == n_layers;
+            let mut bad = lengths.filter(|length| [26, 27].contains(length) && !is_whole(length));
+            assert!([26, 27].contains(&n_layers) || bad.next().is_none(), "{n_layers}: {cuts:?}");
         }
+        let widest = bounds.windows(2).map(|run| run[1] - run[0]).max().unwrap();
+        assert!(widest <= 7, "{n_layers}: {cuts:?}");
+        assert!(n_layers > 26 || widest == 1, "{n_layers}: {cuts:?}");
     }
-    assert!(cuts.len() > 20, "{cuts:?}");
+    // With so many tokens libllama also knows one of 48 layers, and only the final stage has all tokens.
+    let (few, many) = (Recipe::new("deepseek2", 69), Recipe { n_vocab: 128_256, ..Recipe::new("deepseek2", 69) });
+    let (few, many) = (cuts(few), cuts(many));
+    assert!(!many.contains(&21) && many.len() > 15, "{many:?}");
+    assert!(few.contains(&21), "{few:?}");
+}
+
+#[test]
+fn layers_may_have_nothing() {
+    let recipe = |architecture, bare: &[u32]| {
+        let list = |full: u32, bare: &[u32]| -> Vec<u32> {
+            (0..6).map(|layer| if bare.contains(&layer) { 0 } else { full }).collect()
+        };
+        let recipe = Recipe { bare: bare.to_vec(), ..Recipe::new(architecture, 6) };
+        let recipe = recipe.with("attention.head_count", Array::of_u32(&list(4, &[2, 4])));
+        let recipe = recipe.with("attention.head_count_kv", Array::of_u32(&list(2, &[2, 4])));
+        recipe.with("feed_forward_length", Array::of_u32(&list(96, &[2]))).model()
+    };
+    // A stage begins with a layer that attends and ends with one that has a feed-forward part.
+    let model = recipe("deci", &[2]);
+    let architecture = Architecture::of(&model.catalog).unwrap();
+    assert_eq!((architecture.cut_points(), architecture.layer_bytes(2)), (vec![1, 5], 0));
+    let stage = check(&model, range(1, 5));
+    assert!(!stage.header_bytes().windows(6).any(|bytes| bytes == b"blk.1."), "a layer without tensors has some");
+    // Nothing else may be missing.
+    for model in [recipe("deci", &[4]), recipe("deci", &[3]), recipe("llama", &[2])] {
+        assert!(Architecture::of(&model.catalog).is_err());
+    }
+}
+
+#[test]
+fn layers_may_use_no_experts() {
+    let with = |used: &[u32]| {
+        let recipe = Recipe::new("llama", 4).with("expert_count", 4).with("expert_feed_forward_length", 32);
+        Architecture::of(&recipe.with("expert_used_count", Array::of_u32(used)).model().catalog)
+    };
+    // Each stage has a layer that does.
+    let cuts = |used: &[u32]| with(used).unwrap().cut_points();
+    assert_eq!((cuts(&[1, 2, 1, 1]), cuts(&[0, 2, 0, 1])), (vec![1, 2, 3], vec![2]));
+    assert_eq!(with(&[0, 2, 0, 1]).unwrap().n_experts_used, 2);
+    assert!(with(&[0; 4]).unwrap_err().to_string().contains("1 to 4 in some"));
+    assert!(with(&[5, 1, 1, 1]).is_err());
 }
 
 #[test]

@@ -248,6 +248,12 @@ pub const ALL: &[Recipe] = &[
     of("llama", 4, &[]).variant("tied").without(&["output.weight", "rope_freqs.weight", ".bias"]),
     of("llama4", 16, &[MOE, SHARED]).keys(&[("interleave_moe_layer_step", U(2))]),
     of("deci", 4, &[]),
+    // A layer that attends, one that only multiplies, one without either, and one that does nothing at all.
+    of("deci", 8, &[]).variant("bare").keys(&[
+        ("attention.head_count", Cycle(&[4, 4, 0, 0])),
+        ("attention.head_count_kv", Cycle(&[2, 0, 0, 0])),
+        ("feed_forward_length", Cycle(&[512, 256, 512, 0])),
+    ]),
     of("falcon", 4, &[]),
     of("grok", 4, &[MOE]),
     of("gpt2", 4, &[MHA]),
@@ -364,6 +370,17 @@ pub const ALL: &[Recipe] = &[
     of("deepseek", 5, &[MOE, SHARED, LEAD, MHA]).keys(&[("expert_weights_scale", F(1.0))]),
     of("deepseek2", 5, &[MOE, SHARED, LEAD, SIGMOID, MLA])
         .keys(&[("expert_group_count", U(2)), ("expert_group_used_count", U(1))]),
+    of("deepseek2", 61, &[MOE, SHARED, LEAD, SIGMOID, MLA, NARROW]).variant("61").fixed().keys(&[
+        ("attention.q_lora_rank", U(64)),
+        ("attention.kv_lora_rank", U(64)),
+        ("attention.key_length", U(80)),
+        ("attention.value_length", U(64)),
+        ("attention.key_length_mla", U(48)),
+        ("attention.value_length_mla", U(32)),
+        ("rope.dimension_count", U(16)),
+        ("expert_group_count", U(2)),
+        ("expert_group_used_count", U(1)),
+    ]),
     of("deepseek2", 27, &[MOE, SHARED, LEAD, SOFTMAX, MLA]).variant("lite").fixed().keys(&[
         ("embedding_length", U(64)),
         ("feed_forward_length", U(96)),
@@ -410,6 +427,11 @@ pub const ALL: &[Recipe] = &[
         .keys(&[("attention.head_count_kv", Cycle(&[0, 0, 2, 0])), ("feed_forward_length", Cycle(&[0, 512, 0, 512]))]),
     of("nemotron_h_moe", 16, &[MAMBA2, MOE, SHARED, SIGMOID])
         .keys(&[("attention.head_count_kv", Cycle(&[0, 0, 2, 0])), ("feed_forward_length", Cycle(&[0, 512, 0, 512]))]),
+    of("nemotron_h_moe", 16, &[MAMBA2, MOE, SHARED, SIGMOID]).variant("counts").keys(&[
+        ("attention.head_count_kv", Cycle(&[0, 0, 2, 0])),
+        ("feed_forward_length", Cycle(&[0, 512, 0, 512])),
+        ("expert_used_count", Cycle(&[0, 2, 0, 1])),
+    ]),
     of("exaone", 4, &[]),
     of("exaone4", 4, &[]),
     of("exaone4", 64, &[WINDOW, NARROW]).variant("64").fixed(),
@@ -491,7 +513,10 @@ pub const ALL: &[Recipe] = &[
         ("xielu.beta", F(0.5)),
         ("xielu.eps", F(-1e-6)),
     ]),
-    of("minimax-01", 16, &[MOE]).keys(&[("residual_scale", F(2.0)), ("full_attention_interval", U(4))]),
+    of("minimax-01", 16, &[MOE]).keys(&[("residual_scale", F(2.0))]),
+    of("minimax-01", 16, &[MOE])
+        .variant("interval")
+        .keys(&[("residual_scale", F(2.0)), ("full_attention_interval", U(4))]),
     of("hrm_text", 8, &[])
         .fixed()
         .keys(&[

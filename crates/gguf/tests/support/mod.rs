@@ -56,12 +56,23 @@ pub struct Recipe {
     pub n_layers: u32,
     pub n_embd: u64,
     pub tied: bool,
+    pub n_vocab: u64,
+    /// Layers without tensors.
+    pub bare: Vec<u32>,
     pub extra: Vec<(&'static str, Value)>,
 }
 
 impl Recipe {
     pub fn new(architecture: &'static str, n_layers: u32) -> Self {
-        Self { architecture, n_layers, n_embd: 64, tied: ALWAYS_TIED.contains(&architecture), extra: Vec::new() }
+        Self {
+            architecture,
+            n_layers,
+            n_embd: 64,
+            tied: ALWAYS_TIED.contains(&architecture),
+            n_vocab: 48,
+            bare: Vec::new(),
+            extra: Vec::new(),
+        }
     }
 
     #[must_use]
@@ -101,16 +112,16 @@ impl Recipe {
             set(key, value.clone());
         }
         metadata.set("tokenizer.ggml.model", "gpt2");
-        metadata.set("tokenizer.ggml.tokens", Array::of_strings((0..48).map(|i| format!("t{i}"))));
+        metadata.set("tokenizer.ggml.tokens", Array::of_strings((0..self.n_vocab).map(|i| format!("t{i}"))));
         metadata.set("tokenizer.chat_template", "{{ messages }}");
         metadata
     }
 
     pub fn tensors(&self) -> Vec<(String, Vec<u64>, GgmlType)> {
         let n_embd = self.n_embd;
-        let mut tensors = vec![("token_embd.weight".to_owned(), vec![n_embd, 48], GgmlType::Q8_0)];
+        let mut tensors = vec![("token_embd.weight".to_owned(), vec![n_embd, self.n_vocab], GgmlType::Q8_0)];
         tensors.push(("rope_freqs.weight".to_owned(), vec![8], GgmlType::F32));
-        for layer in 0..self.n_layers {
+        for layer in (0..self.n_layers).filter(|layer| !self.bare.contains(layer)) {
             for (name, dims, ty) in [
                 ("attn_norm.weight", vec![n_embd], GgmlType::F32),
                 ("attn_q_norm.weight", vec![16], GgmlType::F32),
@@ -122,7 +133,7 @@ impl Recipe {
         }
         tensors.push(("output_norm.weight".to_owned(), vec![n_embd], GgmlType::F32));
         if !self.tied {
-            tensors.push(("output.weight".to_owned(), vec![n_embd, 48], GgmlType::Q8_0));
+            tensors.push(("output.weight".to_owned(), vec![n_embd, self.n_vocab], GgmlType::Q8_0));
         }
         tensors
     }

@@ -47,6 +47,7 @@ impl Runner<'_> {
         }
         // The file has all tokens, its graph makes its own input, and rows for images may be wider.
         (options.n_vocab, options.n_embd, options.hooks) = (0, 0, Hooks::default());
+        trial::uncut(catalog, &options).map_err(|error| chain(&error))?;
         let adapters: Vec<_> = adapter.iter().map(|adapter| (adapter.path.as_path(), adapter.scale)).collect();
         let mut stage = Stage::load_file_adapted(path, &adapters, options).map_err(|error| chain(&error))?;
         self.each(&mut stage, |_, pass| Given::Tokens(pass))

@@ -22,7 +22,7 @@ const MIN_MEMORY: u64 = 1 << 30;
 /// Longest input behind the question: the header of a stage, and that of its adapter.
 const MAX_INPUT_BYTES: u64 = 2 * MAX_HEADER_BYTES;
 
-/// Longest question: options, with two names of graph nodes.
+/// Longest question: options, whose largest part are factors, up to 16 characters for each of 512 layers in 4 places.
 const MAX_QUESTION_BYTES: u64 = 64 << 10;
 
 /// What the program does as a child: reads a question and a header from standard input, tries, and writes the answer to

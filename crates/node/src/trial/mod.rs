@@ -32,7 +32,7 @@ use std::time::{Duration, Instant};
 
 use brigade_base::Hash;
 use brigade_engine::{StageMemory, StageOptions};
-use brigade_gguf::{AdapterView, StageView};
+use brigade_gguf::{AdapterView, Catalog, StageView};
 use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
 
@@ -146,6 +146,20 @@ pub fn stage(
     Ok(Some(memory))
 }
 
+/// Has a child survive the graphs of a model as llama.cpp's own readers load it, with all that its header says, if
+/// anything is tried.
+///
+/// # Errors
+/// If libllama does not load it.
+pub fn uncut(catalog: &Catalog, options: &StageOptions) -> Result<(), TrialError> {
+    let Some(trials) = TRIALS.get() else { return Ok(()) };
+    let header = catalog.header_bytes(false);
+    let padded = |n_bytes: u64| n_bytes.saturating_add(PADDING);
+    let weights = catalog.tensors().iter().map(|tensor| padded(tensor.n_bytes)).fold(PADDING, u64::saturating_add);
+    let n_bytes = weights.saturating_add(header.len() as u64);
+    lock(trials).ask(&Question::Rehearse { n_bytes, options: tried_options(options) }, &header).map(drop)
+}
+
 /// Has a child survive the vocabulary of the GGUF in `header`, if anything is tried.
 ///
 /// # Errors
@@ -154,6 +168,9 @@ pub fn vocabulary(header: &[u8]) -> Result<(), TrialError> {
     let Some(trials) = TRIALS.get() else { return Ok(()) };
     lock(trials).ask(&Question::Vocabulary, header).map(drop)
 }
+
+/// Bytes that a file may have in front of each tensor.
+const PADDING: u64 = 64;
 
 static TRIALS: OnceLock<Mutex<Trials>> = OnceLock::new();
 
