@@ -185,7 +185,10 @@ fn verbs_take_sources_and_say_what_is_wrong_with_them() {
     let said = text(&bad.stderr);
     assert!(bad.status.code() == Some(2) && said.contains("HF_TOKEN has characters that no token has"), "{bad:?}");
     assert!(!said.contains("hf_two") && !said.contains("lines"), "{said}");
-    // Who asks nobody needs no token.
+    // Who asks nobody needs neither a token nor a hub.
     ok(with_token(&["models"]));
     ok(with_token(&["inspect", abacus().to_str().unwrap()]));
+    for args in [["models", "--json"], ["inspect", abacus().to_str().unwrap()]] {
+        ok(command(&hub, dir.path(), &args).env("HF_ENDPOINT", "http://hub.example").output().unwrap());
+    }
 }

@@ -2,7 +2,8 @@
 //!
 //! Files that belong together (the parts of a split model) are one candidate. Without a wish, the only candidate is
 //! taken, else the one whose quantisation comes first in [`PREFERRED`]: what is close to the original and fits where
-//! the original does not. Projectors of images, adapters and importance matrices are no candidates.
+//! the original does not. Projectors of images, adapters and importance matrices are no candidates, but that a file's
+//! name tells of an adapter or a matrix may mean that it was made with one: who names the file itself gets it.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -78,6 +79,10 @@ struct Candidate<'a> {
 }
 
 impl Candidate<'_> {
+    fn has(&self, path: &str) -> bool {
+        self.files.iter().any(|file| file.path == path)
+    }
+
     fn is_called(&self, quant: &str) -> bool {
         self.quant.as_deref().is_some_and(|own| own.eq_ignore_ascii_case(quant))
     }
@@ -94,20 +99,19 @@ impl Candidate<'_> {
 /// # Errors
 /// If there are none, or it is not clear which.
 pub fn choose(files: &[HubFile], pick: &Pick) -> Result<Vec<HubFile>, ChoiceError> {
-    if let Pick::File(name) = pick
-        && let Some(what) = other_kind(name)
-    {
-        return Err(ChoiceError::NotAModel { file: name.clone(), what });
-    }
-    let candidates = candidates(files);
-    if candidates.is_empty() {
+    let named = match pick {
+        Pick::File(name) if other_kind(name) == Some(PROJECTOR) => {
+            return Err(ChoiceError::NotAModel { file: name.clone(), what: PROJECTOR });
+        }
+        Pick::File(name) => candidates(files, |_| true).into_iter().find(|candidate| candidate.has(name)),
+        Pick::Quant(_) | Pick::Any => None,
+    };
+    let candidates = candidates(files, |path| other_kind(path).is_none());
+    if candidates.is_empty() && named.is_none() {
         return Err(ChoiceError::NoModel);
     }
     let chosen = match pick {
-        Pick::File(name) => {
-            let has = |candidate: &&Candidate| candidate.files.iter().any(|file| file.path == *name);
-            candidates.iter().find(has).ok_or_else(|| no_such(name, &candidates))?
-        }
+        Pick::File(name) => named.as_ref().ok_or_else(|| no_such(name, &candidates))?,
         Pick::Quant(quant) => {
             let mut meant: Vec<_> = candidates.iter().filter(|candidate| candidate.is_called(quant)).collect();
             if meant.is_empty() {
@@ -143,12 +147,12 @@ fn any<'a, 'b>(candidates: &'b [Candidate<'a>]) -> Result<&'b Candidate<'a>, Cho
     Err(ambiguous(candidates.iter()))
 }
 
-/// What there is, in the order of names.
-fn candidates(files: &[HubFile]) -> Vec<Candidate<'_>> {
+/// What there is of those that may be one by their paths, in the order of names.
+fn candidates(files: &[HubFile], may_be: impl Fn(&str) -> bool) -> Vec<Candidate<'_>> {
     let mut by_stem: BTreeMap<(&str, u32), Vec<(u32, &HubFile)>> = BTreeMap::new();
     for file in files {
         let Some(stem) = strip_ending(&file.path) else { continue };
-        if other_kind(&file.path).is_some() {
+        if !may_be(&file.path) {
             continue;
         }
         match SplitName::parse(&file.path) {
@@ -172,12 +176,15 @@ fn strip_ending(path: &str) -> Option<&str> {
     path[stem.len()..].eq_ignore_ascii_case(".gguf").then_some(stem)
 }
 
-/// What a file is by its name, if it is no model.
+/// What no model has in its name.
+const PROJECTOR: &str = "a projector of images";
+
+/// What a file is by its name, if it seems to be no model.
 fn other_kind(path: &str) -> Option<&'static str> {
     let name = path.rsplit('/').next().unwrap_or(path).to_ascii_lowercase();
     let has_word = |word: &str| name.split(|c: char| !c.is_ascii_alphanumeric()).any(|part| part == word);
     match () {
-        () if name.contains("mmproj") => Some("a projector of images"),
+        () if name.contains("mmproj") => Some(PROJECTOR),
         () if has_word("imatrix") => Some("an importance matrix"),
         () if has_word("lora") || has_word("adapter") => Some("an adapter"),
         () => None,
@@ -294,12 +301,28 @@ mod tests {
     fn without_a_wish_the_liked_one_is_taken() {
         check(&REPOSITORY, &Pick::Any, &["m-Q4_K_M.gguf"]);
         check(&["a.gguf", "a-lora-f16.gguf"], &Pick::Any, &["a.gguf"]);
+        check_error(&["a-lora-f16.gguf"], &Pick::Any, &["no GGUF model"]);
         check(&["m-Q3_K_S.gguf", "m-F16.gguf"], &Pick::Any, &["m-F16.gguf"]);
         check_error(&["a.gguf", "b.gguf"], &Pick::Any, &["say which one", "a.gguf", "b.gguf"]);
         check_error(&["a-Q4_K_M.gguf", "b-Q4_K_M.gguf"], &Pick::Any, &["a-Q4_K_M.gguf", "b-Q4_K_M.gguf"]);
         check_error(&["a-Q8_0.gguf", "b-q8_0.gguf"], &quant("Q8_0"), &["several"]);
         check_error(&["README.md"], &Pick::Any, &["no GGUF model"]);
         check_error(&[], &quant("Q8_0"), &["no GGUF model"]);
+    }
+
+    #[test]
+    fn who_names_a_file_gets_it_whatever_its_name_tells() {
+        let paths = [
+            "a.gguf",
+            "a-lora-merged-Q4_0.gguf",
+            "b-imatrix-Q4_0-00001-of-00002.gguf",
+            "b-imatrix-Q4_0-00002-of-00002.gguf",
+        ];
+        check(&paths, &file(paths[1]), &paths[1..2]);
+        check(&paths[1..2], &file(paths[1]), &paths[1..2]);
+        check(&paths, &file(paths[3]), &paths[2..]);
+        check_error(&paths[..3], &file(paths[2]), &["part 2 of 2"]);
+        check_error(&paths, &quant("Q4_0"), &["no \"Q4_0\"; it has a.gguf"]);
     }
 
     #[test]

@@ -17,6 +17,7 @@ use ureq::tls::{Certificate, RootCerts, TlsConfig};
 
 use crate::error::{Access, FetchError};
 use crate::settings::{Limits, Settings};
+use crate::store::now;
 use crate::tries::{OnRetry, Tries};
 use crate::url::{is_same_origin, origin, redirected, refusal, without_query};
 
@@ -50,6 +51,11 @@ pub(crate) struct Target {
     pub n_bytes: Option<u64>,
     /// What tells whether it is the same file still: a strong entity tag.
     pub etag: Option<String>,
+    /// Whether all of it is compared with a known sum in the end. Tags are not looked at then: the storages of one hub
+    /// may have several for the same bytes.
+    pub has_sum: bool,
+    /// Whether it was asked for with the token, so that others may not be able to read it.
+    pub had_token: bool,
 }
 
 /// A reply with a status that is to be looked at: 200, 206 or 416.
@@ -57,6 +63,8 @@ pub(crate) struct Reply {
     response: Response<ureq::Body>,
     /// What was asked for, and of whom.
     place: String,
+    /// Whether the token was sent on the way.
+    had_token: bool,
 }
 
 /// What is asked for.
@@ -193,6 +201,7 @@ impl Client {
         let mut known = Target { url: url.to_owned(), ..Target::default() };
         let ask = Ask { url, range: Some(0..n_bytes), etag: None, time: Some(self.limits().request_time) };
         let reply = self.ask(&ask)?;
+        known.had_token = reply.had_token;
         if reply.status() == 200 {
             (known.n_bytes, known.etag) = (reply.content_length(), reply.etag());
             let expected = known.n_bytes.unwrap_or(0).min(n_bytes);
@@ -240,13 +249,14 @@ impl Client {
         if let Some(why) = refusal(ask.url) {
             return Err(FetchError::Address { url: shown, why });
         }
-        let mut at = ask.url.to_owned();
+        let (mut at, mut had_token) = (ask.url.to_owned(), false);
         for _ in 0..=MAX_REDIRECTS {
+            had_token |= self.sends_token(&at);
             let place = place(ask.url, &at);
             let response = self.ask_once(ask, &at, &place)?;
             let status = response.status().as_u16();
             match status {
-                200 | 206 | 416 => return Ok(Reply { response, place }),
+                200 | 206 | 416 => return Ok(Reply { response, place, had_token }),
                 301 | 302 | 303 | 307 | 308 => {
                     at = redirected(ask.url, &at, &text_of(&response, &header::LOCATION))?;
                     // A connection is used again only if its reply was read to the end. Whether it can be is all one.
@@ -258,7 +268,7 @@ impl Client {
                 }
                 404 | 410 => return Err(FetchError::NotFound { url: place }),
                 408 | 425 | 429 | 500 | 502 | 503 | 504 => {
-                    let wait = text_of(&response, &header::RETRY_AFTER).trim().parse().ok().map(Duration::from_secs);
+                    let wait = retry_after(&text_of(&response, &header::RETRY_AFTER), now());
                     return Err(FetchError::Busy { url: place, status, wait });
                 }
                 _ => return Err(FetchError::Refused { url: place, status }),
@@ -285,8 +295,7 @@ impl Client {
                 request = request.header(header::IF_RANGE, etag);
             }
         }
-        let settings = &self.settings;
-        if let Some(token) = settings.token.as_ref().filter(|_| is_same_origin(at, &settings.endpoint)) {
+        if let Some(token) = self.settings.token.as_ref().filter(|_| self.sends_token(at)) {
             request = request.header(header::AUTHORIZATION, token.bearer());
         }
         request.call().map_err(|error| match error {
@@ -296,6 +305,11 @@ impl Client {
             }
             source => FetchError::Unreachable { url: place.to_owned(), source: Box::new(source) },
         })
+    }
+
+    /// Whether whoever is at `url` gets the token.
+    pub(crate) fn sends_token(&self, url: &str) -> bool {
+        self.settings.token.is_some() && is_same_origin(url, &self.settings.endpoint)
     }
 
     fn access(&self, url: &str, at: &str) -> Access {
@@ -374,7 +388,7 @@ impl Reply {
     /// Checks that the reply holds the bytes of `range`, or those up to the file's end, of the `known` file; says how
     /// many these are, and what the file is.
     fn range(&self, known: &Target, range: &Range<u64>) -> Result<(u64, Target), FetchError> {
-        let (url, etag) = (self.place.clone(), self.etag());
+        let (url, etag) = (self.place.clone(), self.etag().filter(|_| !known.has_sum));
         let is_other = known.etag.is_some() && etag.is_some() && known.etag != etag;
         let found = self.header(&header::CONTENT_RANGE);
         match self.status() {
@@ -394,7 +408,7 @@ impl Reply {
             return Err(wrong());
         }
         let etag = etag.or_else(|| known.etag.clone());
-        Ok((last - first + 1, Target { url: known.url.clone(), n_bytes: Some(n_bytes), etag }))
+        Ok((last - first + 1, Target { n_bytes: Some(n_bytes), etag, ..known.clone() }))
     }
 
     fn body(self) -> impl Read {
@@ -433,6 +447,16 @@ fn text_of(response: &Response<ureq::Body>, name: &HeaderName) -> String {
     response.headers().get(name).and_then(|value| value.to_str().ok()).unwrap_or("").to_owned()
 }
 
+/// How long a server wants to be left alone from `now` on: seconds, or a date.
+fn retry_after(text: &str, now: u64) -> Option<Duration> {
+    let text = text.trim();
+    if let Ok(seconds) = text.parse() {
+        return Some(Duration::from_secs(seconds));
+    }
+    let then = jiff::fmt::rfc2822::parse(text).ok()?.timestamp().as_second();
+    Some(Duration::from_secs(u64::try_from(then).unwrap_or(0).saturating_sub(now)))
+}
+
 /// First byte, last byte and length of the file, of `bytes 0-99/1234`, as a server says them: whether they make sense
 /// is for the caller to check.
 pub fn content_range(text: &str) -> Option<(u64, u64, u64)> {
@@ -451,6 +475,18 @@ mod tests {
         for wrong in ["", "bytes */1234", "bytes 0-99/*", "0-99/1234", "bytes 5/9"] {
             assert_eq!(content_range(wrong), None, "{wrong}");
         }
+    }
+
+    #[test]
+    fn pauses_are_seconds_or_dates() {
+        let now = 784_111_770;
+        let check = |text, seconds: Option<u64>| {
+            assert_eq!(retry_after(text, now), seconds.map(Duration::from_secs), "{text:?}");
+        };
+        check(" 7 ", Some(7));
+        check("Sun, 06 Nov 1994 08:49:37 GMT", Some(7));
+        check("Sun, 06 Nov 1994 08:49:00 GMT", Some(0));
+        ["", "soon", "-1", "7.5"].iter().for_each(|text| check(text, None));
     }
 
     #[test]

@@ -12,7 +12,7 @@
 //! go on. No more of the file is in memory than a piece for each connection.
 //!
 //! Where a server sends the whole file in place of a range, one connection reads it from the start. A file that changes
-//! on the server is begun anew, once.
+//! on the server is begun anew, once; where its SHA-256 is known, that alone tells whether it did.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
@@ -149,13 +149,18 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     name.into()
 }
 
-/// Bytes that are here of a file that is not complete.
-pub(crate) fn n_done(path: &Path) -> u64 {
+/// Bytes that are here of a file that is not complete, as far as a download of what is `wanted`, which has this tag,
+/// would go on from them.
+pub(crate) fn n_done(path: &Path, wanted: &Wanted, etag: Option<&str>) -> u64 {
+    let Some(n_bytes) = wanted.n_bytes else { return 0 };
+    let fresh = Journal::fresh(wanted, n_bytes, etag);
+    Journal::read(path, &fresh).map_or(0, |journal| journal.missing(1).n_done())
+}
+
+/// Bytes that are here of a file that somebody fetches, whether or not another download could go on from them.
+pub(crate) fn n_come(path: &Path) -> u64 {
     let journal: Option<Journal> = files::read_json(&journal_path(path), MAX_JOURNAL_BYTES);
-    match journal.filter(|_| part_path(path).exists()) {
-        Some(journal) => journal.missing(1).n_done(),
-        None => 0,
-    }
+    journal.filter(|_| part_path(path).exists()).map_or(0, |journal| journal.missing(1).n_done())
 }
 
 /// Removes what is here of a file that is not complete.
@@ -178,7 +183,10 @@ pub(crate) fn download(
     match download.run() {
         Err(DownloadError::Fetch(FetchError::Changed { .. })) => {
             tracing::warn!(url = without_query(&wanted.url), "changed on the server, beginning anew");
-            download.write(discard(path))?;
+            // What is here of a file whose sum is known is not that file's only if the sum says so.
+            if wanted.sha256.is_none() {
+                download.write(discard(path))?;
+            }
             download.run()
         }
         other => other,
@@ -233,7 +241,11 @@ impl Download<'_> {
             (Some(found), Some(expected)) if found != expected => {
                 Err(DownloadError::WrongLength { url: self.url(), found, expected })
             }
-            (found, expected) => Ok((Target { n_bytes: found.or(expected), ..target }, knows_ranges)),
+            (found, expected) => {
+                let has_sum = self.wanted.sha256.is_some();
+                let etag = target.etag.filter(|_| !has_sum);
+                Ok((Target { n_bytes: found.or(expected), etag, has_sum, ..target }, knows_ranges))
+            }
         }
     }
 
@@ -241,17 +253,9 @@ impl Download<'_> {
     fn fetch_ranges(&self, target: &Target, n_bytes: u64) -> Result<(String, u64), DownloadError> {
         let limits = self.client.limits();
         let (part, journal_path) = (part_path(self.path), journal_path(self.path));
-        let fresh = Journal {
-            n_bytes,
-            etag: target.etag.clone(),
-            sha256: self.wanted.sha256.clone(),
-            missing: vec![(0, n_bytes)],
-        };
-        let found: Option<Journal> = files::read_json(&journal_path, MAX_JOURNAL_BYTES);
-        let length = std::fs::metadata(&part).map(|meta| meta.len()).unwrap_or(0);
-        let found = found.filter(|found| found.is_of_same_file(&fresh) && length == n_bytes);
+        let fresh = Journal::fresh(self.wanted, n_bytes, target.etag.as_deref());
         // Before the file is there, so that bytes are never taken for those of another file.
-        let journal = found.unwrap_or(fresh);
+        let journal = Journal::read(self.path, &fresh).unwrap_or(fresh);
         self.write(files::write_json(&journal_path, &journal))?;
         let open = OpenOptions::new().create(true).truncate(false).read(true).write(true).open(&part);
         let file = self.write(open)?;
@@ -421,6 +425,19 @@ impl Room<'_> {
 }
 
 impl Journal {
+    /// Of a file of which nothing is here.
+    fn fresh(wanted: &Wanted, n_bytes: u64, etag: Option<&str>) -> Self {
+        let missing = vec![(0, n_bytes)];
+        Self { n_bytes, etag: etag.map(str::to_owned), sha256: wanted.sha256.clone(), missing }
+    }
+
+    /// What was noted of the file at `path`, if it speaks of the same bytes as `fresh` and they are there.
+    fn read(path: &Path, fresh: &Self) -> Option<Self> {
+        let found: Self = files::read_json(&journal_path(path), MAX_JOURNAL_BYTES)?;
+        let length = std::fs::metadata(part_path(path)).ok()?.len();
+        (found.is_of_same_file(fresh) && length == fresh.n_bytes).then_some(found)
+    }
+
     fn missing(&self, n_connections: usize) -> Missing {
         let ranges = self.missing.iter().map(|(start, end)| *start..*end).collect();
         Missing::new(self.n_bytes, n_connections, ranges)

@@ -10,14 +10,17 @@
 
 use std::path::{Path, PathBuf};
 
-use ring::digest::{Context, SHA256};
+use ring::digest::{Context, SHA256, digest};
 use serde::{Deserialize, Serialize};
 
-use crate::download::{hex, n_done};
+use crate::choose::HubFile;
+use crate::download::{Wanted, hex, n_come, n_done};
 use crate::files;
+use crate::hub::is_commit;
 use crate::remote::{RemoteLocation, RemotePart};
 use crate::source::HubSource;
 use crate::split::SplitName;
+use crate::url::query;
 
 /// Name of an entry's file.
 const ENTRY: &str = "model.json";
@@ -88,7 +91,17 @@ pub(crate) enum Origin {
         revisions: Vec<String>,
     },
     /// An address, without what may be a key.
-    Web { url: String },
+    Web {
+        url: String,
+        /// Of what stands behind its path, since that may say which file it is: [`query_sum`].
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        query_sha256: Option<String>,
+    },
+}
+
+/// SHA-256 of what stands behind a URL's path, which is not kept itself since it may be a key.
+pub(crate) fn query_sum(url: &str) -> Option<String> {
+    query(url).map(|query| hex(digest(&SHA256, query.as_bytes()).as_ref()))
 }
 
 /// A file of a model.
@@ -134,7 +147,10 @@ impl Entry {
         };
         match &self.origin {
             Origin::Hub { repository, .. } => add(&repository.to_ascii_lowercase()),
-            Origin::Web { url } => add(url),
+            Origin::Web { url, query_sha256 } => {
+                add(url);
+                query_sha256.iter().for_each(|sum| add(sum));
+            }
         }
         for file in &self.files {
             add(&file.path);
@@ -151,13 +167,14 @@ impl Entry {
     /// As it could be asked for.
     pub fn source(&self) -> String {
         match (&self.origin, self.files.first()) {
-            (Origin::Hub { repository, revisions, .. }, Some(file)) => {
-                let revision = revisions.last().filter(|revision| *revision != "main");
+            (Origin::Hub { repository, commit, revisions }, Some(file)) => {
+                // What has no name any more is known by its commit.
+                let revision = Some(revisions.last().unwrap_or(commit)).filter(|revision| *revision != "main");
                 let revision = revision.map(|revision| format!("@{revision}")).unwrap_or_default();
                 format!("hf:{repository}:{}{revision}", file.path)
             }
             (Origin::Hub { repository, .. }, None) => format!("hf:{repository}"),
-            (Origin::Web { url }, _) => url.clone(),
+            (Origin::Web { url, .. }, _) => url.clone(),
         }
     }
 
@@ -169,16 +186,45 @@ impl Entry {
         }
     }
 
+    /// Of what stands behind the path of its address, if anything does.
+    pub fn query_sha256(&self) -> Option<String> {
+        match &self.origin {
+            Origin::Hub { .. } => None,
+            Origin::Web { query_sha256, .. } => query_sha256.clone(),
+        }
+    }
+
     /// Whether it is of this repository and revision.
     pub fn is_of(&self, source: &HubSource) -> bool {
-        match &self.origin {
-            Origin::Hub { repository, commit, revisions } => {
-                let revision = source.revision();
-                repository.eq_ignore_ascii_case(&source.repository)
-                    && (commit == revision || revisions.iter().any(|known| known == revision))
-            }
-            Origin::Web { .. } => false,
+        let revision = source.revision();
+        let is_commit = is_commit(revision) && self.commit().is_some_and(|commit| commit == revision);
+        self.is_named(&source.repository, revision) || is_commit && self.is_in(&source.repository)
+    }
+
+    /// Whether it was the repository's when that was asked for as this, and nothing else is since.
+    pub fn is_named(&self, repository: &str, revision: &str) -> bool {
+        let Origin::Hub { revisions, .. } = &self.origin else { return false };
+        self.is_in(repository) && revisions.iter().any(|known| known == revision)
+    }
+
+    fn is_in(&self, of: &str) -> bool {
+        matches!(&self.origin, Origin::Hub { repository, .. } if repository.eq_ignore_ascii_case(of))
+    }
+
+    /// Forgets that it was asked for as this.
+    pub fn lose_name(&mut self, revision: &str) {
+        if let Origin::Hub { revisions, .. } = &mut self.origin {
+            revisions.retain(|known| known != revision);
         }
+    }
+
+    /// Whether its files are among those of a repository, as far as lengths and sums tell.
+    pub fn is_among(&self, listed: &[HubFile]) -> bool {
+        let is_same = |file: &FileEntry, other: &HubFile| {
+            let is_other_sum = file.sha256.is_some() && other.sha256.is_some() && file.sha256 != other.sha256;
+            file.path == other.path && file.n_bytes.is_none_or(|n| n == other.n_bytes) && !is_other_sum
+        };
+        self.files.iter().all(|file| listed.iter().any(|other| is_same(file, other)))
     }
 
     /// Takes over what another entry of the same model knows besides.
@@ -204,9 +250,15 @@ impl Entry {
         self.files.iter().map(|file| file.n_bytes).sum()
     }
 
-    /// Bytes of each file that are in its folder.
+    /// Bytes of each file that are in its folder, and need not be fetched.
     pub fn n_done(&self, dir: &Path) -> Vec<u64> {
         self.files.iter().map(|file| file.n_done(dir)).collect()
+    }
+
+    /// Bytes of all files that are in its folder, while somebody fetches it.
+    pub fn n_come(&self, dir: &Path) -> u64 {
+        let of = |file: &FileEntry| if file.is_complete(dir) { file.n_done(dir) } else { n_come(&file.local(dir)) };
+        self.files.iter().map(of).sum()
     }
 
     /// Whether all files are there and verified.
@@ -236,9 +288,18 @@ impl FileEntry {
         length.is_some() && (self.n_bytes.is_none() || length == self.n_bytes)
     }
 
+    /// As it is to be fetched from `url`, which may have a key in it.
+    pub fn wanted(&self, url: String) -> Wanted {
+        Wanted { url, n_bytes: self.n_bytes, sha256: self.sha256.clone() }
+    }
+
+    /// What is damaged or of another file does not count.
     fn n_done(&self, dir: &Path) -> u64 {
         let path = self.local(dir);
-        std::fs::metadata(&path).map(|meta| meta.len()).unwrap_or_else(|_| n_done(&path))
+        if self.is_complete(dir) {
+            return std::fs::metadata(&path).map_or(0, |meta| meta.len());
+        }
+        n_done(&path, &self.wanted(String::new()), self.etag.as_deref())
     }
 }
 
@@ -281,9 +342,12 @@ mod tests {
             sha256: None,
             etag: None,
         };
-        let origin =
-            Origin::Hub { repository: "o/r".to_owned(), commit: "c".to_owned(), revisions: vec!["main".to_owned()] };
-        Entry::new(origin, true, vec![file], 1)
+        Entry::new(origin(&["main"]), true, vec![file], 1)
+    }
+
+    fn origin(revisions: &[&str]) -> Origin {
+        let revisions = revisions.iter().map(|revision| (*revision).to_owned()).collect();
+        Origin::Hub { repository: "o/r".to_owned(), commit: "c".repeat(40), revisions }
     }
 
     #[test]
@@ -339,15 +403,19 @@ mod tests {
         };
         assert_ne!(change(&|entry| entry.files[0].sha256 = Some("ab".repeat(32))), id);
         assert_ne!(change(&|entry| entry.files[0].n_bytes = Some(5)), id);
-        assert_ne!(change(&|entry| entry.origin = Origin::Web { url: "https://h/m".to_owned() }), id);
+        let web = |url: &str| {
+            let origin = Origin::Web { url: "https://h/m".to_owned(), query_sha256: query_sum(url) };
+            change(&|entry| entry.origin = origin.clone())
+        };
+        let ids: std::collections::BTreeSet<_> = ["https://h/m", "https://h/m?a", "https://h/m?b"].map(web).into();
+        assert!(ids.len() == 3 && !ids.contains(&id), "{ids:?}");
         assert_eq!(change(&|entry| entry.last_used = 99), id);
     }
 
     #[test]
     fn revisions_gather() {
         let mut newer = entry();
-        newer.origin =
-            Origin::Hub { repository: "o/r".to_owned(), commit: "c".to_owned(), revisions: vec!["v1".to_owned()] };
+        newer.origin = origin(&["v1"]);
         newer.added = 9;
         newer.merge(entry());
         assert_eq!((newer.added, newer.source().as_str()), (1, "hf:o/r:d/m-q8_0.gguf@v1"));
@@ -356,8 +424,36 @@ mod tests {
             pick: crate::source::Pick::Any,
             revision: Some(revision.to_owned()),
         };
-        assert!(["main", "v1", "c"].iter().all(|revision| newer.is_of(&source(revision))));
+        let commit = "c".repeat(40);
+        assert!(["main", "v1", &commit].iter().all(|revision| newer.is_of(&source(revision))));
         assert!(!newer.is_of(&source("v2")));
+        ["main", "v1"].iter().for_each(|revision| newer.lose_name(revision));
+        assert!(newer.is_of(&source(&commit)) && !newer.is_of(&source("main")));
+        assert_eq!(newer.source(), format!("hf:o/r:d/m-q8_0.gguf@{commit}"));
+    }
+
+    #[test]
+    fn another_file_is_told_by_what_is_known_of_both() {
+        let sum = |digit: &str| Some(digit.repeat(64));
+        let check = |path: &str, n_bytes, sha256, expected| {
+            let listed = [HubFile { path: path.to_owned(), n_bytes, sha256 }];
+            let mut known = entry();
+            known.files[0].sha256 = sum("a");
+            assert_eq!(known.is_among(&listed), expected, "{listed:?}");
+        };
+        check("d/m-q8_0.gguf", 4, sum("a"), true);
+        check("d/m-q8_0.gguf", 4, None, true);
+        check("d/m-q8_0.gguf", 4, sum("b"), false);
+        check("d/m-q8_0.gguf", 5, None, false);
+        check("e/m-q8_0.gguf", 4, sum("a"), false);
+    }
+
+    #[test]
+    fn entries_without_a_sum_of_the_query_are_of_addresses_without_one() {
+        let text = r#"{"web":{"url":"https://h/m"}}"#;
+        let old: Origin = serde_json::from_str(text).unwrap();
+        assert_eq!(old, Origin::Web { url: "https://h/m".to_owned(), query_sha256: None });
+        assert_eq!(serde_json::to_string(&old).unwrap(), text);
     }
 
     #[test]

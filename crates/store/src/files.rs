@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -33,6 +33,26 @@ pub fn create_private_dir(dir: &Path) -> io::Result<()> {
     #[cfg(unix)]
     std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
     builder.recursive(true).create(dir)
+}
+
+/// Opens what is locked by those who fetch, use or remove a model. One that may only be read can be locked as well.
+pub fn open_lock(path: &Path) -> io::Result<File> {
+    let made = path.parent().map_or(Ok(()), create_private_dir);
+    let open = made.and_then(|()| File::options().create(true).truncate(false).write(true).open(path));
+    open.or_else(|error| File::open(path).map_err(|_| error))
+}
+
+/// What is in a folder; nothing where there is no folder.
+pub fn paths_in(dir: &Path) -> io::Result<Vec<PathBuf>> {
+    match fs::read_dir(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        found => found?.map(|file| file.map(|file| file.path())).collect(),
+    }
+}
+
+/// Whether something failed since a disk is full, or what somebody may have of it.
+pub fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 /// A rename is durable only once the folder that holds the name is.

@@ -62,9 +62,8 @@ struct Lfs {
 /// What is wrong with it.
 pub fn parse_revision(text: &[u8], asked: &str) -> Result<Revision, String> {
     let reply: RevisionReply = serde_json::from_slice(text).map_err(|error| error.to_string())?;
-    let is_commit = |sha: &String| sha.len() == 40 && is_hex(sha);
     let is_gated = !matches!(reply.gated, serde_json::Value::Null | serde_json::Value::Bool(false));
-    let commit = reply.sha.filter(is_commit).unwrap_or_else(|| asked.to_owned());
+    let commit = reply.sha.filter(|sha| is_commit(sha)).unwrap_or_else(|| asked.to_owned());
     Ok(Revision { commit, is_public: !reply.private && !is_gated })
 }
 
@@ -99,6 +98,11 @@ pub fn next_page(link: &str) -> Option<&str> {
         let is_next = rest.split(';').any(|part| matches!(part.trim(), "rel=\"next\"" | "rel=next"));
         is_next.then_some(address)
     })
+}
+
+/// Whether it is a commit, and not a name for one.
+pub(crate) fn is_commit(text: &str) -> bool {
+    text.len() == 40 && is_hex(text)
 }
 
 fn is_hex(text: &str) -> bool {

@@ -39,9 +39,9 @@ pub enum Event {
         /// After how long.
         pause: Duration,
     },
-    /// The hub does not answer, and what is here is used.
+    /// What the server has now cannot be had, and what is here is used.
     Fallback {
-        /// Why it does not.
+        /// Why it cannot.
         why: String,
     },
     /// All is here, and verified.

@@ -59,7 +59,7 @@ pub struct RemotePart {
 
 impl RemotePart {
     pub(crate) fn target(&self) -> Target {
-        Target { url: self.url.clone(), n_bytes: Some(self.n_bytes), etag: self.etag.clone() }
+        Target { url: self.url.clone(), n_bytes: Some(self.n_bytes), etag: self.etag.clone(), ..Target::default() }
     }
 }
 

@@ -100,17 +100,17 @@ impl Settings {
 
     /// What the environment says: `HF_ENDPOINT`; `HF_TOKEN`, else the file that the hub's own tools leave
     /// (`HF_TOKEN_PATH`, `$HF_HOME/token`, `~/.cache/huggingface/token`); `HF_HUB_OFFLINE`. Who `is_offline` anyway
-    /// needs no token.
+    /// needs neither a token nor a hub.
     ///
     /// # Errors
-    /// As [`Settings::at`], or if what should be a token is none.
+    /// Unless offline: as [`Settings::at`], or if what should be a token is none.
     pub fn from_environment(is_offline: bool) -> Result<Self, SettingsError> {
         let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
-        let mut settings = Self::at(&variable("HF_ENDPOINT").unwrap_or_else(|| HUB.to_owned()))?;
-        settings.is_offline = is_offline || variable("HF_HUB_OFFLINE").is_some_and(|value| is_yes(&value));
-        if settings.is_offline {
-            return Ok(settings);
+        let endpoint = variable("HF_ENDPOINT").unwrap_or_else(|| HUB.to_owned());
+        if is_offline || variable("HF_HUB_OFFLINE").is_some_and(|value| is_yes(&value)) {
+            return Ok(Self { endpoint, token: None, is_offline: true, limits: Limits::default() });
         }
+        let mut settings = Self::at(&endpoint)?;
         // An empty HF_TOKEN says that none is to be sent.
         settings.token = match std::env::var_os("HF_TOKEN") {
             Some(text) => Token::new(&text.to_string_lossy(), "HF_TOKEN")?,

@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use crate::choose::MAX_NAMED;
 use crate::entry::{Entry, is_models_folder};
+use crate::files;
 use crate::source::ModelSource;
 use crate::store::{Store, StoreError, now};
 
@@ -83,12 +84,12 @@ impl Store {
     /// All models, those used last first.
     ///
     /// # Errors
-    /// If locks cannot be looked at.
+    /// If the directory is there and cannot be read.
     pub fn list(&self) -> Result<Vec<Listed>, StoreError> {
         let mut all = Vec::new();
-        for dir in self.folders() {
+        for dir in self.folders()? {
             let id = dir.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-            let in_use = !self.is_free(&id)?;
+            let in_use = !self.is_free(&id);
             all.push(match Entry::read(&dir).filter(|entry| entry.id == id) {
                 Some(entry) => Listed {
                     source: entry.source(),
@@ -96,7 +97,7 @@ impl Store {
                     path: entry.files.first().map(|file| file.local(&dir)).unwrap_or_default(),
                     files: entry.files.len(),
                     bytes: entry.n_bytes(),
-                    bytes_here: entry.n_done(&dir).iter().sum(),
+                    bytes_here: if in_use { entry.n_come(&dir) } else { entry.n_done(&dir).iter().sum() },
                     complete: entry.is_complete(&dir),
                     sha256: entry.files.iter().map(|file| file.sha256.clone()).collect(),
                     last_used: entry.last_used,
@@ -145,9 +146,19 @@ impl Store {
         let is_called = |model: &&Listed| [&model.name, &model.id, &model.source].into_iter().any(|own| own == name);
         let listed: Vec<String> = all.iter().filter(is_called).map(|model| model.id.clone()).collect();
         if !listed.is_empty() {
+            // What stands behind an address is not shown, and may make it another model.
+            let entries = self.entries()?.into_iter().map(|(_, entry)| entry);
+            let queries: BTreeSet<_> =
+                entries.filter(|entry| entry.source() == name).map(|e| e.query_sha256()).collect();
+            if queries.len() > 1 {
+                return Err(StoreError::AmbiguousName { name: name.to_owned(), choices: listed.join(", ") });
+            }
             return Ok(listed);
         }
-        let found = ModelSource::parse(name).map(|source| self.found_as(&source)).unwrap_or_default();
+        let found = match ModelSource::parse(name) {
+            Ok(source) => self.found_as(&source)?,
+            Err(_) => Vec::new(),
+        };
         let sources: BTreeSet<String> = found.iter().map(Entry::source).collect();
         match sources.len() {
             0 => Err(StoreError::UnknownName { name: name.to_owned() }),
@@ -173,20 +184,17 @@ impl Store {
         Ok(Pruned { name: model.name.clone(), id: model.id.clone(), bytes: model.bytes_here, outcome })
     }
 
-    /// The folders of models. Whatever else somebody keeps beside them is nobody's business.
-    fn folders(&self) -> Vec<PathBuf> {
-        let dirs = fs::read_dir(self.dir()).into_iter().flatten().flatten();
-        let is_model =
-            |dir: &fs::DirEntry| dir.file_type().is_ok_and(|kind| kind.is_dir()) && is_models_folder(&dir.path());
-        dirs.filter(is_model).map(|dir| dir.path()).collect()
+    /// The folders of models, or links to them. Whatever else somebody keeps beside them is nobody's business.
+    fn folders(&self) -> Result<Vec<PathBuf>, StoreError> {
+        let mut dirs = self.io(self.dir(), files::paths_in(self.dir()))?;
+        dirs.retain(|dir| dir.is_dir() && is_models_folder(dir));
+        Ok(dirs)
     }
 
-    fn is_free(&self, id: &str) -> Result<bool, StoreError> {
-        match self.lock_file(id)?.try_lock() {
-            Ok(()) => Ok(true),
-            Err(TryLockError::WouldBlock) => Ok(false),
-            Err(TryLockError::Error(source)) => Err(StoreError::Io { path: self.dir().to_owned(), source }),
-        }
+    /// Whether nobody holds a model. Where it cannot be locked, as on some disks that are read-only, nobody does.
+    fn is_free(&self, id: &str) -> bool {
+        let Ok(lock) = self.lock_file(id) else { return true };
+        !matches!(lock.try_lock(), Err(TryLockError::WouldBlock))
     }
 }
 

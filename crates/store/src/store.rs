@@ -8,7 +8,8 @@
 //! ```
 //!
 //! Without a network (or with `is_offline`) the folder is looked for by what was asked for before, and where all is
-//! here, nobody is waited for for long. A file that is named by its path is held if it lies in a models directory.
+//! here, nobody is waited for for long. So it is where a newer version cannot be fetched now, or has no room. A file
+//! that is named by its path is held if it lies in a models directory.
 
 use std::fs::{self, File, TryLockError};
 use std::io;
@@ -21,10 +22,10 @@ use brigade_gguf::{Catalog, ModelFile, OpenError};
 use crate::choose::{ChoiceError, HubFile, choose};
 use crate::client::Client;
 use crate::download::{DownloadError, Wanted, Watch, download};
-use crate::entry::{Entry, FileEntry, LOCKS, Origin, is_models_file, local_name, model_name};
+use crate::entry::{Entry, FileEntry, LOCKS, Origin, is_models_file, local_name, model_name, query_sum};
 use crate::error::FetchError;
 use crate::files;
-use crate::find::{POLL, hold};
+use crate::find::{Held, MAX_POLLS, POLL, hold};
 use crate::hub;
 use crate::progress::{Event, Listener};
 use crate::remote::{RemoteLocation, RemoteModel};
@@ -99,6 +100,18 @@ pub enum StoreError {
         /// Where.
         dir: PathBuf,
     },
+    /// It is to be fetched again, and cannot be as long as somebody reads it.
+    #[error(
+        "{name} is in use and damaged: files of it are cut or missing in {}; end the process that uses it, and pull it \
+         again",
+        dir.display()
+    )]
+    InUse {
+        /// The model.
+        name: String,
+        /// Its folder.
+        dir: PathBuf,
+    },
     /// What came has no hash to compare with, and is damaged.
     #[error("what came is damaged and was removed, try again: {source}")]
     Damaged {
@@ -148,7 +161,15 @@ pub struct Opened {
     pub path: PathBuf,
     /// Where it came from, for those who fetch parts of it. Only to be handed on if it says `is_public`.
     pub location: Option<RemoteLocation>,
-    pub(crate) _held: Option<File>,
+    pub(crate) _held: Option<Held>,
+}
+
+/// What a source is now, by its server.
+struct Resolved {
+    entry: Entry,
+    wanted: Vec<Wanted>,
+    /// All GGUF files of its repository; none of a web server.
+    listed: Vec<HubFile>,
 }
 
 /// What is in a model's folder.
@@ -183,17 +204,13 @@ impl Store {
         if self.client.settings().is_offline {
             return self.open_here(source, listener)?.ok_or_else(|| self.not_here(source));
         }
-        match self.resolve(source, &self.asker(source), listener) {
-            Ok((entry, wanted)) => self.fetch(entry, &wanted, listener),
-            Err(StoreError::Fetch(error)) if error.is_silence() => match self.open_here(source, listener)? {
-                Some(opened) => {
-                    listener(Event::Fallback { why: error.fact() });
-                    Ok(opened)
-                }
-                None => Err(error.into()),
-            },
-            Err(error) => Err(error),
-        }
+        let opened = self.resolve(source, &self.asker(source), listener).and_then(|found| {
+            let opened = self.fetch(&found, listener)?;
+            // Only now: as long as it was not here, what was here before could be used in its place.
+            self.forget_others(&found.entry, &found.listed);
+            Ok(opened)
+        });
+        opened.or_else(|error| self.fall_back(error, source, listener))
     }
 
     /// Name and header of the model at `source`; of one that is not here only the header is read.
@@ -204,24 +221,27 @@ impl Store {
         let remote = match source {
             ModelSource::Local(_) => return look_at(&self.open(source, listener)?.path),
             _ if self.client.settings().is_offline => return look_at(&self.open(source, listener)?.path),
-            ModelSource::Hub(hub) => self
-                .resolve_hub(hub, &self.asker(source), listener)
-                .and_then(|(entry, _)| self.look_at(&entry, listener)),
+            ModelSource::Hub(hub) => {
+                self.resolve_hub(hub, &self.asker(source), listener).and_then(|found| self.look_at(&found, listener))
+            }
             ModelSource::Web { url } => {
-                let is_public = without_query(url) == url;
-                let found = RemoteModel::open_urls(self.asker(source), &part_urls(url), is_public);
+                // Nobody else is sent there.
+                let found = RemoteModel::open_urls(self.asker(source), &part_urls(url), false);
                 found.map(|model| (model_name(file_name(url)), model.catalog().clone())).map_err(StoreError::from)
             }
         };
-        match remote {
-            Err(StoreError::Fetch(error)) if error.is_silence() => match self.open_here(source, listener)? {
-                Some(opened) => {
-                    listener(Event::Fallback { why: error.fact() });
-                    look_at(&opened.path)
-                }
-                None => Err(error.into()),
-            },
-            other => other,
+        remote.or_else(|error| look_at(&self.fall_back(error, source, listener)?.path))
+    }
+
+    /// What is here of `source`, where `error` leaves no better; else that.
+    fn fall_back(&self, error: StoreError, source: &ModelSource, listener: Listener) -> Result<Opened, StoreError> {
+        let Some(why) = error.excuse() else { return Err(error) };
+        match self.open_here(source, listener)? {
+            Some(opened) => {
+                listener(Event::Fallback { why });
+                Ok(opened)
+            }
+            None => Err(error),
         }
     }
 
@@ -234,14 +254,16 @@ impl Store {
     fn not_here(&self, source: &ModelSource) -> StoreError {
         let (source_text, dir) = (source.to_string(), self.dir.clone());
         let n_done = |entry: &Entry| entry.n_done(&dir.join(&entry.id)).iter().sum::<u64>();
-        match self.found_as(source).iter().map(n_done).max() {
+        match self.found_as(source).unwrap_or_default().iter().map(n_done).max() {
             Some(n_done) => StoreError::Incomplete { source_text, n_done, dir },
             None => StoreError::NotHere { source_text, dir },
         }
     }
 
-    fn look_at(&self, entry: &Entry, listener: Listener) -> Result<(String, Catalog), StoreError> {
+    fn look_at(&self, found: &Resolved, listener: Listener) -> Result<(String, Catalog), StoreError> {
+        let entry = &found.entry;
         if let Found::Here(opened) = self.use_complete(entry, false, listener)? {
+            self.forget_others(entry, &found.listed);
             return look_at(&opened.path);
         }
         let location = entry.location().unwrap_or(RemoteLocation { parts: Vec::new(), is_public: false });
@@ -250,12 +272,7 @@ impl Store {
     }
 
     /// What `source` is now, by its server.
-    fn resolve(
-        &self,
-        source: &ModelSource,
-        client: &Client,
-        listener: Listener,
-    ) -> Result<(Entry, Vec<Wanted>), StoreError> {
+    fn resolve(&self, source: &ModelSource, client: &Client, listener: Listener) -> Result<Resolved, StoreError> {
         match source {
             ModelSource::Hub(source) => self.resolve_hub(source, client, listener),
             ModelSource::Web { url } => self.resolve_web(url, client, listener),
@@ -266,12 +283,7 @@ impl Store {
         }
     }
 
-    fn resolve_hub(
-        &self,
-        source: &HubSource,
-        client: &Client,
-        listener: Listener,
-    ) -> Result<(Entry, Vec<Wanted>), StoreError> {
+    fn resolve_hub(&self, source: &HubSource, client: &Client, listener: Listener) -> Result<Resolved, StoreError> {
         let repository = &source.repository;
         let on_retry = |error: &FetchError, pause| listener(Event::Retrying { why: error.fact(), pause });
         let revision = hub::revision(client, repository, source.revision(), &on_retry)?;
@@ -292,16 +304,19 @@ impl Store {
         };
         let files: Vec<_> = chosen.into_iter().map(file).collect();
         let wanted = files.iter().map(|file| file.wanted(file.url.clone())).collect();
-        Ok((Entry::new(origin, revision.is_public, files, now()), wanted))
+        Ok(Resolved { entry: Entry::new(origin, revision.is_public, files, now()), wanted, listed })
     }
 
-    fn resolve_web(&self, url: &str, client: &Client, listener: Listener) -> Result<(Entry, Vec<Wanted>), StoreError> {
+    fn resolve_web(&self, url: &str, client: &Client, listener: Listener) -> Result<Resolved, StoreError> {
         let on_retry = |error: &FetchError, pause| listener(Event::Retrying { why: error.fact(), pause });
         let urls = part_urls(url);
-        let mut files = Vec::new();
+        // What stands behind the path may be a key.
+        let (mut files, mut is_public) = (Vec::new(), without_query(url) == url);
         for url in &urls {
             let mut beginning = Vec::new();
             let (target, _) = client.probe(url, PROBE_BYTES, &mut beginning, &on_retry)?;
+            // Others have no token.
+            is_public &= !target.had_token;
             let name = file_name(url);
             files.push(FileEntry {
                 name: local_name(name),
@@ -314,29 +329,39 @@ impl Store {
         }
         let wanted = files.iter().zip(&urls).map(|(file, url)| file.wanted(url.clone())).collect();
         let shown = urls.first().map_or(url, |first| without_query(first)).to_owned();
-        // What stands behind the path may be a key.
-        let is_public = without_query(url) == url;
-        Ok((Entry::new(Origin::Web { url: shown }, is_public, files, now()), wanted))
+        let origin = Origin::Web { url: shown, query_sha256: query_sum(url) };
+        Ok(Resolved { entry: Entry::new(origin, is_public, files, now()), wanted, listed: Vec::new() })
     }
 
     /// Sees to it that all files of an entry are here.
-    fn fetch(&self, entry: Entry, wanted: &[Wanted], listener: Listener) -> Result<Opened, StoreError> {
-        let id = entry.id.clone();
-        let dir = self.dir.join(&id);
-        let mut is_new = false;
+    fn fetch(&self, found: &Resolved, listener: Listener) -> Result<Opened, StoreError> {
+        let entry = &found.entry;
+        let dir = self.dir.join(&entry.id);
+        let (mut is_new, mut n_used) = (false, 0);
         loop {
-            if let Found::Here(opened) = self.use_complete(&entry, is_new, listener)? {
-                return Ok(opened);
-            }
-            let lock = self.lock_file(&id)?;
+            let is_locked = match self.use_complete(entry, is_new, listener)? {
+                Found::Here(opened) => return Ok(opened),
+                Found::Incomplete => false,
+                Found::Locked => true,
+            };
+            let lock = self.lock_file(&entry.id)?;
             match lock.try_lock() {
                 Ok(()) => {
                     is_new = true;
-                    self.download(entry.clone(), &dir, wanted, listener)?;
+                    self.download(entry.clone(), &dir, &found.wanted, listener)?;
+                }
+                // Nobody fetches it: others use it, or look at it for a moment.
+                Err(TryLockError::WouldBlock) if !is_locked => {
+                    n_used += 1;
+                    if n_used > MAX_POLLS {
+                        return Err(StoreError::InUse { name: entry.name.clone(), dir });
+                    }
+                    std::thread::sleep(POLL);
                 }
                 Err(TryLockError::WouldBlock) => {
+                    n_used = 0;
                     let (name, n_bytes) = (entry.name.clone(), entry.n_bytes());
-                    listener(Event::Waiting { name, n_done: entry.n_done(&dir).iter().sum(), n_bytes });
+                    listener(Event::Waiting { name, n_done: entry.n_come(&dir), n_bytes });
                     std::thread::sleep(POLL);
                 }
                 Err(TryLockError::Error(error)) => return self.io(&dir, Err(error)),
@@ -348,8 +373,9 @@ impl Store {
     pub(crate) fn use_complete(&self, entry: &Entry, is_new: bool, listener: Listener) -> Result<Found, StoreError> {
         let id = entry.id.clone();
         let dir = self.dir.join(&id);
-        let lock = self.lock_file(&id)?;
-        match lock.try_lock_shared() {
+        // A folder that cannot be written may have no lock, and nobody who removes it.
+        let lock = self.lock_file(&id).ok();
+        match lock.as_ref().map_or(Ok(()), File::try_lock_shared) {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => return Ok(Found::Locked),
             Err(TryLockError::Error(error)) => return self.io(&dir, Err(error)),
@@ -357,6 +383,9 @@ impl Store {
         let Some(known) = Entry::read(&dir).filter(|known| known.is_complete(&dir)) else {
             return Ok(Found::Incomplete);
         };
+        if lock.is_none() {
+            tracing::warn!(dir = %dir.display(), "the model is not locked, so `brigade models prune` may remove it");
+        }
         let mut noted = Entry { last_used: now(), ..entry.clone() };
         noted.merge(known);
         // A disk that is full or read-only keeps nobody from using what is there.
@@ -366,18 +395,19 @@ impl Store {
         let path = noted.files.first().map(|file| file.local(&dir)).unwrap_or_default();
         let location = noted.location();
         listener(Event::Ready { name: noted.name, is_new });
-        Ok(Found::Here(Opened { path, location, _held: Some(lock) }))
+        Ok(Found::Here(Opened { path, location, _held: lock.map(|lock| Held::new(lock, dir)) }))
     }
 
     /// Downloads what is missing. The lock is held.
     fn download(&self, mut entry: Entry, dir: &Path, wanted: &[Wanted], listener: Listener) -> Result<(), StoreError> {
-        self.io(dir, files::create_private_dir(dir))?;
         if let Some(known) = Entry::read(dir) {
             entry.merge(known);
         }
-        self.io(dir, entry.write(dir))?;
         let (n_bytes, mut done) = (entry.n_bytes(), entry.n_done(dir));
+        // Before anything is written, which would not tell what to do about it.
         self.check_space(&entry, dir, &done)?;
+        self.io(dir, files::create_private_dir(dir))?;
+        self.io(dir, entry.write(dir))?;
         let (name, n_files) = (entry.name.clone(), wanted.len());
         listener(Event::Fetching { name, n_files, n_bytes, n_done: done.iter().sum() });
         let on_retry = |error: &FetchError, pause| listener(Event::Retrying { why: error.fact(), pause });
@@ -414,7 +444,8 @@ impl Store {
     }
 
     fn check_space(&self, entry: &Entry, dir: &Path, done: &[u64]) -> Result<(), StoreError> {
-        let (Some(n_bytes), Some(free)) = (entry.n_bytes(), files::free_bytes(dir)) else { return Ok(()) };
+        let free = files::free_bytes(if dir.exists() { dir } else { &self.dir });
+        let (Some(n_bytes), Some(free)) = (entry.n_bytes(), free) else { return Ok(()) };
         let needed = n_bytes.saturating_sub(done.iter().sum());
         let reserve = self.client.limits().reserve_bytes;
         if needed.saturating_add(reserve) <= free {
@@ -426,10 +457,8 @@ impl Store {
 
     /// What is locked by those who fetch, use or remove a model.
     pub(crate) fn lock_file(&self, id: &str) -> Result<File, StoreError> {
-        let dir = self.dir.join(LOCKS);
-        self.io(&dir, files::create_private_dir(&dir))?;
-        let path = dir.join(id);
-        self.io(&path, File::options().create(true).truncate(false).write(true).open(&path))
+        let path = self.dir.join(LOCKS).join(id);
+        self.io(&path, files::open_lock(&path))
     }
 
     pub(crate) fn io<T>(&self, path: &Path, result: io::Result<T>) -> Result<T, StoreError> {
@@ -444,16 +473,30 @@ impl Store {
                 self.io(&file.path(), files::remove(&file.path()))?;
             }
         }
-        match fs::remove_dir(dir) {
+        // A link leads to a folder on another disk, and goes with it.
+        let is_link = dir.is_symlink();
+        let folder = if is_link { self.io(dir, dir.canonicalize())? } else { dir.to_owned() };
+        match fs::remove_dir(&folder) {
             Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(()),
-            removed => self.io(dir, removed),
+            Ok(()) if is_link => self.io(dir, files::remove(dir)),
+            removed => self.io(&folder, removed),
         }
     }
 }
 
-impl FileEntry {
-    fn wanted(&self, url: String) -> Wanted {
-        Wanted { url, n_bytes: self.n_bytes, sha256: self.sha256.clone() }
+impl StoreError {
+    /// What happened, if it says nothing of the model, so that what is on disk is the best there is.
+    fn excuse(&self) -> Option<String> {
+        match self {
+            Self::Fetch(error) | Self::Download(DownloadError::Fetch(error)) => {
+                error.is_silence().then(|| error.fact())
+            }
+            Self::Download(DownloadError::Write { source, .. }) | Self::Io { source, .. } => {
+                files::is_full(source).then(|| self.to_string())
+            }
+            Self::NoSpace { .. } => Some(self.to_string()),
+            _ => None,
+        }
     }
 }
 

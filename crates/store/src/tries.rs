@@ -6,6 +6,10 @@ use crate::error::{Again, FetchError};
 use crate::settings::Limits;
 use crate::url::without_query;
 
+/// Who did not answer in time is left alone for at least this part of it: for a second after the usual 30, which is
+/// long enough to tell people why nothing moves.
+const SILENCE_PART: u32 = 30;
+
 /// Hears why something is asked for again, and after which pause.
 pub(crate) type OnRetry<'a> = &'a (dyn Fn(&FetchError, Duration) + Sync);
 
@@ -43,6 +47,10 @@ impl<'a> Tries<'a> {
         }
         self.n_failed += 1;
         let backoff = self.limits.first_pause.saturating_mul(1 << (self.n_failed - 1).min(16));
+        let backoff = match &error {
+            FetchError::NoAnswer { limit, .. } => backoff.max(*limit / SILENCE_PART),
+            _ => backoff,
+        };
         let pause = match error.again() {
             Again::Never => return Err(error),
             _ if self.n_failed >= self.limits.n_tries => return Err(error),
@@ -79,5 +87,18 @@ mod tests {
         assert!(tries.failed(busy(0), 0).is_ok());
         assert!(tries.failed(busy(61), 0).is_err(), "nobody waits for longer than a minute");
         assert!(Tries::new(&limits, Some(Instant::now()), &|_, _| ()).failed(broke_off(), 0).is_err());
+    }
+
+    #[test]
+    fn who_says_nothing_for_long_is_left_alone_for_longer() {
+        let limits = Limits { first_pause: Duration::from_millis(1), ..Limits::default() };
+        let pauses = std::sync::Mutex::new(Vec::new());
+        let hears = |_: &FetchError, pause| pauses.lock().unwrap().push(pause);
+        let mut tries = Tries::new(&limits, None, &hears);
+        let silent = |ms| FetchError::NoAnswer { url: String::new(), limit: Duration::from_millis(ms) };
+        tries.failed(silent(300), 0).unwrap();
+        tries.failed(silent(0), 0).unwrap();
+        assert_eq!(*pauses.lock().unwrap(), [10, 2].map(Duration::from_millis));
+        assert_eq!(Limits::default().request_time / SILENCE_PART, Duration::from_secs(1));
     }
 }

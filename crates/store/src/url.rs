@@ -49,6 +49,12 @@ pub fn without_query(url: &str) -> &str {
     url.split(['?', '#']).next().unwrap_or(url)
 }
 
+/// What stands behind the URL's path: it may say which file is meant, and may be a key to it.
+pub fn query(url: &str) -> Option<&str> {
+    let sent = url.split('#').next().unwrap_or(url);
+    sent.split_once('?').map(|(_, query)| query).filter(|query| !query.is_empty())
+}
+
 /// The last part of the URL's path.
 pub fn file_name(url: &str) -> &str {
     let path = &without_query(url)[origin(url).len().min(without_query(url).len())..];
@@ -88,7 +94,8 @@ pub fn redirected(url: &str, at: &str, to: &str) -> Result<String, FetchError> {
             format!("{scheme}{to}")
         }
         to if to.starts_with('/') => format!("{}{to}", origin(at)),
-        to => to.to_owned(),
+        to if has_scheme(to) => to.to_owned(),
+        to => beside(at, to),
     };
     if at.starts_with("https://") && !next.starts_with("https://") && next.starts_with("http://") {
         return Err(bad("is not encrypted although the link that was given is"));
@@ -97,6 +104,32 @@ pub fn redirected(url: &str, at: &str, to: &str) -> Result<String, FetchError> {
         Some(why) => Err(bad(why)),
         None => Ok(next),
     }
+}
+
+fn has_scheme(text: &str) -> bool {
+    text.find([':', '/', '?', '#']).is_some_and(|at| text[at..].starts_with(':'))
+}
+
+/// What `to` means at `at`: a path from there on, or only another query (RFC 3986, section 5.2).
+fn beside(at: &str, to: &str) -> String {
+    let (path, rest) = to.split_at(without_query(to).len());
+    let (own, server) = (without_query(at), origin(at));
+    if path.is_empty() {
+        return format!("{own}{rest}");
+    }
+    let folder = own[server.len()..].rsplit_once('/').map_or("", |(folder, _)| folder);
+    let mut parts = Vec::new();
+    for part in format!("{folder}/{path}").split('/').skip(1) {
+        match part {
+            "." => {}
+            ".." => drop(parts.pop()),
+            part => parts.push(part.to_owned()),
+        }
+    }
+    if path.ends_with("/.") || path.ends_with("/..") || path == "." || path == ".." {
+        parts.push(String::new());
+    }
+    format!("{server}/{}{rest}", parts.join("/"))
 }
 
 #[cfg(test)]
@@ -110,6 +143,10 @@ mod tests {
         assert!(is_same_origin("https://Hub/a", "https://hub/b") && !is_same_origin("https://hub", "https://hub.evil"));
         assert_eq!(file_name("https://h/a/b.gguf?x=/y"), "b.gguf");
         assert_eq!(file_name("https://h"), "");
+        assert_eq!(
+            (query("https://h/a?x=1&y#z?"), query("https://h/a#b?c"), query("https://h/a?")),
+            (Some("x=1&y"), None, None)
+        );
         assert_eq!(escaped_path("a b/ä"), "a%20b/%C3%A4");
         assert_eq!(escaped("refs/pr/1"), "refs%2Fpr%2F1");
     }
@@ -149,8 +186,19 @@ mod tests {
         assert_eq!(next("/b").unwrap(), "https://h/b");
         assert_eq!(next("//i/b").unwrap(), "https://i/b");
         assert_eq!(next("https://i/b").unwrap(), "https://i/b");
-        for wrong in ["", "http://h/b", "http://127.0.0.1/b", "ftp://h/b", "b"] {
+        for wrong in ["", "http://h/b", "http://127.0.0.1/b", "ftp://h/b", "data:b", "b c"] {
             assert!(next(wrong).is_err(), "{wrong}");
         }
+        for (to, expected) in [
+            ("d.gguf?y=2", "https://h/a/b/d.gguf?y=2"),
+            ("./d", "https://h/a/b/d"),
+            ("../d:1/e", "https://h/a/d:1/e"),
+            ("../../../d", "https://h/d"),
+            ("..", "https://h/a/"),
+            ("?y=2", "https://h/a/b/c?y=2"),
+        ] {
+            assert_eq!(redirected("https://h/x", "https://h/a/b/c?x=/1", to).unwrap(), expected, "{to}");
+        }
+        assert_eq!(redirected("https://h", "https://h", "b").unwrap(), "https://h/b");
     }
 }

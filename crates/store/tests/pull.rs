@@ -233,6 +233,25 @@ fn a_file_without_a_hash_must_be_a_whole_model() {
 }
 
 #[test]
+fn what_the_token_opened_is_not_for_others() {
+    let model = std::fs::read(abacus()).unwrap();
+    let files = [("abacus.gguf", &model[..])];
+    let is_public = |shop: &Shop, server: &support::Server| {
+        let url = format!("{}/web/abacus.gguf", server.url());
+        shop.open(&url).unwrap().location.unwrap().is_public
+    };
+    let shop = Shop::of(&files);
+    assert!(is_public(&shop, &shop.server), "nobody was asked with a token");
+    let (shop, other) = (Shop::of(&files).with_token("secret"), support::Server::start(&files, sha256));
+    assert!(!is_public(&shop, &shop.server), "the hub was");
+    assert!(is_public(&shop, &other), "another server is not");
+    let (shop, other) = (Shop::of(&files).with_token("secret"), support::Server::start(&files, sha256));
+    let hub = shop.server.url().to_owned();
+    other.faults(move |_| Some(Fault::Redirect(hub.clone())));
+    assert!(!is_public(&shop, &other), "it led to the hub");
+}
+
+#[test]
 fn a_token_goes_to_the_hub_alone() {
     let model = bytes(1, N);
     let storage = support::Server::start(&[("m-Q8_0.gguf", &model)], sha256);
@@ -270,16 +289,34 @@ fn a_storage_that_says_no_once_is_asked_again_by_way_of_the_hub() {
 
 #[test]
 fn a_file_that_changes_in_the_middle_begins_anew() {
-    let (shop, model) = shop(1);
+    let model = std::fs::read(abacus()).unwrap();
+    let shop = Shop::of(&[("abacus.gguf", &model)]);
+    let url = format!("{}/web/abacus.gguf", shop.server.url());
     let n_asked = AtomicUsize::new(0);
-    shop.server.faults(move |asked| {
-        let is_new = asked.is_file() && n_asked.fetch_add(1, Ordering::SeqCst) > 3;
-        is_new.then_some(Fault::Tag("\"second\""))
+    shop.server.faults(move |_| (n_asked.fetch_add(1, Ordering::SeqCst) > 3).then_some(Fault::Tag("\"second\"")));
+    shop.check(&url, &model);
+    let shop = Shop::of(&[("abacus.gguf", &model)]);
+    let url = format!("{}/web/abacus.gguf", shop.server.url());
+    shop.server.faults(|asked| Some(Fault::Tag(["\"a\"", "\"b\""][asked.no % 2])));
+    shop.check_error(&url, &["was changed on the server"]);
+}
+
+#[test]
+fn tags_say_nothing_of_a_file_whose_sum_is_known() {
+    let (shop, model) = shop(1);
+    // As from several storages, each with tags of its own.
+    shop.server.faults(|asked| match asked.range {
+        Some((first, _)) if first >= 80_000 => Some(Fault::Status(404, "")),
+        _ => Some(Fault::Tag(["\"a\"", "\"b\""][asked.no % 2])),
     });
+    shop.check_error(HUB, &["is not there (404)"]);
+    let n_here = shop.store().list().unwrap()[0].bytes_here;
+    let before = shop.server.n_bytes_sent();
+    shop.server.faults(|asked| Some(Fault::Tag(["\"c\"", "\"d\""][asked.no % 2])));
     shop.check(HUB, &model);
-    let (shop, _) = self::shop(2);
-    shop.server.faults(|asked| asked.is_file().then_some(Fault::Tag(["\"a\"", "\"b\""][asked.no % 2])));
-    shop.check_error(HUB, &["was changed on the server"]);
+    assert_eq!(shop.server.n_bytes_sent() - before, N as u64 - n_here + 4, "no byte twice");
+    let asked = shop.server.asked();
+    assert!(n_here > 0 && asked.iter().all(|asked| asked.if_range.is_none()), "{asked:?}");
 }
 
 #[test]
@@ -397,7 +434,7 @@ fn a_disk_that_is_too_full_is_noticed_before() {
     let (mut shop, _) = shop(1);
     shop.settings.limits.reserve_bytes = u64::MAX / 2;
     shop.check_error(HUB, &["m-Q8_0 needs 146.5 KiB more", "brigade models prune", "--models-dir"]);
-    assert_eq!(shop.server.n_bytes_sent(), 0);
+    assert_eq!((shop.server.n_bytes_sent(), shop.store().list().unwrap()), (0, vec![]), "nothing was written");
     // Nor does a file without a length fill it.
     let model = std::fs::read(abacus()).unwrap();
     let mut shop = Shop::of(&[("abacus.gguf", &model)]);

@@ -1,8 +1,8 @@
 //! A hub and a web server on loopback that misbehaves as a test tells it, and notes what it was asked for.
 //!
 //! Each connection carries one request. A test gives a function from a request and its number to a [`Fault`]; it is
-//! called before each answer. Files are at `/web/PATH` and, as those of a repository, at
-//! `/OWNER/NAME/resolve/COMMIT/PATH`.
+//! called before each answer. Files are at `/web/PATH` (or `/web/PATH?QUERY`, if one is called so) and, as those of a
+//! repository, at `/OWNER/NAME/resolve/COMMIT/PATH`. [`Server::publish`] replaces them all.
 
 use std::collections::BTreeMap;
 use std::io::{self, BufRead, BufReader, Write};
@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-/// The commit of every repository.
+/// The first commit of every repository.
 pub const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
 /// Files of a page of a list.
@@ -28,6 +28,8 @@ pub struct Asked {
     pub range: Option<(u64, u64)>,
     /// What stands behind `Bearer`.
     pub token: Option<String>,
+    /// The tag that the file should have.
+    pub if_range: Option<String>,
 }
 
 impl Asked {
@@ -71,10 +73,17 @@ pub enum Fault {
 
 type Faults = Box<dyn Fn(&Asked) -> Option<Fault> + Send + Sync>;
 
+/// What every repository has now.
+#[derive(Clone, Default)]
+struct State {
+    commit: String,
+    files: BTreeMap<String, Arc<Vec<u8>>>,
+    hashes: BTreeMap<String, String>,
+}
+
 struct Inner {
     url: String,
-    files: BTreeMap<String, Vec<u8>>,
-    hashes: BTreeMap<String, String>,
+    state: Mutex<State>,
     faults: Mutex<Faults>,
     asked: Mutex<Vec<Asked>>,
     n_bytes_sent: AtomicU64,
@@ -90,13 +99,13 @@ impl Server {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let inner = Arc::new(Inner {
             url: format!("http://{}", listener.local_addr().unwrap()),
-            files: files.iter().map(|(path, bytes)| ((*path).to_owned(), bytes.to_vec())).collect(),
-            hashes: files.iter().map(|(path, bytes)| ((*path).to_owned(), hash(bytes))).collect(),
+            state: Mutex::default(),
             faults: Mutex::new(Box::new(|_| None)),
             asked: Mutex::default(),
             n_bytes_sent: AtomicU64::new(0),
         });
         let server = Self(Arc::clone(&inner));
+        server.publish(COMMIT, files, hash);
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
                 let inner = Arc::clone(&inner);
@@ -105,6 +114,15 @@ impl Server {
             }
         });
         server
+    }
+
+    /// From now on it has these files, and the branches of repositories are at `commit`.
+    pub fn publish(&self, commit: &str, files: &[(&str, &[u8])], hash: impl Fn(&[u8]) -> String) {
+        *self.0.state.lock().unwrap() = State {
+            commit: commit.to_owned(),
+            files: files.iter().map(|(path, bytes)| ((*path).to_owned(), Arc::new(bytes.to_vec()))).collect(),
+            hashes: files.iter().map(|(path, bytes)| ((*path).to_owned(), hash(bytes))).collect(),
+        };
     }
 
     /// From now on answers go wrong like this.
@@ -148,11 +166,13 @@ impl Inner {
         if let Some(rest) = path.strip_prefix("/api/models/") {
             return self.list(stream, rest, &asked.path).ok();
         }
-        let name = match path.split_once(&format!("/resolve/{COMMIT}/")) {
+        let state = self.state.lock().unwrap().clone();
+        let name = match path.split_once(&format!("/resolve/{}/", state.commit)) {
             Some((_, name)) => name,
             None => path.strip_prefix("/web/").unwrap_or(""),
         };
-        match self.files.get(name) {
+        let with_query = asked.path.strip_prefix("/web/").and_then(|name| state.files.get(name));
+        match with_query.or_else(|| state.files.get(name)) {
             Some(bytes) => self.file(stream, bytes, &asked, fault.as_ref()).ok(),
             None => reply(stream, 404, "", b"").ok(),
         }
@@ -161,7 +181,7 @@ impl Inner {
     fn request(&self, stream: &TcpStream) -> Option<Asked> {
         let mut lines = BufReader::new(stream).lines().map_while(Result::ok);
         let path = lines.next()?.split(' ').nth(1)?.to_owned();
-        let mut asked = Asked { no: 0, path, range: None, token: None };
+        let mut asked = Asked { no: 0, path, range: None, token: None, if_range: None };
         for line in lines.take_while(|line| !line.is_empty()) {
             let (name, value) = line.split_once(": ")?;
             match name.to_ascii_lowercase().as_str() {
@@ -170,6 +190,7 @@ impl Inner {
                     asked.range = Some((first.parse().ok()?, last.parse().ok()?));
                 }
                 "authorization" => asked.token = Some(value.strip_prefix("Bearer ")?.to_owned()),
+                "if-range" => asked.if_range = Some(value.to_owned()),
                 _ => {}
             }
         }
@@ -181,17 +202,18 @@ impl Inner {
 
     /// What the hub's interface says.
     fn list(&self, stream: &TcpStream, path: &str, full: &str) -> io::Result<()> {
+        let State { commit, files, hashes } = self.state.lock().unwrap().clone();
         if path.contains("/revision/") {
-            let body = format!(r#"{{"id":"x","sha":"{COMMIT}","private":false,"gated":false}}"#);
+            let body = format!(r#"{{"id":"x","sha":"{commit}","private":false,"gated":false}}"#);
             return reply(stream, 200, "", body.as_bytes());
         }
         let start = full.split_once("cursor=").and_then(|(_, at)| at.parse().ok()).unwrap_or(0usize);
-        let item = |(path, bytes): (&String, &Vec<u8>)| {
-            let (n, hash) = (bytes.len(), &self.hashes[path]);
+        let item = |(path, bytes): (&String, &Arc<Vec<u8>>)| {
+            let (n, hash) = (bytes.len(), &hashes[path]);
             format!(r#"{{"type":"file","oid":"x","size":{n},"path":"{path}","lfs":{{"oid":"{hash}","size":{n}}}}}"#)
         };
-        let items: Vec<_> = self.files.iter().skip(start).take(PAGE).map(item).collect();
-        let link = if start + PAGE < self.files.len() {
+        let items: Vec<_> = files.iter().skip(start).take(PAGE).map(item).collect();
+        let link = if start + PAGE < files.len() {
             let base = full.split('?').next().unwrap_or("");
             format!("link: <{}{base}?recursive=true&cursor={}>; rel=\"next\"\r\n", self.url, start + PAGE)
         } else {
