@@ -7,7 +7,7 @@ use brigade_node::{DirectFetch, Node, Part, WorkerOptions};
 use crate::args::JoinArgs;
 use crate::error::Failure;
 use crate::running::Running;
-use crate::{files, http, model, output, sources};
+use crate::{files, http, model, output, serve, sources};
 
 /// Largest file that is taken for a ticket.
 const MAX_TICKET_FILE_BYTES: u64 = 16 << 10;
@@ -29,7 +29,7 @@ pub fn run(args: &JoinArgs) -> Result<(), Failure> {
         threads: args.node.threads(),
         throttle: args.node.throttle,
         cache_limit: args.cache_size,
-        direct_fetch: args.direct_fetch,
+        direct_fetch: serve::direct_fetch(args.direct_fetch, &args.sources),
         kv_spill: args.kv_spill,
         drain_timeout: args.drain_timeout,
         wait_for_capacity: args.wait_for_capacity,

@@ -4,11 +4,13 @@ use std::net::SocketAddr;
 use std::path::Path;
 
 use brigade_node::serving::{Purpose, Serving};
-use brigade_node::{CoordinatorOptions, Node, Part};
+use brigade_node::{CoordinatorOptions, DirectFetch, Node, Part};
+use brigade_store::Settings;
 
 use crate::args::ServeArgs;
 use crate::error::Failure;
 use crate::running::Running;
+use crate::sources::SourceArgs;
 use crate::{embedded, files, http, model, output, sources};
 
 /// Port of links unless told otherwise, so that workers find a restarted coordinator again.
@@ -72,9 +74,16 @@ fn options(args: &ServeArgs, state_dir: &Path) -> CoordinatorOptions {
         shadow: args.shadow,
         wait_for_capacity: args.wait_for_capacity,
         pooling: args.pooling,
-        direct_fetch: args.direct_fetch,
+        direct_fetch: direct_fetch(args.direct_fetch, &args.sources),
         drain_timeout: args.drain_timeout,
     }
+}
+
+/// Whether weights may be fetched from where the model came from: as `wanted`, but not where no server is to be asked.
+pub fn direct_fetch(wanted: DirectFetch, sources: &SourceArgs) -> DirectFetch {
+    // An error means that servers may be asked: its cause is not looked at otherwise, and is none of workers' business.
+    let is_offline = Settings::from_environment(sources.offline).is_ok_and(|settings| settings.is_offline);
+    if is_offline { DirectFetch::Off } else { wanted }
 }
 
 /// Says what is served, and how other nodes join.

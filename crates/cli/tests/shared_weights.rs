@@ -9,6 +9,7 @@ mod support;
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
 
 use hub::Server;
 use serde_json::Value;
@@ -95,6 +96,11 @@ fn a_model_that_one_machine_pulled_crosses_the_uplink_once() {
     assert!(server.n_bytes_sent() <= sent + 100, "{} bytes more", server.n_bytes_sent() - sent);
 }
 
+/// First and last bytes of what the server was asked for since then, beyond what says that it is the model.
+fn ranges(server: &Server, n_asked: usize) -> Vec<(u64, u64)> {
+    server.asked()[n_asked..].iter().filter_map(|asked| asked.range).filter(|(first, _)| *first > 3).collect()
+}
+
 #[test]
 fn no_two_nodes_fetch_the_same_from_the_hub() {
     let (server, url, dir) = pulled();
@@ -112,10 +118,62 @@ fn no_two_nodes_fetch_the_same_from_the_hub() {
     }
     let of_hub: u64 = nodes.iter().map(|node| weights(&cluster, node, "hub")).sum();
     assert!(server.n_bytes_sent() - sent >= of_hub);
-    let mut ranges: Vec<(u64, u64)> =
-        server.asked()[n_asked..].iter().filter_map(|asked| asked.range).filter(|(first, _)| *first > 3).collect();
+    let mut ranges = ranges(&server, n_asked);
     ranges.sort_unstable();
     assert!(ranges.windows(2).all(|pair| pair[0].1 < pair[1].0), "{ranges:?}");
+    cluster.check_answer();
+}
+
+#[test]
+fn a_coordinator_that_is_offline_sends_nobody_to_the_hub() {
+    let (server, url, dir) = pulled();
+    let n_asked = server.asked().len();
+    let models = dir.path().to_str().unwrap();
+    let settings = [&url, "--models-dir", models, "--direct-fetch", "on", "--offline"];
+    let cluster = Setup::of(2).layers("4,4").serve(&settings).start();
+    check_tally(&cluster, "w0");
+    assert_eq!(server.asked().len(), n_asked, "offline nothing is asked for");
+    cluster.check_answer();
+}
+
+/// A worker with variables of its own, which ends with this.
+struct Worker(Child);
+
+impl Worker {
+    fn join(cluster: &Cluster, name: &str, args: &[&str], variables: &[(&str, &str)]) -> Self {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_brigade"));
+        for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("BRIGADE_")) {
+            command.env_remove(name);
+        }
+        command.args(["join", &cluster.ticket(), "--name", name, "--threads", "1", "--listen", "127.0.0.1:0"]);
+        command.arg("--state-dir").arg(cluster.state_dir(name)).args(args).envs(variables.iter().copied());
+        Self(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap())
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+}
+
+#[test]
+fn a_worker_that_is_offline_does_not_ask_the_hub() {
+    let (server, url, dir) = pulled();
+    let settings = [&url, "--models-dir", dir.path().to_str().unwrap(), "--direct-fetch", "on"];
+    let cluster = Setup::of(3).layers("4,2,2").serve(&settings).start_coordinator();
+    let n_asked = server.asked().len();
+    let _workers = [
+        Worker::join(&cluster, "w0", &["--offline"], &[]),
+        Worker::join(&cluster, "w1", &[], &[("HF_HUB_OFFLINE", "1")]),
+    ];
+    cluster.wait_ready();
+    for node in ["w0", "w1"] {
+        check_tally(&cluster, node);
+        check_cache(&cluster, node);
+    }
+    assert_eq!(ranges(&server, n_asked), []);
     cluster.check_answer();
 }
 

@@ -37,7 +37,8 @@ const RUN: usize = 8;
 /// How often it is looked whether the hub is worth asking.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 
-/// Whether workers may fetch weights from where the model was downloaded from.
+/// Whether workers may fetch weights from where the model was downloaded from. Off where a node is to ask no server:
+/// nobody below looks whether it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum DirectFetch {
     /// Where that is faster than other nodes are, or nobody else has them.
