@@ -251,8 +251,7 @@ So a cluster buys **capacity** first. It buys **throughput** where several strea
 
 The tables say for each model what the best machine alone gives, what the best split gives, and what copies give: tokens
 per second of one stream, and in brackets of four streams together. Sessions have 4,096 tokens. *First token* is how
-long it takes behind a prompt of 512 tokens, with what is advised. Models with an asterisk are of an architecture that
-this version of Brigade cannot run: their rows are what a version that can would do.
+long it takes behind a prompt of 512 tokens, with what is advised.
 ";
 
 /// A forecast as a cell: one stream, and all of them.
@@ -266,8 +265,7 @@ fn of_home(home: &Home) -> Outcome<String> {
     text.push_str("| Model | Alone | Split | First token | Copies | What to do |\n|---|---|---|---|---|---|\n");
     for (name, quant) in home.models {
         let model = models::profile(name, *quant).map_err(Failure::said)?;
-        let mark = if models::shape(name).map_err(Failure::said)?.supported { "" } else { " \\*" };
-        let _ = writeln!(text, "| {name} {quant}{mark} | {} |", row(&model, &scenario).join(" | "));
+        let _ = writeln!(text, "| {name} {quant} | {} |", row(&model, &scenario).join(" | "));
     }
     Ok(text)
 }
@@ -492,7 +490,7 @@ mod tests {
         assert_eq!(advised("llama-3.1-8b", Quant::Q4_K_M, unlike), "use a alone");
         assert_eq!(advised("llama-3.3-70b", Quant::Q4_K_M, pcs), "split: it fits on none alone");
         let table = of_home(&HOMES[2]).unwrap();
-        assert!(table.contains("| gpt-oss-120b MXFP4 \\* |") && table.contains("| llama-3.1-8b Q4_K_M |"), "{table}");
+        assert!(table.contains("| gpt-oss-120b MXFP4 |") && table.contains("| llama-3.1-8b Q4_K_M |"), "{table}");
     }
 
     #[test]

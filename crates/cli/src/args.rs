@@ -8,6 +8,7 @@ use brigade_base::{ByteSize, KvType, KvTypes};
 use brigade_node::certify::{Cuts, MAX_TOKENS, MIN_TOKENS};
 use brigade_node::{AdapterFile, DirectFetch, PoolingChoice, PrefixCache};
 use brigade_plan::Optimize;
+use brigade_plan::catalogue::models::Quant;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{ArgAction, Args, Parser, Subcommand};
 
@@ -351,9 +352,9 @@ pub struct PlanArgs {
     pub model: PathBuf,
     #[command(flatten)]
     pub sources: SourceArgs,
-    /// Quantisation of a model that is given by name, for example Q8_0
-    #[arg(long, value_name = "NAME", default_value = "Q4_K_M", env = "BRIGADE_QUANT")]
-    pub quant: String,
+    /// Quantisation of a model that is given by name, for example Q8_0 [default: Q4_K_M]
+    #[arg(long, value_name = "NAME", env = "BRIGADE_QUANT")]
+    pub quant: Option<Quant>,
     /// Plan for the machines that this file describes
     #[arg(long, value_name = "FILE", env = "BRIGADE_CLUSTER", conflicts_with = "nodes")]
     pub cluster: Option<PathBuf>,
@@ -362,7 +363,14 @@ pub struct PlanArgs {
     #[arg(long = "node", value_name = "NAME=SIZE[@DEVICE]", value_parser = named_node, env = "BRIGADE_NODE", value_delimiter = ',')]
     pub nodes: Vec<NamedNode>,
     /// What links the machines that --node names, for example 2.5gbe
-    #[arg(long, value_name = "NAME", default_value = "1gbe", env = "BRIGADE_LINK")]
+    #[arg(
+        long,
+        value_name = "NAME",
+        default_value = "1gbe",
+        env = "BRIGADE_LINK",
+        requires = "nodes",
+        conflicts_with = "cluster"
+    )]
     pub link: String,
     /// What the plan is to be best at: latency, throughput, balanced (both) or memory (nothing is measured)
     #[arg(long, value_name = "WHAT", default_value = "balanced", env = "BRIGADE_OPTIMIZE", value_parser = optimize)]
@@ -388,10 +396,10 @@ pub struct PlanArgs {
     #[arg(long, value_name = "A,B,C", value_delimiter = ',', env = "BRIGADE_LAYERS")]
     pub layers: Option<Vec<u32>>,
     /// What a kilowatt-hour costs in US dollars, for the price of a token [default: as --cluster says, else 0.30]
-    #[arg(long, value_name = "USD", env = "BRIGADE_PRICE_KWH", value_parser = price)]
+    #[arg(long, value_name = "USD", env = "BRIGADE_PRICE_KWH", value_parser = price, allow_negative_numbers = true)]
     pub price_kwh: Option<f64>,
     /// What a million tokens of an answer cost elsewhere in US dollars, to compare with
-    #[arg(long, value_name = "USD", env = "BRIGADE_CLOUD_PRICE", value_parser = price)]
+    #[arg(long, value_name = "USD", env = "BRIGADE_CLOUD_PRICE", value_parser = price, allow_negative_numbers = true)]
     pub cloud_price: Option<f64>,
     #[command(flatten)]
     pub state: StateArgs,

@@ -6,6 +6,9 @@ mod support;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use brigade_base::KvTypes;
+use brigade_gguf::{Architecture, Builder, Catalog, GgmlType, Metadata};
+use brigade_plan::catalogue::models::{self, Quant, Shape};
 use serde_json::{Value, json};
 use support::encoder::{N_CTX, write_bert};
 use support::{Cluster, abacus, run};
@@ -115,16 +118,50 @@ fn json_has_what_the_document_lists() {
     }
 }
 
+/// The header of a file with a model like one of the catalogue, as far as cuts depend on it.
+fn header_like(shape: &Shape) -> Catalog {
+    let profile = shape.profile(Quant::F16, KvTypes::default());
+    let (n_embd, n_vocab) = (u64::from(profile.n_embd), u64::from(profile.n_vocab));
+    let mut metadata = Metadata::new();
+    metadata.set("general.architecture", shape.architecture.as_str());
+    let mut set = |key: &str, value: u32| metadata.set(format!("{}.{key}", shape.architecture), value);
+    for (key, value) in [
+        ("block_count", profile.n_layers()),
+        ("context_length", 4096),
+        ("embedding_length", profile.n_embd),
+        ("feed_forward_length", profile.n_ff),
+        ("attention.head_count", profile.n_heads),
+        ("attention.head_count_kv", 1),
+        ("attention.key_length", 64),
+        ("attention.value_length", 64),
+        ("rope.dimension_count", 64),
+        ("expert_count", profile.n_experts),
+        ("expert_used_count", profile.n_experts_used),
+        ("attention.sliding_window", 512),
+    ] {
+        set(key, value);
+    }
+    let mut header = Builder::new(&metadata);
+    header.tensor("token_embd.weight", &[n_embd, n_vocab], GgmlType::F16).unwrap();
+    for layer in 0..profile.n_layers() {
+        header.tensor(format!("blk.{layer}.attn_norm.weight"), &[n_embd], GgmlType::F32).unwrap();
+    }
+    header.tensor("output_norm.weight", &[n_embd], GgmlType::F32).unwrap();
+    Catalog::parse_header(&header.header_bytes()).unwrap()
+}
+
 #[test]
-fn models_that_cannot_be_run_are_planned_for_and_told() {
-    let of = |model: &str| planned(&[model, "--quant", "MXFP4", "--node", "a=80GiB@h100-pcie"]);
-    let (cannot, can) = (of("gpt-oss-120b"), of("qwen3-30b-a3b"));
-    assert_eq!((&cannot["model"]["supported"], &can["model"]["supported"]), (&json!(false), &json!(true)));
-    assert!(cannot["model"]["notes"][0].as_str().unwrap().contains("cannot run gpt-oss-120b"), "{cannot}");
-    assert_eq!(can["model"]["notes"], json!([]));
-    let text = run(&["plan", "deepseek-v3", "--node", "a=800GiB@h100-pcie"]).ok();
-    assert!(text.contains("note     This version cannot run deepseek-v3 (deepseek2)"), "{text}");
-    check_error(&["deepseek-v3", "--node", "a=8GiB@h100-pcie"], 1, "cannot run deepseek-v3");
+fn models_of_the_catalogue_can_be_run_and_are_cut_where_their_files_are() {
+    for shape in models::shapes() {
+        let architecture = Architecture::of(&header_like(shape)).unwrap_or_else(|e| panic!("{}: {e}", shape.name));
+        let profile = shape.profile(Quant::Q4_K_M, KvTypes::default());
+        assert_eq!(profile.cut_points, architecture.cut_points(), "cuts of {} in models.toml", shape.name);
+    }
+    let report = planned(&["gpt-oss-120b", "--quant", "MXFP4", "--node", "a=40GiB,b=40GiB", "--spread"]);
+    assert_eq!((&report["model"]["supported"], &report["model"]["notes"]), (&json!(true), &json!([])));
+    let layers = stages(&report).into_iter().map(|stage| stage.1).collect::<Vec<_>>();
+    assert!(layers.len() == 2 && layers[1][0].as_u64().unwrap() % 2 == 0, "{report}");
+    check_error(&["gpt-oss-20b", "--node", "a=40GiB,b=40GiB", "--layers", "11,13"], 1, "only before 2, 4");
 }
 
 #[test]
@@ -172,8 +209,9 @@ fn a_model_that_embeds_is_planned_for_as_it_would_be_served() {
 
     let (named, _) = plan(Path::new("llama-3.1-8b"), &["--quant", "Q2_K", "--pooling", "mean"]);
     assert_eq!(named["context"], 2048, "a text that travels whole");
-    let text = planned(&[abacus.to_str().unwrap(), "--node", "a=4GiB@rtx-3090"]);
+    let text = planned(&[abacus.to_str().unwrap(), "--node", "a=4GiB@rtx-3090", "--quant", "Q8_0"]);
     assert_eq!(said(&text), (json!("generate"), Value::Null));
+    assert!(text["model"]["notes"][0].as_str().unwrap().contains("--quant Q8_0 is for models that are given by name"));
     let path = abacus.to_str().unwrap();
     check_error(&[path, "--pooling", "rank"], 1, "no classifier");
     check_error(&["llama-3.1-8b", "--pooling", "mean", "--context", "20000"], 1, "give it 4028 or less");
@@ -199,6 +237,16 @@ fn a_lone_measured_machine_is_planned_for() {
     assert_eq!(stages(&report)[0].1, json!([0, 8]));
     assert!(report["plan"]["prediction"]["tokens_per_s"].as_f64().unwrap() > 0.0, "{report}");
     assert!(report["cost"].is_null());
+    let notes = |report: &Value| {
+        let notes = report["machines"]["notes"].as_array().unwrap().clone();
+        let notes = notes.into_iter().map(|note| note.as_str().unwrap().to_owned());
+        // Other tests run beside this one, and that is told.
+        notes.filter(|note| !note.starts_with("Other programs took ")).collect::<Vec<_>>()
+    };
+    assert_eq!(notes(&report), [""; 0]);
+    // Prices that were told are answered.
+    let priced = planned(&[abacus.to_str().unwrap(), "--state-dir", state_dir, "--context", "512", "--price-kwh", "1"]);
+    assert!(notes(&priced)[0].contains("write watts"), "{priced}");
 }
 
 #[test]
@@ -218,6 +266,23 @@ fn power_is_priced() {
     let (usual, double) = (cost(&[]), cost(&["--price-kwh", "0.60"]));
     assert!((usd(&double) / usd(&usual) - 2.0).abs() < 1e-9, "{usual} {double}");
     assert_eq!(cost(&["--cloud-price", "0.5"])["cloud_usd_per_million_tokens"], 0.5);
+    let without = |args: &[&str]| {
+        let report = planned(&[args, &["--cloud-price", "0.5"]].concat());
+        assert!(report["cost"].is_null(), "{report}");
+        report["machines"]["notes"][0].as_str().unwrap().to_owned()
+    };
+    let said = without(&["llama-3.1-8b", "--node", "a=22GiB"]);
+    assert!(said.contains("the power that a would take is not known"), "{said}");
+    let said = without(&["llama-3.1-8b", "--pooling", "last", "--node", "a=22GiB@rtx-3090"]);
+    assert!(said.contains("this model makes none"), "{said}");
+}
+
+#[test]
+fn without_speeds_columns_are_still_called_what_was_asked_for() {
+    let args = ["plan", "llama-3.1-8b", "--node", "a=22GiB,b=22GiB", "--parallel", "3", "--explain"];
+    let text = String::from_utf8(beside_examples(&args).stdout).unwrap();
+    let head = text.lines().find(|line| line.starts_with("instead")).unwrap_or_else(|| panic!("{text}"));
+    assert!(head.contains("1 stream ") && head.contains("3 streams"), "{head}");
 }
 
 #[test]
@@ -245,4 +310,11 @@ fn what_cannot_be_planned_says_what_to_write() {
     check_error(&["llama-3.3-70b", "--cluster", "home.toml", "--node", "a=1GiB"], 2, "cannot be used with");
     check_error(&["llama-3.3-70b", "--quant", "F16", "--cluster", "home.toml"], 1, "With --quant");
     check_error(&["nowhere/model.gguf"], 1, "nowhere/model.gguf");
+    check_error(&["nowhere/model.gguf", "--quant", "garbage"], 2, "Q4_K_M");
+    check_error(&["llama-3.1-8b", "--link", "10gbe"], 2, "--node");
+    check_error(&["llama-3.1-8b", "--link", "10gbe", "--cluster", "home.toml"], 2, "cannot be used with");
+    check_error(&["llama-3.1-8b", "--node", "a=1GiB", "--node", "a=2GiB"], 2, "different names");
+    for flag in ["--price-kwh", "--cloud-price"] {
+        check_error(&["llama-3.1-8b", "--node", "a=22GiB", flag, "-1"], 2, "write a price such as");
+    }
 }

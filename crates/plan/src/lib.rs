@@ -23,12 +23,14 @@ pub use profile::{
 };
 pub use standby::{MAX_STAGES_OF_WORKER, Standby, Uncovered, Worker, explain_standbys, stand_in, standbys};
 pub use study::{Alternative, AlternativeKind, Coordinator, Forecast, Member, Study, advice, study};
-pub use words::{figure, seconds};
+pub use words::{figure, listed, seconds};
 
 use std::fmt;
 
 use brigade_base::{ByteSize, LayerRange, NodeId};
 use serde::Serialize;
+
+use self::words::at_least;
 
 /// Where each layer goes.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -60,14 +62,20 @@ pub struct PlannedStage {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PlanError {
     /// The nodes together, or the largest of them, hold too little.
-    #[error("{}{}", does_not_fit(*.needed, *.offered, *.missing, *.n_nodes), would_fit(*.fits_context, *.fits_parallel))]
+    #[error(
+        "{}{}",
+        does_not_fit(*.needed, *.offered, &lack(*.missing, .on.as_deref(), *.n_nodes), *.n_nodes),
+        would_fit(*.fits_context, *.fits_parallel)
+    )]
     DoesNotFit {
         /// Bytes that the model needs on these nodes, with KV cache and working memory.
         needed: ByteSize,
         /// Bytes that the nodes can use, headroom taken off.
         offered: ByteSize,
-        /// Bytes of further memory that would make it fit.
+        /// Bytes of further memory that would make it fit, headroom included.
         missing: ByteSize,
+        /// The node that they would have to be on; `None` for so much on each.
+        on: Option<String>,
         /// How many nodes are there.
         n_nodes: usize,
         /// The longest context with which it would fit, the sessions being as many as asked for; `None` if it does not
@@ -76,20 +84,24 @@ pub enum PlanError {
         /// The most sessions with which it would fit, the context being as long as asked for.
         fits_parallel: Option<u32>,
     },
-    /// No node holds a model that cannot be cut.
+    /// The coordinator does not hold a model that cannot be cut.
     #[error(
-        "this model must stay whole on one node, since {why}. It needs {needed} there, and no node can use more than \
-         {offered}: {missing} are missing. Raise --memory of one, or lower --context or --parallel{}",
+        "this model must stay whole on one node, since {why}. It needs {needed} there, and {name}, which coordinates, \
+         can use {offered}: {} are missing, headroom included. Have it give more (--memory of `serve`), or lower \
+         --context or --parallel{}",
+        at_least(*.missing),
         would_fit(*.fits_context, *.fits_parallel)
     )]
     WholeDoesNotFit {
         /// Why it cannot be cut.
         why: &'static str,
+        /// The coordinator.
+        name: String,
         /// Bytes that it needs.
         needed: ByteSize,
-        /// Bytes that the node with the most can use.
+        /// Bytes that the coordinator can use, headroom taken off.
         offered: ByteSize,
-        /// Bytes that this node lacks.
+        /// Bytes that it would have to offer beyond what it does, headroom included.
         missing: ByteSize,
         /// As in [`PlanError::DoesNotFit`].
         fits_context: Option<u32>,
@@ -137,7 +149,7 @@ pub enum PlanError {
         nodes: usize,
     },
     /// A pinned stage is larger than its node.
-    #[error("{layers} layers need {needed} on {name}, which can use {usable}: {} are missing", ByteSize(.needed.0 - .usable.0))]
+    #[error("{layers} layers need {needed} on {name}, which can use {usable}: {} are missing, headroom included", at_least(*.missing))]
     SplitTooLarge {
         /// The node.
         name: String,
@@ -147,23 +159,33 @@ pub enum PlanError {
         needed: ByteSize,
         /// What the node can use.
         usable: ByteSize,
+        /// What it would have to offer beyond what it does, headroom included.
+        missing: ByteSize,
     },
 }
 
-fn does_not_fit(needed: ByteSize, offered: ByteSize, missing: ByteSize, n_nodes: usize) -> String {
+fn lack(missing: ByteSize, on: Option<&str>, n_nodes: usize) -> String {
+    let place = match on {
+        _ if n_nodes < 2 => String::new(),
+        Some(name) => format!(" on {name}"),
+        None => " on each".to_owned(),
+    };
+    format!("{} are missing{place}, headroom included", at_least(missing))
+}
+
+fn does_not_fit(needed: ByteSize, offered: ByteSize, lack: &str, n_nodes: usize) -> String {
     // With keys and values, which not every model keeps.
     let (who, buffers) = match n_nodes {
         1 => ("this node".to_owned(), "its buffers"),
         n => (format!("the {n} nodes here"), "the buffers of each node"),
     };
     let needs = format!("the model needs {needed} with {buffers}, and {who} can use {offered}");
-    let advice = "Let another machine join, raise --memory, or lower --context or --parallel";
-    if offered >= needed {
-        return format!(
-            "{needs}, but between its layers there is no cut that fits; up to {missing} more are needed. {advice}"
-        );
-    }
-    format!("{needs}: {missing} are missing. {advice}")
+    // Cuts are between layers, and not everywhere.
+    let why = if offered >= needed { ", but there is no cut with which it fits" } else { "" };
+    format!(
+        "{needs}{why}: {lack}. Give more memory (--memory of `serve` and `join`), let another machine join, or lower \
+         --context or --parallel"
+    )
 }
 
 fn would_fit(context: Option<u32>, parallel: Option<u32>) -> String {

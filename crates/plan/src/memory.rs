@@ -189,9 +189,32 @@ pub(crate) fn usable(offered: ByteSize) -> ByteSize {
     ByteSize(offered.0 - offered.0 / HEADROOM_DIVISOR)
 }
 
+/// The least that a node must offer so that so much of it may be used.
+pub(crate) fn offer_for(needed: ByteSize) -> ByteSize {
+    ByteSize(needed.0.saturating_add(needed.0.saturating_sub(1) / (HEADROOM_DIVISOR - 1)))
+}
+
+/// What a node that offers so much would have to offer beyond it so that `needed` may be used.
+pub(crate) fn missing(needed: ByteSize, offered: ByteSize) -> ByteSize {
+    ByteSize(offer_for(needed).0.saturating_sub(offered.0))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn what_is_missing_is_enough_and_no_byte_too_much(
+            needed in prop_oneof![0u64..100, 0u64..1 << 50], offered in prop_oneof![0u64..100, 0u64..1 << 50],
+        ) {
+            let (needed, offered) = (ByteSize(needed), ByteSize(offered));
+            let missing = missing(needed, offered).0;
+            prop_assert!(usable(ByteSize(offered.0 + missing)) >= needed);
+            prop_assert!(missing == 0 || usable(ByteSize(offered.0 + missing - 1)) < needed);
+        }
+    }
 
     #[test]
     fn what_was_rehearsed_counts_for_its_demand_alone() {

@@ -2,7 +2,7 @@
 
 use brigade_base::{ByteSize, LayerRange};
 
-use crate::memory::{KV_PADDING, stage_memory, usable};
+use crate::memory::{KV_PADDING, missing, stage_memory, usable};
 use crate::optimise::{Choice, Ring, explain};
 use crate::predict::{Prediction, RingModel, RingStage};
 use crate::units::Units;
@@ -245,7 +245,8 @@ fn pinned(
         let needed = stage_memory(model, demand, layers, ring.len() + 1 == split.len()).total();
         let usable = usable(nodes[place].memory);
         if needed > usable {
-            return Err(PlanError::SplitTooLarge { name: nodes[place].name.clone(), layers: count, needed, usable });
+            let (name, missing) = (nodes[place].name.clone(), missing(needed, nodes[place].memory));
+            return Err(PlanError::SplitTooLarge { name, layers: count, needed, usable, missing });
         }
         ring.push((place, layers));
         start += count;
@@ -301,22 +302,55 @@ fn does_not_fit(model: &ModelProfile, nodes: &[NodeProfile], demand: &Demand) ->
     let extra = whole.fixed().saturating_mul(nodes.len().saturating_sub(1) as u64);
     let needed = ByteSize(whole.total().0.saturating_add(extra));
     let offered = ByteSize(nodes.iter().map(|node| usable(node.memory).0).fold(0, u64::saturating_add));
-    // Where the sum would do, it is the grain that does not: at least the smallest piece must fit somewhere more.
-    let piece = model.layer_bytes.iter().copied().max().unwrap_or(0);
-    let missing = ByteSize(needed.0.saturating_sub(offered.0).max(piece));
     let fits = |demand: Demand| by_memory(model, nodes, &demand).is_some();
     let blocks = |count: u32| Demand { context: count * KV_PADDING, ..demand.clone() };
     let sessions = |count: u32| Demand { parallel: count, ..demand.clone() };
     let fits_context = most_that(demand.context.saturating_sub(1) / KV_PADDING, |n| fits(blocks(n)));
     let fits_parallel = most_that(demand.parallel.saturating_sub(1), |n| fits(sessions(n)));
     let fits_context = fits_context.map(|count| count * KV_PADDING);
-    if let Some(why) = model.why_whole {
-        let needed = whole.total();
-        let offered = nodes.iter().map(|node| usable(node.memory)).max().unwrap_or_default();
-        let missing = ByteSize(needed.0.saturating_sub(offered.0));
-        return PlanError::WholeDoesNotFit { why, needed, offered, missing, fits_context, fits_parallel };
+    if let (Some(why), Some(node)) = (model.why_whole, nodes.last()) {
+        let (needed, name) = (whole.total(), node.name.clone());
+        let (offered, missing) = (usable(node.memory), missing(needed, node.memory));
+        return PlanError::WholeDoesNotFit { why, name, needed, offered, missing, fits_context, fits_parallel };
     }
-    PlanError::DoesNotFit { needed, offered, missing, n_nodes: nodes.len(), fits_context, fits_parallel }
+    let (missing, on) = lacking(model, nodes, demand, whole.total());
+    PlanError::DoesNotFit { needed, offered, missing, on, n_nodes: nodes.len(), fits_context, fits_parallel }
+}
+
+/// The least that the coordinator would have to offer beyond what it does so that the model fits, and its name; where
+/// nothing that it offers would do, since a worker is too small for any piece, what each node would have to. Of one
+/// that fits nowhere, what it needs `whole`.
+fn lacking(
+    model: &ModelProfile,
+    nodes: &[NodeProfile],
+    demand: &Demand,
+    whole: ByteSize,
+) -> (ByteSize, Option<String>) {
+    // No stage takes so much, whatever is counted for its buffers.
+    let most = whole.0.saturating_mul(4);
+    let with = |more: u64, is_all: bool| {
+        let from = if is_all { 0 } else { nodes.len().saturating_sub(1) };
+        let mut raised = nodes.to_vec();
+        raised[from..].iter_mut().for_each(|node| node.memory = ByteSize(node.memory.0.saturating_add(more)));
+        by_memory(model, &raised, demand).is_some()
+    };
+    if let Some(more) = least_that(most, |more| with(more, false)) {
+        return (ByteSize(more), nodes.last().map(|node| node.name.clone()));
+    }
+    (ByteSize(least_that(most, |more| with(more, true)).unwrap_or(whole.0)), None)
+}
+
+/// The least number up to `most` that holds, if those above one that holds do; `None` if `most` does not.
+fn least_that(most: u64, holds: impl Fn(u64) -> bool) -> Option<u64> {
+    let (mut failed, mut held) = (0, most);
+    if !holds(most) {
+        return None;
+    }
+    while failed + 1 < held {
+        let half = held.midpoint(failed);
+        if holds(half) { held = half } else { failed = half }
+    }
+    Some(held)
 }
 
 /// The largest count from 1 to `most` that holds, if those below one that holds do.
@@ -362,7 +396,17 @@ mod tests {
         let error = place_here(&whole, &nodes(&[600, 700]), &demand()).unwrap_err();
         assert!(matches!(error, PlanError::WholeDoesNotFit { .. }), "{error}");
         let said = error.to_string();
-        assert!(said.contains("must stay whole on one node") && !said.contains("Let another machine"), "{said}");
+        assert!(said.contains("must stay whole on one node") && !said.contains("let another machine"), "{said}");
+        // A worker's memory is of no use to it: the coordinator holds what is last, and that is all of it.
+        let roomy_worker = nodes(&[4000, 700]);
+        let PlanError::WholeDoesNotFit { name, missing, .. } =
+            place_here(&whole, &roomy_worker, &demand()).unwrap_err()
+        else {
+            panic!("it fits")
+        };
+        assert_eq!(name, "n1");
+        let fits = |more: u64| place_here(&whole, &raised(&roomy_worker, 1.., more), &demand()).is_ok();
+        assert!(fits(missing.0) && !fits(missing.0 - 1), "{missing}");
         let pinned = Demand { split: Some(vec![4, 4]), ..demand() };
         let error = place_here(&whole, &nodes(&[4000, 4000]), &pinned).unwrap_err();
         assert_eq!(error, PlanError::SplitWhole { stages: 2, why: "its layers share a memory" });
@@ -378,6 +422,13 @@ mod tests {
                 speed: None,
             })
             .collect()
+    }
+
+    /// Those from a place on give so many bytes more.
+    fn raised(nodes: &[NodeProfile], places: std::ops::RangeFrom<usize>, more: u64) -> Vec<NodeProfile> {
+        let mut nodes = nodes.to_vec();
+        nodes[places].iter_mut().for_each(|node| node.memory = ByteSize(node.memory.0 + more));
+        nodes
     }
 
     fn demand() -> Demand {
@@ -452,7 +503,13 @@ mod tests {
         assert!(matches!(ask(&[3, 4], &[2000, 2000]), Err(PlanError::SplitSum { .. })));
         assert!(matches!(ask(&[0, 8], &[2000, 2000]), Err(PlanError::SplitEmpty { .. })));
         assert!(matches!(ask(&[4, 4], &[2000]), Err(PlanError::SplitNodes { stages: 2, nodes: 1 })));
-        assert!(matches!(ask(&[7, 1], &[500, 2000]), Err(PlanError::SplitTooLarge { .. })));
+        let Err(PlanError::SplitTooLarge { missing, .. }) = ask(&[7, 1], &[500, 2000]) else { panic!("it fits") };
+        let fits = |more: u64| {
+            let mut nodes = nodes(&[500, 2000]);
+            nodes[0].memory.0 += more;
+            place_here(&model(8), &nodes, &Demand { split: Some(vec![7, 1]), ..demand() }).is_ok()
+        };
+        assert!(fits(missing.0) && !fits(missing.0 - 1), "{missing}");
         let even = ModelProfile { cut_points: vec![2, 4, 6], ..model(8) };
         let odd = place_here(&even, &nodes(&[2000, 2000]), &Demand { split: Some(vec![3, 5]), ..demand() });
         assert_eq!(odd, Err(PlanError::SplitCut { at: 3, allowed: vec![2, 4, 6] }));
@@ -476,6 +533,22 @@ mod tests {
                 }
                 prop_assert_eq!(next, n_layers);
                 prop_assert_eq!(plan.stages.last().unwrap().node, nodes.last().unwrap().id);
+            }
+        }
+
+        #[test]
+        fn what_is_missing_makes_it_fit_and_no_byte_less(
+            memory in prop::collection::vec(20u64..900, 1..5), n_layers in 4u32..24, step in 1u32..9, spread: bool,
+        ) {
+            let cut_points = (1..n_layers).filter(|c| c % step == 0).collect();
+            let model = ModelProfile { cut_points, ..model(n_layers) };
+            let nodes = nodes(&memory);
+            let demand = Demand { spread, ..demand() };
+            if let Err(error) = place_here(&model, &nodes, &demand) {
+                let PlanError::DoesNotFit { missing, on, .. } = &error else { panic!("{error}") };
+                let from = if on.is_some() { nodes.len() - 1 } else { 0 };
+                let fits = |more: u64| place_here(&model, &raised(&nodes, from.., more), &demand).is_ok();
+                prop_assert!(fits(missing.0) && !fits(missing.0 - 1), "{error}");
             }
         }
 

@@ -65,12 +65,17 @@ impl ModelProfile {
     }
 
     /// Bytes of KV cache per token of `layers` in one stage. Attention that is computed plainly has libllama store the
-    /// values of each layer that has any as wide as those of the widest layer of the stage.
+    /// values of each layer as wide as those of the widest layer of the stage, even of layers without heads for them;
+    /// only beside layers with states are these left out.
     pub fn kv_bytes_per_token_of(&self, layers: LayerRange, is_plain: bool) -> u64 {
         let (all, values) = (own(&self.kv_bytes_per_token, layers), own(&self.value_bytes_per_token, layers));
         let widest = values.iter().copied().max().filter(|_| is_plain).unwrap_or(0);
-        let padding =
-            all.iter().zip(values).filter(|(all, _)| **all > 0).map(|(_, value)| widest.saturating_sub(*value));
+        let has_states = self.state_bytes.iter().any(|bytes| *bytes > 0);
+        let padding = all
+            .iter()
+            .zip(values)
+            .filter(|(all, _)| **all > 0 || !has_states)
+            .map(|(_, value)| widest.saturating_sub(*value));
         all.iter().copied().chain(padding).fold(0, u64::saturating_add)
     }
 

@@ -1,5 +1,7 @@
 //! Numbers and names in words, as all that is said about plans has them.
 
+use brigade_base::ByteSize;
+
 /// Most names in a list.
 const MAX_NAMES: usize = 6;
 
@@ -32,13 +34,20 @@ pub fn seconds(value: f64) -> String {
     }
 }
 
+/// A size that is written no smaller than it is, so that whoever gives as much as is written gives enough.
+pub(crate) fn at_least(size: ByteSize) -> String {
+    let unit = (1..=4u32).rev().map(|k| 1u64 << (10 * k)).find(|unit| size.0 >= *unit);
+    let Some(tenth) = unit.map(|unit| unit as f64 / 10.0) else { return size.to_string() };
+    ByteSize(((size.0 as f64 / tenth).ceil() * tenth).ceil() as u64).to_string()
+}
+
 /// A share as whole percent.
 pub(crate) fn percent(share: f64) -> String {
     format!("{:.0} %", share * 100.0)
 }
 
 /// Names as in a sentence; long lists are cut.
-pub(crate) fn listed(names: &[&str]) -> String {
+pub fn listed(names: &[&str]) -> String {
     match names {
         [] => "nothing".to_owned(),
         [one] => (*one).to_owned(),
@@ -73,6 +82,17 @@ mod tests {
         assert_eq!(times, ["12 us", "12 ms", "980 ms", "1.5 s", "90 s", "10 min", "10 h"]);
         let changes = [2.1, 1.31, 1.01, 0.69, 0.25].map(|new| change(new, 1.0));
         assert_eq!(changes, ["2.1x faster", "31 % faster", "as fast", "31 % slower", "4.0x slower"]);
+    }
+
+    #[test]
+    fn sizes_are_rounded_up() {
+        let gib = 1u64 << 30;
+        let sizes = [0, 1023, 1024, 1025, gib, gib + 1, 23 * gib + gib / 25].map(|n| at_least(ByteSize(n)));
+        assert_eq!(sizes, ["0 B", "1023 B", "1.0 KiB", "1.1 KiB", "1.0 GiB", "1.1 GiB", "23.1 GiB"]);
+        for n in (0..2000u64).map(|k| 3 * gib + k * 997_003) {
+            let written: ByteSize = at_least(ByteSize(n)).replace(' ', "").parse().unwrap();
+            assert!(written.0 >= n && written.0 <= n + gib / 10 + 1, "{n}: {written}");
+        }
     }
 
     #[test]

@@ -1,8 +1,10 @@
 //! Who there is to hold a model: described in a file, named by flags, running as a cluster, or this machine alone.
 
+use std::collections::HashSet;
+
 use brigade_base::NodeId;
 use brigade_net::Identity;
-use brigade_node::measure::{MeasureRequest, speed_of_here};
+use brigade_node::measure::{MeasureRequest, Measured, speed_of_here};
 use brigade_node::serving::{ClusterStatus, LinkStatus};
 use brigade_node::system;
 use brigade_plan::catalogue::{Catalogue, Device, MAX_FILE_BYTES, Prices, Scenario, made_up_id};
@@ -75,6 +77,11 @@ impl Machines {
     }
 
     fn named(args: &PlanArgs, model: &ModelProfile) -> Result<Self, Failure> {
+        let mut names = HashSet::new();
+        if let Some(twice) = args.nodes.iter().find(|node| !names.insert(&node.name)) {
+            let name = &twice.name;
+            return Err(Failure::usage(format!("--node names two machines {name:?}; give them different names")));
+        }
         let device = |name: &String| Catalogue::built_in().device(name).map_err(Failure::usage);
         let devices: Vec<Option<&'static Device>> =
             args.nodes.iter().map(|node| node.device.as_ref().map(device).transpose()).collect::<Result<_, _>>()?;
@@ -127,6 +134,8 @@ impl Machines {
             .collect();
         if !is_same && is_speed_of_use(model, demand) && nodes.iter().any(|node| node.speed.is_some()) {
             let here = id_here(args).and_then(|id| Ok((id, measured_here(args, model, demand)?)));
+            notes.extend(here.as_ref().ok().and_then(|(_, here)| here.disturbance.note()));
+            let here = here.map(|(id, here)| (id, here.speed));
             notes.push(rescaled(&mut nodes, here, &status.model));
         }
         let links = links_of(&status.links, &nodes);
@@ -143,7 +152,7 @@ impl Machines {
 
     fn here(args: &PlanArgs, model: &Model, demand: &Demand) -> Self {
         let (speed, notes) = match is_speed_of_use(model, demand).then(|| measured_here(args, model, demand)) {
-            Some(Ok(speed)) => (Some(speed), Vec::new()),
+            Some(Ok(here)) => (Some(here.speed), here.disturbance.note().into_iter().collect()),
             Some(Err(why)) => (None, vec![format!("This machine's speed is not known: {why}.")]),
             None => (None, Vec::new()),
         };
@@ -196,7 +205,7 @@ fn is_speed_of_use(model: &Model, demand: &Demand) -> bool {
 }
 
 /// How fast this machine is with a model.
-fn measured_here(args: &PlanArgs, model: &Model, demand: &Demand) -> Result<Speed, String> {
+fn measured_here(args: &PlanArgs, model: &Model, demand: &Demand) -> Result<Measured, String> {
     let catalog = model.catalog().ok_or("a model that is given by name has no layers to measure")?;
     let request = MeasureRequest {
         catalog: catalog.clone(),

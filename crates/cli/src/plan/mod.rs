@@ -17,7 +17,7 @@ mod what_if;
 use std::fmt::Write as _;
 
 use brigade_base::{KvTypes, Pooling};
-use brigade_plan::{Demand, Forecast, Optimize, PlanError, Study, study};
+use brigade_plan::{Demand, Forecast, Optimize, Plan, PlanError, PlannedStage, Study, listed, study};
 use serde::Serialize;
 
 use crate::args::PlanArgs;
@@ -63,7 +63,7 @@ struct ModelReport {
     pooling: Option<Pooling>,
     /// Whether a text is computed in one pass, and not in chunks.
     is_at_once: bool,
-    /// Whether this version can run it; the others can be planned for.
+    /// Whether this version can run it; what it cannot run is refused, and what the catalogue has it can.
     supported: bool,
     /// What is doubtful about it.
     notes: Vec<String>,
@@ -82,7 +82,7 @@ struct MachinesReport {
 pub fn run(args: &PlanArgs) -> Result<(), Failure> {
     let model = Model::find(args)?;
     let demand = demand(args, &model)?;
-    let machines = Machines::find(args, &model, &demand)?;
+    let mut machines = Machines::find(args, &model, &demand)?;
     let study =
         studied(&model, &machines, &demand).map_err(|error| does_not_fit(&error, &model, &machines, &demand))?;
     let what_if = if args.explain { what_if::all(&model, &machines, &demand, &study) } else { Vec::new() };
@@ -92,6 +92,9 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
         let cloud = args.cloud_price.or(machines.prices.cloud_usd_per_million);
         Some(Cost::of(watts, &Forecast::from(prediction), price_kwh, cloud))
     });
+    if cost.is_none() {
+        machines.notes.extend(no_cost(args, &model, &machines, &study.plan));
+    }
     let report = Report {
         model: ModelReport {
             name: model.name.clone(),
@@ -101,8 +104,8 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
             purpose: model.work.purpose().name(),
             pooling: model.work.pooling,
             is_at_once: model.work.is_at_once(),
-            supported: model.unsupported.is_none(),
-            notes: cannot_run(&model).into_iter().chain(model.profile.stays_whole()).collect(),
+            supported: true,
+            notes: model.profile.stays_whole().into_iter().chain(model.ignored(args.quant)).collect(),
         },
         context: demand.context,
         parallel: demand.parallel,
@@ -114,6 +117,22 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
         what_if,
     };
     if args.json { output::json(&report) } else { output::text(&show::text(&report, args.explain)) }
+}
+
+/// Why prices that were told are of no use here.
+fn no_cost(args: &PlanArgs, model: &Model, machines: &Machines, plan: &Plan) -> Option<String> {
+    let told = [args.price_kwh, args.cloud_price, machines.prices.kwh_usd, machines.prices.cloud_usd_per_million];
+    told.into_iter().flatten().next()?;
+    if !model.work.generates() {
+        return Some("Prices are those of answers, and this model makes none.".to_owned());
+    }
+    let is_unknown = |stage: &&PlannedStage| machines.watts(std::iter::once(stage.node)).is_none();
+    let names: Vec<&str> = plan.stages.iter().filter(is_unknown).map(|stage| stage.name.as_str()).collect();
+    Some(format!(
+        "Nothing is said of prices, as the power that {} would take is not known: name the device, as --node \
+         NAME=SIZE@DEVICE, or write watts in the file of --cluster.",
+        listed(&names)
+    ))
 }
 
 /// Whether it has a KV cache. One that sees texts from both ends has none, and one of states alone neither.
@@ -156,22 +175,10 @@ fn does_not_fit(error: &PlanError, model: &Model, machines: &Machines, demand: &
     if let Some(ty) = fits.filter(|_| is_too_large(error)) {
         let _ = write!(said, ". With --cache-type-k {ty} --cache-type-v {ty} it would fit");
     }
-    if let Some(note) = cannot_run(model) {
-        let _ = write!(said, ". {}", note.trim_end_matches('.'));
-    }
     Failure::run(said)
 }
 
 /// Whether less memory would help.
 fn is_too_large(error: &PlanError) -> bool {
     matches!(error, PlanError::DoesNotFit { .. } | PlanError::WholeDoesNotFit { .. })
-}
-
-/// What to say of a model that can be planned for and not run.
-fn cannot_run(model: &Model) -> Option<String> {
-    let architecture = model.unsupported.as_ref()?;
-    Some(format!(
-        "This version cannot run {} ({architecture}): the plan is what a version that can would do.",
-        model.name
-    ))
 }

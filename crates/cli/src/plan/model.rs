@@ -16,6 +16,9 @@ use crate::sources;
 /// Tokens of a session that models of the catalogue are taken to be trained for: what most of them are.
 const SHAPE_CONTEXT: u32 = 131_072;
 
+/// How the weights of a model that is given by name are stored, where nobody says.
+const QUANT: Quant = Quant::Q4_K_M;
+
 /// A model to plan for.
 pub struct Model {
     /// For people.
@@ -30,8 +33,6 @@ pub struct Model {
     pub kv: KvTypes,
     /// Tokens of a session that it was trained for.
     pub trained: u32,
-    /// The architecture, if this version cannot run models of it.
-    pub unsupported: Option<String>,
     /// What it was found by.
     pub origin: Origin,
 }
@@ -50,22 +51,30 @@ impl Model {
     /// The model that the arguments name: a place on the network, a file, or a name.
     pub fn find(args: &PlanArgs) -> Result<Self, Failure> {
         let (text, wish) = (args.model.to_str().unwrap_or_default(), (args.pooling, args.kv.types()));
-        if !matches!(sources::parse(&args.model)?, ModelSource::Local(_)) {
+        let is_remote = !matches!(sources::parse(&args.model)?, ModelSource::Local(_));
+        let looks_like_a_path = args.model.components().count() != 1 || text.is_empty() || text.ends_with(".gguf");
+        let is_file = looks_like_a_path || args.model.exists();
+        if is_remote {
             let (name, catalog) = sources::look(&args.model, &args.sources, &args.state)?;
             return Self::of(&name, catalog.clone(), Origin::Header(catalog), wish);
         }
-        let looks_like_a_path = args.model.components().count() != 1 || text.is_empty() || text.ends_with(".gguf");
-        if looks_like_a_path || args.model.exists() {
+        if is_file {
             let file = Arc::new(ModelFile::open(&args.model).map_err(Failure::run)?);
             let name = args.model.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
             return Self::of(&name, file.catalog().clone(), Origin::File(file), wish);
         }
-        let quant: Quant = args.quant.parse().map_err(Failure::usage)?;
+        let quant = args.quant.unwrap_or(QUANT);
         // The catalogue has models for text alone.
         let work = Work::of_text_model(args.pooling).map_err(Failure::run)?;
         Self::by_name(text, quant, (work, args.kv.types())).map_err(|error| {
             Failure::usage(format!("{text} is no file here, and no model that is known by name: {error}"))
         })
+    }
+
+    /// What to say where `quant` was asked for, perhaps by a setting that is always there, and changes nothing.
+    pub fn ignored(&self, quant: Option<Quant>) -> Option<String> {
+        let quant = quant.filter(|_| !matches!(self.origin, Origin::Name(_)))?;
+        Some(format!("--quant {quant} is for models that are given by name; {} is planned for as it is.", self.name))
     }
 
     /// A model of the catalogue, what is done with it, and how its keys and values are stored.
@@ -78,7 +87,6 @@ impl Model {
             profile: work.profile(shape.profile(quant, kv)),
             kv,
             trained: SHAPE_CONTEXT,
-            unsupported: (!shape.supported).then(|| shape.architecture.clone()),
             origin: Origin::Name(quant),
         })
     }
@@ -103,9 +111,8 @@ impl Model {
         let profile = work.profile(profile);
         let trained = Architecture::of(&catalog).map_err(Failure::run)?.n_ctx_train;
         let name = file_name.strip_suffix(".gguf").unwrap_or(file_name).to_owned();
-        // A header of another architecture was refused above.
         let quantisation = catalog.quantisation();
-        Ok(Self { name, quantisation, work, profile, kv, trained, unsupported: None, origin })
+        Ok(Self { name, quantisation, work, profile, kv, trained, origin })
     }
 
     /// Its header, where it has one.

@@ -28,7 +28,7 @@ pub fn text(report: &Report, explain: bool) -> String {
     if explain {
         let is_new = |why: &&String| !report.model.notes.contains(why);
         report.study.plan.explanation.iter().filter(is_new).for_each(|why| line(&mut text, "why", why));
-        alternatives(&mut text, &report.study.alternatives);
+        alternatives(&mut text, &report.study.alternatives, report.parallel);
         what_ifs(&mut text, report);
     }
     text
@@ -129,11 +129,10 @@ fn bound(plan: &Plan, bound: Bound) -> String {
     }
 }
 
-fn alternatives(text: &mut String, all: &[Alternative]) {
+fn alternatives(text: &mut String, all: &[Alternative], n_streams: u32) {
     if all.is_empty() {
         return;
     }
-    let n_streams = all.iter().find_map(|other| other.forecast).map_or(1, |forecast| forecast.streams);
     let many = streams(n_streams);
     let _ = writeln!(text, "\n{:<44} {:>10} {:>10} {:>11}", "instead", "1 stream", many, "first token");
     for other in all {

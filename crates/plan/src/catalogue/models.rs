@@ -142,10 +142,8 @@ pub struct Shape {
     pub source: String,
     /// Its architecture in GGUF.
     pub architecture: String,
-    /// Whether Brigade can cut models of this architecture; the others can be planned for, not run.
-    #[serde(default = "yes")]
-    pub supported: bool,
     layers: u32,
+    cuts: Option<Vec<u32>>,
     embd: u32,
     heads: u32,
     kv_heads: u32,
@@ -179,10 +177,6 @@ struct LatentAttention {
     rope: u32,
     nope: u32,
     value: u32,
-}
-
-const fn yes() -> bool {
-    true
 }
 
 impl Shape {
@@ -247,7 +241,7 @@ impl Shape {
             layer_bytes,
             head_bytes: bytes(matrix, bits.head),
             embedding_bytes: bytes(embedding, bits.embedding),
-            cut_points: (1..self.layers).collect(),
+            cut_points: self.cuts.clone().unwrap_or_else(|| (1..self.layers).collect()),
             n_embd: self.embd,
             n_heads: self.heads,
             n_ff: experts.map_or(self.ff, |e| self.ff.max(e.ff * e.used + e.shared_ff)),
@@ -349,6 +343,8 @@ mod tests {
         for shape in shapes() {
             let profile = shape.profile(Quant::Q4_K_M, KvTypes::default());
             assert_eq!(profile.layer_bytes.len(), profile.kv_bytes_per_token.len(), "{}", shape.name);
+            let (cuts, ends) = (&profile.cut_points, [0, profile.n_layers()]);
+            assert!(cuts.is_sorted_by(|a, b| a < b) && cuts.iter().all(|cut| *cut > ends[0] && *cut < ends[1]));
             assert!(profile.expert_bytes < profile.layer_bytes.iter().sum(), "{}", shape.name);
             assert_eq!(profile.n_experts > 0, profile.expert_bytes > 0, "{}", shape.name);
             assert_eq!(names().filter(|name| same_name(name, &shape.name)).count(), 1, "{}", shape.name);

@@ -40,13 +40,13 @@ mod error;
 
 pub use error::ScenarioError;
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 
 use brigade_base::{ByteSize, NodeId};
 use serde::Deserialize;
 
 use super::{Catalogue, Device, Kind};
-use crate::{LinkProfile, Links, ModelProfile, NodeProfile};
+use crate::{LinkProfile, Links, MAX_BYTES_PER_S, MAX_SECONDS, ModelProfile, NodeProfile};
 
 /// Most nodes of a scenario: as many as the planner is made for.
 pub const MAX_NODES: usize = 10_000;
@@ -56,6 +56,18 @@ pub const MAX_PAIRS: usize = 80_000;
 
 /// Largest file: 10,000 nodes of 100 bytes each.
 pub const MAX_FILE_BYTES: usize = 1 << 20;
+
+/// Longest name of a node, in characters: as long as those of nodes that are there.
+pub const MAX_NAME_CHARS: usize = 64;
+
+/// Most that a kilowatt hour or a million tokens may cost, in dollars: nobody pays more.
+const MAX_USD: f64 = 1e6;
+
+/// Most watts of a node: a hall of them takes no more.
+const MAX_WATTS: f64 = 1e6;
+
+/// Most 10^12 operations in a second of a node: a thousand times what the fastest devices do.
+const MAX_TFLOPS: f64 = 1e7;
 
 /// Link of a node for which none is named.
 const DEFAULT_LINK: &str = "1gbe";
@@ -175,7 +187,7 @@ impl Scenario {
         for (key, value) in
             [("kwh_usd", file.prices.kwh_usd), ("cloud_usd_per_million", file.prices.cloud_usd_per_million)]
         {
-            check("[prices]", key, value, |price| price >= 0.0, "0 or more")?;
+            check("[prices]", key, value, |price| (0.0..=MAX_USD).contains(&price), "0 or more, and at most 1000000")?;
         }
         let default_link = file.defaults.link.as_deref().unwrap_or(DEFAULT_LINK);
         let default_link = link_of("[defaults]", End::Switch, Some(default_link), None, None)?;
@@ -236,7 +248,6 @@ struct Reader {
     nodes: Vec<ScenarioNode>,
     /// Names as they were written, with the places that they mean.
     groups: BTreeMap<String, std::ops::Range<usize>>,
-    names: HashSet<String>,
     coordinator: Option<usize>,
     pairs: BTreeMap<(usize, usize), ScenarioLink>,
 }
@@ -253,7 +264,8 @@ impl Reader {
         let count = row.count.unwrap_or(1);
         check(&place, "count", row.count.map(f64::from), |n| n >= 1.0, "1 or more")?;
         check(&place, "throttle", row.throttle, |share| share > 0.0 && share <= 1.0, "above 0, and at most 1")?;
-        check(&place, "watts", row.watts, |watts| watts >= 0.0, "0 or more")?;
+        let watts = |watts: f64| (0.0..=MAX_WATTS).contains(&watts);
+        check(&place, "watts", row.watts, watts, "0 or more, and at most 1000000")?;
         let device = device_of(&place, row)?;
         let memory = memory_of(&place, row, &device)?;
         let has_link = row.link.is_some() || row.latency_ms.is_some() || row.gbit_s.is_some();
@@ -265,16 +277,16 @@ impl Reader {
         let start = self.nodes.len();
         for k in 1..=count {
             let name = if row.count.is_some() { format!("{}-{k}", row.name) } else { row.name.clone() };
+            if row.name.is_empty() || name.chars().count() > MAX_NAME_CHARS || name.chars().any(char::is_control) {
+                return Err(ScenarioError::Name { name: name.chars().take(2 * MAX_NAME_CHARS).collect() });
+            }
             if row.coordinator
                 && let Some(first) = self.coordinator.replace(self.nodes.len())
             {
                 let first = self.nodes[first].name.clone();
                 return Err(ScenarioError::Coordinators { first, second: name });
             }
-            if !self.names.insert(name.clone()) {
-                return Err(ScenarioError::SameName { name });
-            }
-            self.groups.insert(name.clone(), self.nodes.len()..self.nodes.len() + 1);
+            self.called(&name, self.nodes.len()..self.nodes.len() + 1)?;
             self.nodes.push(ScenarioNode {
                 id: made_up_id(self.nodes.len()),
                 name,
@@ -285,10 +297,15 @@ impl Reader {
                 watts: row.watts.or(device.watts),
             });
         }
-        if row.count.is_some() && self.groups.insert(row.name.clone(), start..self.nodes.len()).is_some() {
-            return Err(ScenarioError::SameName { name: row.name.clone() });
+        if row.count.is_some() { self.called(&row.name, start..self.nodes.len()) } else { Ok(()) }
+    }
+
+    /// Notes which nodes a name means, which must be no other ones.
+    fn called(&mut self, name: &str, places: std::ops::Range<usize>) -> Result<(), ScenarioError> {
+        match self.groups.insert(name.to_owned(), places) {
+            Some(_) => Err(ScenarioError::SameName { name: name.to_owned() }),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     fn pair(&mut self, row: &PairRow) -> Result<(), ScenarioError> {
@@ -340,8 +357,10 @@ fn check(
 }
 
 fn device_of(place: &str, row: &NodeRow) -> Result<Device, ScenarioError> {
-    check(place, "bandwidth_gb_s", row.bandwidth_gb_s, |x| x > 0.0, "above 0")?;
-    check(place, "tflops", row.tflops, |x| x > 0.0, "above 0")?;
+    let bandwidth = |gb: f64| gb > 0.0 && gb * 1e9 <= MAX_BYTES_PER_S;
+    check(place, "bandwidth_gb_s", row.bandwidth_gb_s, bandwidth, "above 0, and at most 1000000")?;
+    let flops = |tera: f64| tera > 0.0 && tera <= MAX_TFLOPS;
+    check(place, "tflops", row.tflops, flops, "above 0, and at most 10000000")?;
     let unknown = |source| ScenarioError::Unknown { place: place.to_owned(), source };
     match (&row.device, row.kind, row.bandwidth_gb_s, row.tflops) {
         (Some(name), _, bandwidth, tflops) => {
@@ -388,8 +407,10 @@ fn link_of(
     latency_ms: Option<f64>,
     gbit_s: Option<f64>,
 ) -> Result<ScenarioLink, ScenarioError> {
-    check(place, "latency_ms", latency_ms, |x| x >= 0.0, "0 or more")?;
-    check(place, "gbit_s", gbit_s, |x| x > 0.0, "above 0")?;
+    let latency = |ms: f64| (0.0..=MAX_SECONDS).contains(&(ms / 1e3));
+    check(place, "latency_ms", latency_ms, latency, "0 or more, and at most 3600000")?;
+    let rate = |gbit: f64| gbit > 0.0 && gbit * 1e9 / 8.0 <= MAX_BYTES_PER_S;
+    check(place, "gbit_s", gbit_s, rate, "above 0, and at most 8000000")?;
     let unknown = |source| ScenarioError::Unknown { place: place.to_owned(), source };
     let known = name.map(|name| Catalogue::built_in().link(name)).transpose().map_err(unknown)?;
     let profile = known.map(|link| if end == End::Switch { link.port() } else { link.profile });

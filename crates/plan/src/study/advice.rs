@@ -1,13 +1,12 @@
 //! What numbers mean, in words: why an alternative is not the plan, and what to do.
 
-use brigade_base::ByteSize;
+use brigade_base::LayerRange;
 
 use super::{Alternative, AlternativeKind, Forecast, Question};
-use crate::memory::{stage_memory, usable};
+use crate::memory::{missing, stage_memory};
 use crate::predict::{RingModel, RingStage, objective};
-use crate::words::{change, figure, listed, percent, seconds};
+use crate::words::{at_least, change, figure, listed, percent, seconds};
 use crate::{LinkProfile, Links, NodeProfile, Optimize, Plan};
-use brigade_base::LayerRange;
 
 /// Below this gain nothing is worth a machine moved or a cable bought; predictions are no finer.
 const WORTH_SAYING: f64 = 1.1;
@@ -228,20 +227,18 @@ fn more_memory(question: &Question<'_>, plan: &Plan, now: &Forecast) -> Option<S
         return None;
     }
     let all = LayerRange::new(0, question.model.n_layers()).ok()?;
-    let missing = |node: &NodeProfile| {
-        let needed = stage_memory(question.model, question.demand, all, true).total().0;
-        needed.saturating_sub(usable(node.memory).0)
-    };
+    let needed = stage_memory(question.model, question.demand, all, true).total();
+    let missing = |node: &NodeProfile| missing(needed, node.memory);
     let alone = |node: &NodeProfile| -> Option<f64> {
         let stage = [RingStage { node, speed: node.speed.as_ref()?, layers: all }];
         Some(1.0 / RingModel::new(question.model, &stage, question.links, question.demand).token_s())
     };
-    let lacking = question.nodes.iter().filter(|node| missing(node) > 0);
+    let lacking = question.nodes.iter().filter(|node| missing(node).0 > 0);
     let (node, rate) = lacking.filter_map(|node| Some((node, alone(node)?))).max_by(|a, b| a.1.total_cmp(&b.1))?;
     (rate >= WORTH_SAYING * now.tokens_per_s).then(|| {
         format!(
             "With {} more memory {} would hold the model alone, and one stream would be {}.",
-            ByteSize(missing(node)),
+            at_least(missing(node)),
             node.name,
             change(rate, now.tokens_per_s)
         )

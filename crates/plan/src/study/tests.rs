@@ -133,6 +133,13 @@ fn what_memory_would_bring_is_said_where_only_memory_is_lacking() {
     assert_eq!(study.plan.stages.len(), 2);
     says(&study, &["more memory", "alone"]);
     says(&study, &["Links take", "%"]);
+    // As much as is written is enough.
+    let line = study.advice.iter().find(|line| line.contains("more memory")).unwrap();
+    let (more, rest) = line["With ".len()..].split_once(" more memory ").unwrap();
+    let more: ByteSize = more.replace(' ', "").parse().unwrap();
+    let (name, mib) = if rest.starts_with("small ") { ("small", 1400) } else { ("tiny", 1200) };
+    let holds = |mib: u64| place::can_hold(&model(), &node(name, mib, 1.0), &demand());
+    assert!(holds(mib + more.0.div_ceil(MIB)) && !holds(mib + more.0 / MIB - 1), "{line}");
     assert!(study.alternatives.iter().all(|other| other.kind != AlternativeKind::Alone));
 }
 

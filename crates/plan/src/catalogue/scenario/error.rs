@@ -1,7 +1,7 @@
 //! Why a cluster file cannot be used, and what to write instead.
 
 use super::super::UnknownName;
-use super::{MAX_FILE_BYTES, MAX_NODES, MAX_PAIRS};
+use super::{MAX_FILE_BYTES, MAX_NAME_CHARS, MAX_NODES, MAX_PAIRS};
 
 /// A scenario cannot be used.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -30,7 +30,15 @@ pub enum ScenarioError {
     /// There are too many pairs.
     #[error("more than {MAX_PAIRS} pairs have links of their own; name the link at the nodes instead of between them")]
     TooManyPairs,
-    /// Two nodes have one name.
+    /// A node has no name that can be shown.
+    #[error(
+        "a node is called {name:?}, but a name has 1 to {MAX_NAME_CHARS} printable characters, its number included"
+    )]
+    Name {
+        /// The beginning of it.
+        name: String,
+    },
+    /// Two nodes, or a node and a group, have one name.
     #[error("two nodes are called {name:?}; give them different names, or write one of them with count")]
     SameName {
         /// The name.
