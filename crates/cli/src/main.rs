@@ -42,6 +42,8 @@ use brigade_node::trial;
 use error::Failure;
 
 fn main() -> ExitCode {
+    // Before anything else, since it wants no thread beside this one.
+    brigade_engine::return_large_blocks();
     // No verb for people: how this program tries a model before it loads it.
     if std::env::args_os().nth(1).is_some_and(|argument| argument == trial::ARGUMENT) {
         return trial::answer();

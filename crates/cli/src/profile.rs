@@ -8,7 +8,7 @@ use std::sync::Arc;
 use brigade_base::ByteSize;
 use brigade_gguf::{Architecture, Catalog, ModelFile};
 use brigade_node::measure::machine::{self, MachineProfile};
-use brigade_node::measure::{MeasureOptions, MeasureRequest, Profiles, speed};
+use brigade_node::measure::{Disturbance, MeasureOptions, MeasureRequest, Profiles, measured};
 use brigade_node::{Work, model_profile, system};
 use brigade_plan::{Curve, ModelProfile, Speed};
 use serde::Serialize;
@@ -26,6 +26,8 @@ struct Report {
     machine: Option<MachineProfile>,
     #[serde(skip_serializing_if = "Option::is_none")]
     model: Option<ModelReport>,
+    /// What is doubtful about the numbers.
+    notes: Vec<String>,
 }
 
 #[derive(Serialize)]
@@ -43,17 +45,19 @@ pub fn run(args: &ProfileArgs) -> Result<(), Failure> {
     let state_dir = args.state.dir();
     files::make_state_dir(&state_dir)?;
     let threads = args.threads.unwrap_or_else(system::default_threads);
-    let (machine, model) = match &args.model {
+    let (machine, model, disturbance) = match &args.model {
         Some(path) => {
             // Nothing is pulled to find out that there is nothing to measure.
             let (_, header) = sources::look(path, &args.sources, &args.state)?;
             let work = measured_work(args, &header)?;
             let pulled = sources::open(path, &args.sources, &args.state)?;
-            (None, Some(model(args, work, &pulled.path, &state_dir, threads)?))
+            let (model, disturbance) = model(args, work, &pulled.path, &state_dir, threads)?;
+            (None, Some(model), disturbance)
         }
         None => {
-            let machine = machine::profile(&state_dir, threads, args.throttle, args.again).map_err(Failure::run)?;
-            (Some(machine), None)
+            let (machine, disturbance) =
+                machine::profile(&state_dir, threads, args.throttle, args.again).map_err(Failure::run)?;
+            (Some(machine), None, disturbance)
         }
     };
     let report = Report {
@@ -62,6 +66,7 @@ pub fn run(args: &ProfileArgs) -> Result<(), Failure> {
         condition: system::condition(),
         machine,
         model,
+        notes: disturbance.note().into_iter().collect(),
     };
     if args.json { output::json(&report) } else { print(&report) }
 }
@@ -78,7 +83,13 @@ fn measured_work(args: &ProfileArgs, header: &Catalog) -> Result<Work, Failure> 
     Ok(work)
 }
 
-fn model(args: &ProfileArgs, work: Work, path: &Path, state_dir: &Path, threads: u32) -> Result<ModelReport, Failure> {
+fn model(
+    args: &ProfileArgs,
+    work: Work,
+    path: &Path,
+    state_dir: &Path,
+    threads: u32,
+) -> Result<(ModelReport, Disturbance), Failure> {
     let file = Arc::new(ModelFile::open(path).map_err(Failure::run)?);
     let Architecture { n_ctx_train, n_embd, .. } = Architecture::of(file.catalog()).map_err(Failure::run)?;
     // As a deployment would have it: what was measured is found again there.
@@ -92,15 +103,16 @@ fn model(args: &ProfileArgs, work: Work, path: &Path, state_dir: &Path, threads:
     };
     let profile = work.profile(model_profile(file.catalog(), args.kv.types()).map_err(Failure::run)?);
     let options = MeasureOptions::new(threads, args.throttle, Some(file));
-    let speed = speed(&request, &options, &Profiles::open(state_dir), args.again).map_err(Failure::run)?;
-    Ok(ModelReport {
+    let measured = measured(&request, &options, &Profiles::open(state_dir), args.again).map_err(Failure::run)?;
+    let report = ModelReport {
         name: path.file_stem().map_or_else(String::new, |stem| stem.to_string_lossy().into_owned()),
         layers: profile.n_layers(),
         mean_layer_bytes: mean_layer_bytes(&profile),
         context: request.context,
         parallel: request.sessions,
-        speed,
-    })
+        speed: measured.speed,
+    };
+    Ok((report, measured.disturbance))
 }
 
 fn mean_layer_bytes(model: &ModelProfile) -> u64 {
@@ -124,7 +136,8 @@ fn print(report: &Report) -> Result<(), Failure> {
     if let Some(machine) = &report.machine {
         print_machine(machine)?;
     }
-    report.model.as_ref().map_or(Ok(()), print_model)
+    report.model.as_ref().map_or(Ok(()), print_model)?;
+    report.notes.iter().try_for_each(|note| output::line(format_args!("\n{note}")))
 }
 
 fn print_condition(condition: &system::Condition) -> Result<(), Failure> {

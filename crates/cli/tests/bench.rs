@@ -121,6 +121,33 @@ fn a_server_that_takes_little_and_counts_nothing_is_measured_as_it_can_be() {
 }
 
 #[test]
+fn the_length_of_prompts_is_told_of_those_that_were_sent() {
+    // What an endpoint counts at first, and then of the prompts that are measured, by words.
+    let report = |counted: fn(u64) -> u64, sent: fn(u64) -> u64| {
+        let server = Fake::start(move |path, body| {
+            let n_words = || body["prompt"].as_str().unwrap().split(' ').count() as u64;
+            match path {
+                "/v1/models" => models(&["m"]),
+                "/v1/completions" if body["stream"] != true => {
+                    Say::Json(200, json!({"usage": {"prompt_tokens": counted(n_words())}}))
+                }
+                "/v1/completions" => {
+                    let n = n_asked(body);
+                    let usage = json!({"prompt_tokens": sent(n_words()), "completion_tokens": n});
+                    Say::Stream(tokens(n).into_iter().chain([json!({"choices": [], "usage": usage})]).collect())
+                }
+                _ => refusal(404, "no such page"),
+            }
+        });
+        measured(&[&server.url, "--prompt-tokens", "64", "--tokens", "4", "--runs", "1", "--streams", "1,2"])
+    };
+    let twice = report(|n| n, |n| 2 * n);
+    assert!(twice["levels"].as_array().unwrap().iter().all(|level| level["prompt_tokens"] == 128.0), "{twice}");
+    assert_eq!(notes(&twice), "prompts have 128 tokens on average, not the 64 that were asked for");
+    assert_eq!(notes(&report(|_| 7, |_| 64)), "", "as long as asked for, whatever was counted before");
+}
+
+#[test]
 fn a_server_with_chats_alone_is_asked_for_chats() {
     let server = Fake::start(|path, body| match path {
         "/v1/models" => models(&["m"]),

@@ -3,9 +3,11 @@
 
 mod support;
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use serde_json::Value;
 use support::oracle::{oracle, rendered};
-use support::{Setup, endless_body, eventually};
+use support::{Setup, abacus, endless_body, eventually, run};
 
 /// So much slower a node is made that no noise hides it.
 const SLOW: [&str; 2] = ["--throttle", "0.08"];
@@ -47,6 +49,48 @@ fn a_slow_node_is_found_out_and_gets_as_little_as_possible() {
     let said = cluster.coordinator.line("plan ");
     assert!(said.contains("w0 ") && said.contains(" tokens/s for one stream"), "{said}");
     cluster.check_answer();
+}
+
+/// What `brigade` prints while `n_threads` other threads compute.
+fn said_while_busy(n_threads: usize, args: &[&str]) -> Value {
+    let is_over = AtomicBool::new(false);
+    let compute = || {
+        while !is_over.load(Ordering::Relaxed) {
+            std::hint::spin_loop();
+        }
+    };
+    let ended = std::thread::scope(|scope| {
+        (0..n_threads).for_each(|_| drop(scope.spawn(compute)));
+        let ended = std::panic::catch_unwind(|| run(args));
+        is_over.store(true, Ordering::Relaxed);
+        ended
+    });
+    serde_json::from_str(&ended.unwrap().ok()).unwrap()
+}
+
+#[test]
+fn numbers_of_a_busy_machine_are_told_with_a_warning() {
+    let stat = std::fs::read_to_string("/proc/stat").unwrap_or_default();
+    let n_cores = stat.lines().filter(|line| line.starts_with("cpu") && !line.starts_with("cpu ")).count();
+    if std::thread::available_parallelism().map_or(0, usize::from) < n_cores.max(1) {
+        // The system does not tell how busy it is, or this process cannot make it so.
+        return;
+    }
+    let (dir, model) = (tempfile::tempdir().unwrap(), abacus());
+    let of = |verb| {
+        let place = ["--state-dir", dir.path().to_str().unwrap(), "--context", "512", "--json"];
+        said_while_busy(n_cores, &[&[verb, model.to_str().unwrap()], &place[..]].concat())
+    };
+    let (profile, plan) = (of("profile"), of("plan"));
+    for notes in [&profile["notes"], &plan["machines"]["notes"]] {
+        let note = notes[0].as_str().unwrap_or_default();
+        assert!(note.starts_with("Other programs took ") && note.contains("when it is idle"), "{notes}");
+    }
+    for curve in ["decode", "chunk"] {
+        let points = profile["model"]["speed"][curve].as_array().unwrap();
+        let seconds: Vec<f64> = points.iter().map(|point| point[1].as_f64().unwrap()).collect();
+        assert!(seconds[0] > 0.0 && seconds.is_sorted(), "more rows take longer: {curve} {seconds:?}");
+    }
 }
 
 /// Both ends of a link in alphabetical order.

@@ -15,6 +15,7 @@ mod adapter;
 mod backend;
 mod batch;
 mod context;
+mod heap;
 mod kv;
 mod kv_types;
 mod model;
@@ -32,6 +33,7 @@ mod vocabulary;
 
 pub use adapter::AdapterSource;
 pub use backend::init;
+pub use heap::return_large_blocks;
 pub use kv::KvError;
 pub use model::{HAS_DEVICES, LoadError};
 pub use rehearsal::{rehearse, rehearse_adapted};

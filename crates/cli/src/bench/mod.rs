@@ -145,6 +145,7 @@ impl Bench<'_> {
         if is_counted_here {
             self.notes.push("the endpoint does not count the tokens of a stream; a chunk is taken for one".to_owned());
         }
+        self.notes.extend(report::length_note(&levels, args.prompt_tokens));
         Ok(Report {
             brigade_version: env!("CARGO_PKG_VERSION"),
             endpoint: self.target.url().to_owned(),
@@ -165,18 +166,15 @@ impl Bench<'_> {
     /// How many words a prompt must have.
     fn length(&mut self) -> Result<Length, Failure> {
         let (target, prompts, args) = (&self.target, &mut self.prompts, self.args);
-        let count = |n_words| target.prompt_tokens(&prompts.draw(n_words));
+        // A single one tells all where prompts are all the same, and each costs an answer with other endpoints.
+        let n_counted = if target.counts_alone() && !args.same_prompt { prompt::SAMPLE } else { 1 };
+        let count = |n_words| prompt::mean_of(n_counted, || target.prompt_tokens(&prompts.draw(n_words)));
         let length = prompt::calibrate(args.prompt_tokens, count).map_err(failure)?;
-        match length.n_tokens {
-            None => self.notes.push(format!(
+        if length.n_tokens.is_none() {
+            self.notes.push(format!(
                 "the endpoint does not count the tokens of a prompt; prompts have {} common words",
                 length.n_words
-            )),
-            Some(n) if !length.is_near(args.prompt_tokens) => self.notes.push(format!(
-                "no prompt of {} tokens was found; those that were sent have about {n}",
-                args.prompt_tokens
-            )),
-            Some(_) => {}
+            ));
         }
         Ok(length)
     }

@@ -6,6 +6,7 @@ use std::fmt::Write;
 
 use serde::Serialize;
 
+use super::prompt;
 use super::stats::{Spread, Times, mean};
 use super::wave::Wave;
 
@@ -162,6 +163,17 @@ pub fn cautions(level: &Level, waves: &[Wave], asked: u32, same_prompt: bool) ->
     notes
 }
 
+/// What to say where prompts are not as long as they were to be, by the tokens of those that were sent.
+pub fn length_note(levels: &[Level], asked: u32) -> Option<String> {
+    let n = prompt_tokens(levels).filter(|n| !prompt::is_near(*n, asked))?;
+    Some(format!("prompts have {n:.0} tokens on average, not the {asked} that were asked for"))
+}
+
+/// Tokens of a prompt, as the mean of the levels.
+fn prompt_tokens(levels: &[Level]) -> Option<f64> {
+    mean(&levels.iter().filter_map(|level| level.prompt_tokens).collect::<Vec<_>>())
+}
+
 fn streams(n: u32) -> String {
     if n == 1 { "1 stream".to_owned() } else { format!("{n} streams") }
 }
@@ -180,7 +192,7 @@ impl Report {
     /// For people.
     pub fn table(&self) -> String {
         let mut out = format!("{} at {}, {}\n", self.model, self.endpoint, self.api);
-        let prompts = mean(&self.levels.iter().filter_map(|level| level.prompt_tokens).collect::<Vec<_>>());
+        let prompts = prompt_tokens(&self.levels);
         let prompts =
             prompts.map_or_else(|| "prompts of unknown length".to_owned(), |n| format!("{n:.0}-token prompts"));
         let (tokens, runs) = (self.completion_tokens_asked, self.runs);
@@ -289,6 +301,17 @@ mod tests {
         assert!(table.ends_with("\n\n- a note\n"), "{table}");
         let width = table.lines().map(|line| line.chars().count()).max().unwrap();
         assert!(width <= NAME_WIDTH + 2 * LEVEL_WIDTH, "{table}");
+    }
+
+    #[test]
+    fn what_is_said_of_the_length_of_prompts_is_what_the_head_says() {
+        // They have 100 tokens.
+        let levels = || vec![Level::of(1, &[wave(&[&[500, 600]])]), Level::of(8, &[wave(&[])])];
+        assert_eq!(length_note(&levels(), 101), None);
+        assert_eq!(length_note(&[], 101), None, "of unknown lengths nothing is said");
+        let note = length_note(&levels(), 120).unwrap();
+        assert!(note.starts_with("prompts have 100 tokens on average") && note.contains("120"), "{note}");
+        assert!(report(levels()).table().contains("\n100-token prompts,"));
     }
 
     #[test]

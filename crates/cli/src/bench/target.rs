@@ -138,6 +138,11 @@ impl Target {
         self.dialect.ignore_eos
     }
 
+    /// Whether prompts are counted without an answer, and so at no cost.
+    pub fn counts_alone(&self) -> bool {
+        self.has_tokenizer
+    }
+
     /// Tokens of a prompt, the chat template's counted too; `None` if the endpoint does not tell.
     pub fn prompt_tokens(&self, prompt: &str) -> Result<Option<u32>, EndpointError> {
         if self.has_tokenizer

@@ -17,6 +17,9 @@ const SAME_CLOCK_MS: f64 = 100.0;
 /// A node that takes so many times as long as measured is not what it was.
 const SLOWED: f64 = 1.25;
 
+/// A node may take so many times what it offers before that is told: what a process takes is predicted to a tenth.
+const OVER_OFFER: f64 = 1.1;
+
 /// By how much a placement must be faster to be called so: predictions are no better than that.
 const CLEARLY_FASTER: f64 = 1.05;
 
@@ -141,8 +144,20 @@ fn judge_node(node: &NodeStatus, status: &ClusterStatus) -> Vec<Finding> {
             ok("speed", format!("takes {pace:.2} times as long as measured"))
         });
     }
+    findings.extend(judge_memory(node));
     findings.extend(judge_share(node, status));
     findings
+}
+
+/// Whether a node takes more memory than it offers.
+fn judge_memory(node: &NodeStatus) -> Option<Finding> {
+    let (offered, resident) = (node.memory_offered, node.memory_resident);
+    if resident.0 as f64 <= OVER_OFFER * offered.0 as f64 {
+        return None;
+    }
+    let detail = format!("takes {resident} of memory, but offers {offered}");
+    let cost = "programs beside it may be swapped out, or the system ends the process";
+    Some(warn("memory", detail, cost, "give more with --memory, or restart it so that it begins with little"))
 }
 
 /// Whether others wait for this node.
@@ -340,7 +355,7 @@ pub(super) mod tests {
             standby: Vec::new(),
             state: "ready".to_owned(),
             loaded: 1.0,
-            memory_offered: ByteSize(0),
+            memory_offered: ByteSize::gib(8),
             memory_stage: ByteSize(0),
             memory_resident: ByteSize(0),
             threads: 1,
@@ -368,6 +383,7 @@ pub(super) mod tests {
             purpose: crate::serving::Purpose::Generate,
             rank_template: None,
             n_values: 0,
+            has_class_shares: false,
         };
         ClusterStatus { state: "ready".to_owned(), nodes: vec![member(1), member(9)], ..blank_status(&card) }
     }
@@ -437,6 +453,9 @@ pub(super) mod tests {
         check(&known, &with(&|n| n.pace = Some(1.6)), &[], &[(1, "speed")], "12.0 ms in each pass");
         check(&known, &with(&|n| n.state = "failed: no memory".to_owned()), &[], &[(1, "stage")], "no memory");
         check(&known, &with(&|n| n.busy = 0.2), &[], &[(9, "bottleneck")], "up to 80 %");
+        let takes = |mib| with(&|n| (n.memory_offered, n.memory_resident) = (ByteSize::mib(100), ByteSize::mib(mib)));
+        check(&known, &takes(105), &[], &[], "");
+        check(&known, &takes(212), &[], &[(1, "memory")], "takes 212.0 MiB of memory, but offers 100.0 MiB");
         let waits = ClusterStatus { state: "waiting: for memory".to_owned(), ..status() };
         check(&known, &waits, &[], &[(9, "model")], "for memory");
     }

@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 /// Bytes that are written: a hard disk takes a fifth of a second for them, a slow card one or two.
 pub(crate) const WRITTEN: usize = 16 << 20;
 
-/// Bytes that are read at once: so many that a call costs nothing, so few that the time is looked at now and then.
-const BLOCK: usize = 4 << 20;
+/// Bytes that are read or written at once: so many that a call costs nothing, so few that the time is looked at now and
+/// then, and that a node with little memory has them.
+const BLOCK: usize = 1 << 20;
 
 /// Bytes in a second that `file` takes until they are on the disk, by [`WRITTEN`] of them. No two of its blocks are
 /// equal and none has a pattern, so that no file system makes less of them.
@@ -16,11 +17,17 @@ const BLOCK: usize = 4 << 20;
 /// # Errors
 /// If they cannot be written.
 pub(crate) fn write_bytes_per_s(file: &mut File) -> io::Result<f64> {
-    let bytes = incompressible(WRITTEN);
+    let (mut bytes, mut block) = (incompressible(), vec![0; BLOCK]);
+    let mut spent = Duration::ZERO;
+    for _ in 0..WRITTEN / BLOCK {
+        bytes.fill(&mut block);
+        let begin = Instant::now();
+        file.write_all(&block)?;
+        spent += begin.elapsed();
+    }
     let begin = Instant::now();
-    file.write_all(&bytes)?;
     file.sync_all()?;
-    Ok(per_s(bytes.len(), begin))
+    Ok(per_s(WRITTEN, spent + begin.elapsed()))
 }
 
 /// Bytes in a second that `file` gives from `start` on, of which it reads `most` at most, for `within` about; `None`
@@ -41,18 +48,16 @@ pub(crate) fn read_bytes_per_s(file: &mut File, start: u64, most: usize, within:
             n => done += n,
         }
     }
-    Ok((done > 0).then(|| per_s(done, begin)))
+    Ok((done > 0).then(|| per_s(done, begin.elapsed())))
 }
 
-fn per_s(n_bytes: usize, begin: Instant) -> f64 {
-    n_bytes as f64 / begin.elapsed().as_secs_f64().max(1e-6)
+fn per_s(n_bytes: usize, time: Duration) -> f64 {
+    n_bytes as f64 / time.as_secs_f64().max(1e-6)
 }
 
-/// Bytes that look like chance, and are the same each time.
-fn incompressible(n_bytes: usize) -> Vec<u8> {
-    let mut bytes = vec![0; n_bytes];
-    blake3::Hasher::new().finalize_xof().fill(&mut bytes);
-    bytes
+/// Bytes without end that look like chance, and are the same each time.
+fn incompressible() -> blake3::OutputReader {
+    blake3::Hasher::new().finalize_xof()
 }
 
 /// Has the system drop what it keeps of a part of a file in memory; false where it cannot be asked.

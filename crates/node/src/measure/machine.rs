@@ -14,7 +14,9 @@ use brigade_gguf::{Builder, Catalog, GgmlType, Metadata, Value};
 use brigade_plan::ModelProfile;
 use serde::{Deserialize, Serialize};
 
-use super::{MEMORY_DIVISOR, MeasureError, MeasureOptions, MeasureRequest, Watch, disk, hash_bytes_per_s, measure};
+use super::{
+    Disturbance, MEMORY_DIVISOR, MeasureError, MeasureOptions, MeasureRequest, disk, hash_bytes_per_s, measure,
+};
 use crate::model::model_profile;
 use crate::system::{self, Cpu};
 use crate::threads::seconds_since_1970;
@@ -83,19 +85,23 @@ pub struct TypeSpeed {
 }
 
 /// What this machine can do, from the file `profile.json` of `state_dir` if it was measured before with the same
-/// settings, unless `again`.
+/// settings, unless `again`; and what others computed while it was measured. If that was much it is not kept.
 ///
 /// # Errors
 /// If the engine fails.
-pub fn profile(state_dir: &Path, threads: u32, throttle: f32, again: bool) -> Result<MachineProfile, MeasureError> {
+pub fn profile(
+    state_dir: &Path,
+    threads: u32,
+    throttle: f32,
+    again: bool,
+) -> Result<(MachineProfile, Disturbance), MeasureError> {
     let path = state_dir.join("profile.json");
     if let Some(stored) = read(&path).filter(|stored| !again && stored.fits(threads, throttle)) {
-        return Ok(stored);
+        return Ok((stored, Disturbance::default()));
     }
-    let watch = Watch::begin();
-    let profile = measure_machine(state_dir, threads, throttle)?;
-    if !watch.is_quiet() {
-        return Ok(profile);
+    let (profile, disturbance) = measure_machine(state_dir, threads, throttle)?;
+    if !disturbance.is_quiet() {
+        return Ok((profile, disturbance));
     }
     let written = serde_json::to_vec_pretty(&profile)
         .map_err(io::Error::from)
@@ -103,7 +109,7 @@ pub fn profile(state_dir: &Path, threads: u32, throttle: f32, again: bool) -> Re
     if let Err(error) = written {
         tracing::warn!(%error, "the profile of this machine is not kept");
     }
-    Ok(profile)
+    Ok((profile, disturbance))
 }
 
 impl MachineProfile {
@@ -123,9 +129,18 @@ fn read(path: &Path) -> Option<MachineProfile> {
     serde_json::from_slice(&fs::read(path).ok()?).ok()
 }
 
-fn measure_machine(state_dir: &Path, threads: u32, throttle: f32) -> Result<MachineProfile, MeasureError> {
-    let types = TYPES.into_iter().map(|ty| type_speed(ty, threads, throttle, TYPE_BUDGET)).collect::<Result<_, _>>()?;
-    Ok(MachineProfile {
+fn measure_machine(
+    state_dir: &Path,
+    threads: u32,
+    throttle: f32,
+) -> Result<(MachineProfile, Disturbance), MeasureError> {
+    let (mut types, mut disturbance) = (Vec::with_capacity(TYPES.len()), Disturbance::default());
+    for ty in TYPES {
+        let (speed, disturbed) = type_speed(ty, threads, throttle, TYPE_BUDGET)?;
+        types.push(speed);
+        disturbance = disturbance.and(disturbed);
+    }
+    let profile = MachineProfile {
         measured_at: seconds_since_1970(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         method: METHOD,
@@ -139,23 +154,31 @@ fn measure_machine(state_dir: &Path, threads: u32, throttle: f32) -> Result<Mach
             None
         }),
         hash_bytes_per_s: hash_bytes_per_s(),
-    })
+    };
+    Ok((profile, disturbance))
 }
 
-fn type_speed(ty: GgmlType, threads: u32, throttle: f32, budget: Duration) -> Result<TypeSpeed, MeasureError> {
+fn type_speed(
+    ty: GgmlType,
+    threads: u32,
+    throttle: f32,
+    budget: Duration,
+) -> Result<(TypeSpeed, Disturbance), MeasureError> {
     let catalog = made_up(ty).map_err(|error| MeasureError::Run(error.to_string()))?;
     let model = model_profile(&catalog, KvTypes::default()).map_err(|error| MeasureError::Run(error.to_string()))?;
     let request = MeasureRequest { catalog, context: 512, sessions: 1, max_rows: 64, kv: KvTypes::default() };
     let options = MeasureOptions { budget, ..MeasureOptions::new(threads, throttle, None) };
-    let speed = measure(&request, &options)?;
+    let measured = measure(&request, &options)?;
+    let speed = measured.speed;
     let gib = model.layer_bytes[0] as f64 / ByteSize::gib(1).0 as f64;
     let (rows, chunk_s) = speed.chunk.points().last().copied().unwrap_or((1, 0.0));
-    Ok(TypeSpeed {
+    let speed = TypeSpeed {
         name: ty.name().to_owned(),
         s_per_gib: speed.decode.at(1.0) / gib,
         s_per_gflop: chunk_s / (flops_per_row(&model) * f64::from(rows) / 1e9),
         load_bytes_per_s: speed.load_bytes_per_s,
-    })
+    };
+    Ok((speed, measured.disturbance))
 }
 
 /// Multiplications and additions of a layer for a row: one of each for each weight.
@@ -292,7 +315,7 @@ mod tests {
             hash_bytes_per_s: 1e9,
         };
         fs::write(dir.path().join("profile.json"), serde_json::to_vec(&stored).unwrap()).unwrap();
-        assert_eq!(profile(dir.path(), 1, 1.0, false).unwrap(), stored);
+        assert_eq!(profile(dir.path(), 1, 1.0, false).unwrap(), (stored.clone(), Disturbance::default()));
         assert!(!stored.fits(2, 1.0) && !stored.fits(1, 0.5));
         let other = |alter: fn(&mut MachineProfile)| {
             let mut profile = stored.clone();
@@ -327,7 +350,7 @@ mod tests {
 
     #[test]
     fn a_type_is_measured_and_so_are_memory_and_disk() {
-        let ty = type_speed(GgmlType::Q4_0, 1, 1.0, Duration::from_millis(200)).unwrap();
+        let (ty, _) = type_speed(GgmlType::Q4_0, 1, 1.0, Duration::from_millis(200)).unwrap();
         assert!(ty.s_per_gib > 0.0 && ty.s_per_gflop > 0.0 && ty.load_bytes_per_s > 0.0, "{ty:?}");
         assert!(memory_bytes_per_s(1) > 1e6);
         let dir = tempfile::tempdir().unwrap();

@@ -11,8 +11,9 @@
 //! What a run costs beside its layers follows from both. Weights are the node's own where it has the model, else
 //! [`SyntheticTensors`], which cost the same. With its own weights the head is measured too: the last layer is run with
 //! it, and what the layer costs is taken off. The most telling points come first; those for which there is no time are
-//! left out, and lie on the lines between the others. Of several runs the lower quartile counts, as what disturbs a run
-//! only makes it longer.
+//! left out, and lie on the lines between the others. Of several runs the lower quartile counts, or where they differ
+//! much one close to the shortest, as what disturbs a run only makes it longer; and more rows never take less time than
+//! fewer. [`Disturbance`] tells how much others computed meanwhile.
 //!
 //! [`Profiles`] keeps results, [`speed`] measures only what is not there. [`machine`] measures a machine for itself.
 
@@ -21,6 +22,7 @@ pub(crate) mod disk;
 pub mod machine;
 mod profiles;
 mod session;
+mod watch;
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -35,8 +37,8 @@ use brigade_protocol::control::ModelRef;
 
 pub use self::profiles::{ProfileKey, Profiles};
 use self::session::Session;
+pub use self::watch::Disturbance;
 use crate::stage_pass::PassError;
-use crate::system::CpuTime;
 use crate::threads::lock;
 use crate::trial::TrialError;
 
@@ -45,10 +47,6 @@ pub const BUDGET: Duration = Duration::from_secs(5);
 
 /// Of the free memory, one part in so many may be taken for a measurement.
 const MEMORY_DIVISOR: u64 = 4;
-
-/// Share of the processor that other programs may take during a measurement that counts for long: a desktop at rest
-/// takes a few percent, a program that computes takes a core.
-const MOST_OTHERS: f64 = 0.1;
 
 /// What a stage does for a pass beside running it, in seconds: it wakes up, reads and decodes a frame, encodes and
 /// writes one. An estimate: two wake-ups of threads and two system calls, at ten to twenty microseconds each.
@@ -103,6 +101,15 @@ impl MeasureOptions {
     }
 }
 
+/// A speed, and how far it is to be believed.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Measured {
+    /// What was measured.
+    pub speed: Speed,
+    /// What others computed meanwhile.
+    pub disturbance: Disturbance,
+}
+
 /// A speed was not measured.
 #[derive(Debug, thiserror::Error)]
 pub enum MeasureError {
@@ -155,42 +162,39 @@ pub fn speed(
     profiles: &Profiles,
     again: bool,
 ) -> Result<Speed, MeasureError> {
+    measured(request, options, profiles, again).map(|measured| measured.speed)
+}
+
+/// The same, with how far it is to be believed. One that was disturbed is used, but measured again the next time.
+///
+/// # Errors
+/// As [`measure`].
+pub fn measured(
+    request: &MeasureRequest,
+    options: &MeasureOptions,
+    profiles: &Profiles,
+    again: bool,
+) -> Result<Measured, MeasureError> {
     let key = ProfileKey::of(request, options);
     if let Some(speed) = profiles.get_quiet(&key).filter(|_| !again) {
-        return Ok(speed);
+        return Ok(Measured { speed, disturbance: Disturbance::default() });
     }
-    let watch = Watch::begin();
-    let speed = measure(request, options)?;
-    if let Err(error) = profiles.put(&key, &speed, watch.is_quiet()) {
+    let measured = measure(request, options)?;
+    let is_quiet = measured.disturbance.is_quiet();
+    if let Err(error) = profiles.put(&key, &measured.speed, is_quiet) {
         tracing::warn!(%error, "the measured speed is not kept; it will be measured again at the next start");
     }
-    Ok(speed)
+    if !is_quiet {
+        tracing::warn!(
+            "other programs took {:.0} % of the processor while its speed was measured; it will be measured again at \
+             the next start",
+            100.0 * measured.disturbance.share()
+        );
+    }
+    Ok(measured)
 }
 
-/// Whether other programs disturb a measurement. One that was disturbed is used, but measured again the next time.
-struct Watch(Option<CpuTime>);
-
-impl Watch {
-    fn begin() -> Self {
-        Self(CpuTime::now())
-    }
-
-    /// Whether the processor was left to this process since the beginning, as far as the system tells.
-    fn is_quiet(&self) -> bool {
-        let (Some(before), Some(now)) = (self.0, CpuTime::now()) else { return true };
-        let others = now.others_since(before);
-        if others > MOST_OTHERS {
-            let percent = (others * 100.0).round();
-            tracing::warn!(
-                "other programs took {percent} % of the processor while its speed was measured; it will be measured \
-                 again at the next start"
-            );
-        }
-        others <= MOST_OTHERS
-    }
-}
-
-/// The speed of this machine with a model, as [`speed`] with the profiles of a state directory.
+/// The speed of this machine with a model, as [`measured`] with the profiles of a state directory.
 ///
 /// # Errors
 /// As [`measure`].
@@ -200,15 +204,15 @@ pub fn speed_of_here(
     threads: u32,
     throttle: f32,
     state_dir: &Path,
-) -> Result<Speed, MeasureError> {
-    speed(request, &MeasureOptions::new(threads, throttle, own), &Profiles::open(state_dir), false)
+) -> Result<Measured, MeasureError> {
+    measured(request, &MeasureOptions::new(threads, throttle, own), &Profiles::open(state_dir), false)
 }
 
 /// Measures how fast this machine computes a model.
 ///
 /// # Errors
 /// If the model cannot be run or cut, memory is short, the engine fails, or it was cancelled.
-pub fn measure(request: &MeasureRequest, options: &MeasureOptions) -> Result<Speed, MeasureError> {
+pub fn measure(request: &MeasureRequest, options: &MeasureOptions) -> Result<Measured, MeasureError> {
     let _turn = lock(&TURN);
     brigade_engine::init();
     Session::new(request, options)?.run()

@@ -10,7 +10,10 @@ use brigade_gguf::{Architecture, StageView, SyntheticTensors, TensorSource};
 use brigade_plan::{Curve, ModelProfile, Speed, SpeedSource};
 
 use super::bench::{Bench, Shape, time, undisturbed};
-use super::{FRAME_S, MEMORY_DIVISOR, MeasureError, MeasureOptions, MeasureRequest, has_tensors_of, hash_bytes_per_s};
+use super::watch::Watch;
+use super::{
+    FRAME_S, MEMORY_DIVISOR, MeasureError, MeasureOptions, MeasureRequest, Measured, has_tensors_of, hash_bytes_per_s,
+};
 use crate::model::profile_of;
 use crate::system;
 use crate::throttle::Throttle;
@@ -34,6 +37,12 @@ const HEAD_ROWS: [u32; 3] = [1, 4, 16];
 
 /// Tokens before the rows with which the price of context is measured, where the context holds them.
 const DEPTH: u32 = 512;
+
+/// Most that a run may seem to take beside its layers, as a share of it: more would be noise.
+const MOST_PASS_SHARE: f64 = 0.25;
+
+/// What a run takes at least, in seconds: a nanosecond, which no clock tells from nothing.
+const LEAST_S: f64 = 1e-9;
 
 /// Shares of the budget at which the parts end, if they did not before.
 #[derive(Debug, Clone, Copy)]
@@ -68,10 +77,27 @@ pub(super) fn decode_rows(sessions: u32) -> Vec<u32> {
 /// Times by rows, in the order in which they were measured.
 pub(super) type Points = Vec<(u32, f64)>;
 
-/// The curve through points, their seconds scaled.
-fn curve(mut points: Points, scale: impl Fn(f64) -> f64) -> Result<Curve, MeasureError> {
+/// Points by ascending rows, none longer than one with more rows, and none of no time at all: fewer rows never take
+/// longer, and what disturbs a run only makes it longer.
+pub(super) fn settled(mut points: Points) -> Points {
     points.sort_by_key(|(rows, _)| *rows);
-    points.iter_mut().for_each(|(_, seconds)| *seconds = scale(*seconds));
+    let mut least = f64::INFINITY;
+    for (_, seconds) in points.iter_mut().rev() {
+        least = least.min(seconds.max(LEAST_S));
+        *seconds = least;
+    }
+    points
+}
+
+/// What the layers of a stage take of a run with `seconds`, without the `pass_s` beside them, of which a run has never
+/// more than its share: else the layers would take no time at all where one of the two was disturbed.
+pub(super) fn layers_s(seconds: f64, pass_s: f64) -> f64 {
+    (seconds - pass_s).max(seconds * (1.0 - MOST_PASS_SHARE))
+}
+
+/// The curve through points, [settled] and their seconds scaled.
+fn curve(points: Points, scale: impl Fn(f64) -> f64) -> Result<Curve, MeasureError> {
+    let points = settled(points).into_iter().map(|(rows, seconds)| (rows, scale(seconds))).collect();
     Curve::new(points).map_err(|error| MeasureError::Run(error.to_string()))
 }
 
@@ -97,13 +123,14 @@ pub(super) struct Session<'a> {
     source: Arc<dyn TensorSource>,
     is_own: bool,
     begin: Instant,
+    watch: Watch,
     /// Memory that may be taken.
     pub(super) room: u64,
 }
 
 impl<'a> Session<'a> {
     pub(super) fn new(request: &'a MeasureRequest, options: &'a MeasureOptions) -> Result<Self, MeasureError> {
-        let begin = Instant::now();
+        let (begin, watch) = (Instant::now(), Watch::begin());
         let architecture = Architecture::of(&request.catalog)?;
         let profile = profile_of(&architecture, request.kv);
         let mut bounds = vec![0];
@@ -116,10 +143,10 @@ impl<'a> Session<'a> {
             None => (Arc::new(SyntheticTensors::new(&request.catalog)), false),
         };
         let room = system::available_memory().0 / MEMORY_DIVISOR;
-        Ok(Self { request, options, architecture, profile, bounds, source, is_own, begin, room })
+        Ok(Self { request, options, architecture, profile, bounds, source, is_own, begin, watch, room })
     }
 
-    pub(super) fn run(mut self) -> Result<Speed, MeasureError> {
+    pub(super) fn run(mut self) -> Result<Measured, MeasureError> {
         let mut thin = self.load_thin()?;
         let thin_row_s = time(self.until(0.2), || thin.decode(1))?;
         let mut thick = self.load_thick(&thin, thin_row_s)?;
@@ -127,15 +154,15 @@ impl<'a> Session<'a> {
         let work = thick.as_ref().map_or(thin.work, |thick| thick.work);
         let load_bytes_per_s = thick.as_ref().map_or(thin.load_bytes_per_s, |thick| thick.load_bytes_per_s);
         drop(thick);
-        let per_layer = |work: f64| move |seconds: f64| (seconds - pass_s).max(0.0) / work;
+        let per_layer = |work: f64| move |seconds: f64| layers_s(seconds, pass_s) / work;
         let decode = curve(decode, per_layer(work))?;
-        let chunk = self.time_chunks(&mut thin)?;
+        let chunk = settled(self.time_chunks(&mut thin)?);
         let (decode_context_s, chunk_context_s) = self.time_context(&mut thin, &decode, &chunk)?;
         let chunk = curve(chunk, per_layer(thin.work))?;
         drop(thin);
         let head = if self.is_own { self.time_head(&decode, pass_s, load_bytes_per_s)? } else { None };
         let slowdown = Throttle::new(self.options.throttle).slowdown();
-        Ok(Speed {
+        let speed = Speed {
             decode: decode.scaled(slowdown),
             chunk: chunk.scaled(slowdown),
             head: head.map(|head| head.scaled(slowdown)),
@@ -144,7 +171,8 @@ impl<'a> Session<'a> {
             chunk_context_s: chunk_context_s * slowdown,
             load_bytes_per_s: 1.0 / (1.0 / load_bytes_per_s + 1.0 / hash_bytes_per_s()),
             source: if self.is_own { SpeedSource::Layers } else { SpeedSource::Shapes },
-        })
+        };
+        Ok(Measured { speed, disturbance: self.watch.end() })
     }
 
     /// Time until a share of the budget is spent; nothing if it is.
@@ -190,7 +218,11 @@ impl<'a> Session<'a> {
         self.room = self.room.saturating_sub(self.memory(view, shape));
         let work = self.profile.work(shape.layers);
         let n_threads = self.options.threads;
-        trial::stage(view, None, &shape.options(view, n_threads))?;
+        // What the child computes is not done by others.
+        self.watch.pause();
+        let is_sound = trial::stage(view, None, &shape.options(view, n_threads));
+        self.watch.go_on();
+        is_sound?;
         if self.is_own {
             let most = self.options.budget.mul_f64(OWN_LOAD_SHARE);
             let (begin, cancel) = (Instant::now(), &self.options.cancel);
@@ -293,12 +325,15 @@ impl<'a> Session<'a> {
             thick.decode(1)
         })?;
         let thin_row_s = undisturbed(&mut thin_times);
-        let layer_s = (row_s - thin_row_s) / (thick.work - thin.work).max(f64::MIN_POSITIVE);
-        // Never more than a quarter of what the thin stage takes: that would be noise.
-        let pass_s = (thin_row_s - layer_s * thin.work).clamp(0.0, thin_row_s / 4.0);
         let rows = decode_rows(self.request.sessions);
         let mut points = self.time_points(&rows[1..], self.shares().decode, |rows| Ok(thick.decode(rows)?))?;
         points.push((1, row_s));
+        let points = settled(points);
+        // More layers take no less time than fewer.
+        let row_s = points[0].1;
+        let thin_row_s = thin_row_s.min(row_s);
+        let layer_s = (row_s - thin_row_s) / (thick.work - thin.work).max(f64::MIN_POSITIVE);
+        let pass_s = (thin_row_s - layer_s * thin.work).clamp(0.0, thin_row_s * MOST_PASS_SHARE);
         Ok((points, pass_s))
     }
 
@@ -366,9 +401,10 @@ impl<'a> Session<'a> {
         // In turn with a row that has nothing before it, as what is looked for is small.
         let (mut deep, mut flat) = (Vec::new(), Vec::new());
         time(self.until(self.shares().context), || {
-            deep.push(thin.rows_behind(0, depth, 1)?);
-            flat.push(thin.rows_behind(1, 0, 1)?);
-            Ok::<_, MeasureError>(deep[0] + flat[0])
+            let both = (thin.rows_behind(0, depth, 1)?, thin.rows_behind(1, 0, 1)?);
+            deep.push(both.0);
+            flat.push(both.1);
+            Ok::<_, MeasureError>(both.0 + both.1)
         })?;
         let decode_s = undisturbed(&mut deep) - undisturbed(&mut flat);
         Ok((decode_s.max(0.0) / f64::from(depth) / thin.work, chunk_s))

@@ -8,7 +8,7 @@ use brigade_gguf::{Builder, GgmlType, Metadata, SyntheticTensors, TensorSource};
 use brigade_plan::{Curve, SpeedSource};
 
 use super::bench::Shape;
-use super::session::{DECODE_ROWS, Points, decode_rows, expected};
+use super::session::{DECODE_ROWS, Points, decode_rows, expected, layers_s, settled};
 use super::*;
 
 fn file() -> Arc<ModelFile> {
@@ -37,7 +37,7 @@ fn rows(curve: &Curve) -> Vec<u32> {
 
 #[test]
 fn a_node_with_the_model_measures_its_layers_and_head() {
-    let speed = measure(&request(4), &options(Some(file()))).unwrap();
+    let speed = measure(&request(4), &options(Some(file()))).unwrap().speed;
     assert!(speed.is_sound(), "{speed:?}");
     assert_eq!(speed.source, SpeedSource::Layers);
     assert_eq!((rows(&speed.decode), rows(&speed.chunk)), (vec![1, 2, 4], vec![2, 16, 64]));
@@ -48,7 +48,7 @@ fn a_node_with_the_model_measures_its_layers_and_head() {
 
 #[test]
 fn a_node_without_it_measures_its_shapes() {
-    let speed = measure(&request(6), &options(None)).unwrap();
+    let speed = measure(&request(6), &options(None)).unwrap().speed;
     assert!(speed.is_sound(), "{speed:?}");
     assert_eq!((speed.source, speed.head), (SpeedSource::Shapes, None));
     assert_eq!(rows(&speed.decode), [1, 2, 4, 6]);
@@ -65,6 +65,8 @@ fn what_was_measured_is_not_measured_again() {
     profiles.put(&key, &measured, true).unwrap();
     let stored = profiles.get(&key).unwrap();
     assert_eq!(speed(&request, &options, &profiles, false).unwrap(), stored);
+    let known = super::measured(&request, &options, &profiles, false).unwrap();
+    assert_eq!((known.speed, known.disturbance.note()), (stored, None), "what is kept was measured in quiet");
     for other in [
         MeasureOptions { threads: 2, ..options.clone() },
         MeasureOptions { throttle: 0.5, ..options.clone() },
@@ -111,7 +113,7 @@ fn a_context_that_does_not_fit_is_shortened() {
         let mut session = Session::new(&request, &options).unwrap();
         let (view, shape) = session.thin().unwrap();
         session.room = session.memory(&view, Shape { n_ctx, ..shape });
-        let speed = session.run().unwrap_or_else(|error| panic!("{n_ctx}: {error}"));
+        let speed = session.run().unwrap_or_else(|error| panic!("{n_ctx}: {error}")).speed;
         assert!(speed.is_sound(), "{n_ctx}: {speed:?}");
     }
 }
@@ -133,7 +135,7 @@ fn what_a_stage_takes_is_known_for_every_request() {
 fn who_computes_for_a_part_of_the_time_is_slower() {
     let of = |throttle| {
         let options = MeasureOptions { throttle, ..options(None) };
-        measure(&request(1), &options).unwrap()
+        measure(&request(1), &options).unwrap().speed
     };
     let (whole, part) = (of(1.0), of(0.02));
     // Fifty times as slow, if the machine were the same each time.
@@ -167,6 +169,27 @@ fn rows_go_up_to_the_number_of_sessions() {
     assert_eq!(decode_rows(1), [1]);
     assert_eq!(decode_rows(6), [1, 4, 2, 6]);
     assert_eq!(decode_rows(256), DECODE_ROWS);
+}
+
+#[test]
+fn more_rows_never_take_less_time() {
+    // As one row that was disturbed and two that were not.
+    assert_eq!(settled(vec![(2, 0.000_156), (1, 0.0522)]), [(1, 0.000_156), (2, 0.000_156)]);
+    let steady = vec![(1, 1.0), (4, 2.0), (16, 3.0)];
+    assert_eq!(settled(steady.clone()), steady);
+    let settled = settled(vec![(16, 9.0), (1, 3.0), (4, 2.0), (8, 0.0), (32, 8.0)]);
+    assert!(settled.iter().map(|(rows, _)| *rows).eq([1, 4, 8, 16, 32]));
+    assert!(
+        settled.is_sorted_by(|a, b| a.1 <= b.1) && settled.iter().all(|(_, seconds)| *seconds > 0.0),
+        "{settled:?}"
+    );
+    assert_eq!(settled[4], (32, 8.0));
+}
+
+#[test]
+fn layers_take_the_most_of_a_run() {
+    assert_eq!(layers_s(4.0, 1.0), 3.0);
+    assert_eq!(layers_s(4.0, 3.9), 3.0, "what lies beside them was measured when the machine was disturbed");
 }
 
 #[test]
