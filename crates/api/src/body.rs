@@ -104,6 +104,11 @@ impl BodyReader {
 }
 
 impl Body {
+    /// Bytes that arrived. No text in it has more.
+    pub(crate) fn n_bytes(&self) -> usize {
+        self.bytes.len()
+    }
+
     /// The JSON in the body, and the room to be held as long as what is made of it. Depth is bounded by the parser
     /// (128 levels). Takes milliseconds for large bodies.
     ///

@@ -20,7 +20,7 @@ use crate::access::Caller;
 use crate::answer::{Answer, Kind};
 use crate::error::ApiError;
 use crate::request::{Chat, Completion, Options, Prompt, Scope};
-use crate::routes::{Answered, App, Shared, blocking};
+use crate::routes::{Answered, App, Shared};
 use crate::stream;
 use crate::texts::check_purpose;
 
@@ -99,11 +99,12 @@ async fn complete(
     note_client_id(request.headers())?;
     let entry = app.gate.enter()?;
     let body = app.bodies.read(request).await?;
-    let (answer, events, streams) = blocking(move || {
+    let n_bytes = body.n_bytes();
+    let work = move |app: &App| {
         // What is made of the body takes as much memory, so its room is kept until the session has the prompt.
         let (body, _room) = body.json()?;
         check_purpose(app.serving.model(), Purpose::Generate)?;
-        let (prompt, options) = prepare(&app, body, random()?)?;
+        let (prompt, options) = prepare(app, body, random()?)?;
         tracing::debug!(prompt_tokens = prompt.len(), stream = options.stream, "the request is handed on");
         let answer = answer(kind, id.clone(), app.serving.model(), &options);
         let events = app.serving.submit(serving::Request {
@@ -121,8 +122,8 @@ async fn complete(
             done: TextsDone::default(),
         })?;
         Ok((answer, events, options.stream))
-    })
-    .await?;
+    };
+    let (answer, events, streams) = app.tokenizing(n_bytes, work).await?;
     if streams { Ok(stream::streamed(answer, events, entry)) } else { stream::whole(answer, events).await }
 }
 

@@ -52,8 +52,8 @@ async fn embed(app: Arc<App>, id: String, caller: Caller, request: Request) -> A
     note_client_id(request.headers())?;
     let _entry = app.gate.enter()?;
     let body = app.bodies.read(request).await?;
-    let serving = Arc::clone(&app.serving);
-    let (batch, encoding, dimensions) = blocking(move || {
+    let (serving, n_bytes) = (Arc::clone(&app.serving), body.n_bytes());
+    let work = move |app: &App| {
         let (body, _room) = body.json()?;
         let model = app.serving.model();
         let Embeddings { input, encoding, dimensions, wishes } = Embeddings::parse(body, model)?;
@@ -65,8 +65,8 @@ async fn embed(app: Arc<App>, id: String, caller: Caller, request: Request) -> A
         tracing::debug!(texts = texts.len(), "the request is handed on");
         let turn = app.turns.join();
         Ok((Batch { id, tenant: caller.tenant, wishes, texts, room, turn }, encoding, dimensions))
-    })
-    .await?;
+    };
+    let (batch, encoding, dimensions) = app.tokenizing(n_bytes, work).await?;
     let Vectors { room, values, prompt_tokens } = texts::vectors(&*serving, batch).await?;
     blocking(move || {
         let n_written: usize = values.iter().map(Vec::len).sum();

@@ -31,6 +31,7 @@ mod gate;
 mod insight;
 mod json;
 mod patience;
+mod prompts;
 mod request;
 mod rerank;
 mod room;

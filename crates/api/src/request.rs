@@ -240,7 +240,11 @@ fn sampling(fields: &mut Fields, scope: Scope<'_>) -> Result<Sampling, ApiError>
         frequency_penalty,
         presence_penalty,
         // OpenAI's penalties look at the whole answer.
-        penalty_window: if penalised { scope.model.context } else { default.penalty_window },
+        penalty_window: if penalised {
+            scope.model.context.min(Sampling::MAX_PENALTY_WINDOW)
+        } else {
+            default.penalty_window
+        },
         seed: fields.integer("seed", i64::MIN..=i64::MAX)?.map_or(scope.random_seed, |seed| seed as u64),
         logit_bias: logit_bias(fields, scope.model.n_vocab)?,
     })

@@ -19,6 +19,7 @@ pub(crate) fn card() -> ModelCard {
         purpose: brigade_node::serving::Purpose::Generate,
         rank_template: None,
         n_values: 0,
+        has_class_shares: false,
     }
 }
 
@@ -330,5 +331,16 @@ proptest! {
     #[test]
     fn no_message_causes_a_panic(role in any_json(), content in any_json()) {
         let _ = chat(json!({"messages": [{"role": role, "content": content}]}));
+    }
+}
+
+#[test]
+fn penalties_look_at_no_more_than_they_can() {
+    let body = || json!({"prompt": "hi", "frequency_penalty": 0.5});
+    for (context, window) in [(4096, 4096), (1 << 21, 1 << 20)] {
+        let model = ModelCard { context, ..card() };
+        let sampling = Completion::parse(body(), Scope { model: &model, random_seed: 42 }).unwrap().options.sampling;
+        assert_eq!(sampling.penalty_window, window);
+        sampling.validate(model.n_vocab).unwrap();
     }
 }

@@ -1,8 +1,9 @@
 //! `POST /v1/rerank`, as Cohere and Jina have it: how relevant each document is for a query.
 //!
-//! The model reads the query with one document at a time and gives a score. Results come best first. Where the model
-//! gives a single number it is mapped to 0 to 1 by the logistic function, unless raw scores are asked for; where it has
-//! several classes the first one's score is taken, which such models give as a probability already.
+//! The model reads the query with one document at a time and gives a score for each of its classes, of which the first
+//! says that the document is relevant. Results come best first. Most models give any numbers: unless raw scores are
+//! asked for, a single one is mapped to 0 to 1 by the logistic function, and of several the first one's share is taken
+//! by softmax. A model whose graph ends in a softmax gives shares already.
 
 use std::sync::Arc;
 
@@ -51,12 +52,21 @@ async fn rank(app: Arc<App>, id: String, caller: Caller, request: Request) -> An
     let _entry = app.gate.enter()?;
     let body = app.bodies.read(request).await?;
     let (serving, own_id) = (Arc::clone(&app.serving), id.clone());
-    let (batch, documents, raw_scores, top_n) = blocking(move || {
-        let (body, _room) = body.json()?;
-        let model = app.serving.model();
-        let Rerank { query, documents, top_n, return_documents, raw_scores, wishes } = Rerank::parse(body, model)?;
+    let parsing = Arc::clone(&serving);
+    let (asked, body_room) = blocking(move || {
+        let (body, room) = body.json()?;
+        let model = parsing.model();
+        let asked = Rerank::parse(body, model)?;
         check_purpose(model, Purpose::Rank)?;
-        texts::check_values(model, documents.len())?;
+        texts::check_values(model, asked.documents.len())?;
+        Ok((asked, room))
+    })
+    .await?;
+    let n_bytes_read = asked.n_bytes_read();
+    let work = move |app: &App| {
+        let _room = body_room;
+        let model = app.serving.model();
+        let Rerank { query, documents, top_n, return_documents, raw_scores, wishes } = asked;
         let texts = tokenized(&*app.serving, &query, &documents)?;
         let documents = return_documents.then_some(documents);
         let room = texts::room_for(&app.batches, model, &texts, n_bytes(documents.as_deref()) * DOCUMENT_BYTES)?;
@@ -64,12 +74,13 @@ async fn rank(app: Arc<App>, id: String, caller: Caller, request: Request) -> An
         let turn = app.turns.join();
         let batch = Batch { id: own_id, tenant: caller.tenant, wishes, texts, room, turn };
         Ok((batch, documents, raw_scores, top_n))
-    })
-    .await?;
+    };
+    let (batch, documents, raw_scores, top_n) = app.tokenizing(n_bytes_read, work).await?;
     let Vectors { room, values, prompt_tokens } = texts::vectors(&*serving, batch).await?;
     blocking(move || {
         let n_bytes = n_bytes(documents.as_deref()) * MAX_ESCAPED + values.len() * TEXT_BYTES;
-        let results = results(&values, documents, raw_scores, top_n)?;
+        let are_logits = !raw_scores && !serving.model().has_class_shares;
+        let results = results(&values, documents, are_logits, top_n)?;
         let usage = UsageObject { prompt_tokens, total_tokens: prompt_tokens };
         let model = &serving.model().name;
         texts::answer(&Ranking { id, object: "list", model, results, usage }, n_bytes, room)
@@ -82,6 +93,11 @@ fn n_bytes(documents: Option<&[String]>) -> usize {
 }
 
 impl Rerank {
+    /// What the model reads: the query with each document.
+    fn n_bytes_read(&self) -> usize {
+        n_bytes(Some(&self.documents)).saturating_add(self.query.len().saturating_mul(self.documents.len()))
+    }
+
     /// # Errors
     /// 400 or 404 that names the field at fault.
     fn parse(body: Value, model: &ModelCard) -> Result<Self, ApiError> {
@@ -142,19 +158,31 @@ fn tokenized(serving: &dyn Serving, query: &str, documents: &[String]) -> Result
     documents.iter().enumerate().map(one).collect()
 }
 
-/// The best `top_n` documents with their scores; of equal ones the first comes first.
+/// How likely the first class is against all others together, as the logarithm of the odds; of a single class its
+/// score. The logistic function of it is the first class's share by softmax.
+fn log_odds(scores: &[f64]) -> Option<f64> {
+    let (first, others) = scores.split_first()?;
+    let most = others.iter().copied().reduce(f64::max);
+    let all_others = most.map(|most| most + others.iter().map(|score| (score - most).exp()).sum::<f64>().ln());
+    Some(first - all_others.unwrap_or(0.0))
+}
+
+/// The best `top_n` documents with their scores, which are made shares if they `are_logits`; of equal ones the first
+/// comes first.
 fn results(
     values: &[Vec<f32>],
     mut documents: Option<Vec<String>>,
-    raw_scores: bool,
+    are_logits: bool,
     top_n: usize,
 ) -> Result<Vec<Found>, ApiError> {
     let mut scores = Vec::with_capacity(values.len());
     for (index, classes) in values.iter().enumerate() {
-        let score = classes.first().copied().map(f64::from).filter(|score| score.is_finite());
+        let classes: Vec<f64> = classes.iter().copied().map(f64::from).collect();
+        let score = if are_logits { log_odds(&classes) } else { classes.first().copied() };
+        let score = score.filter(|score| score.is_finite());
         let score = score.ok_or_else(|| ApiError::internal("the model gave a document no score"))?;
-        let is_logit = classes.len() == 1 && !raw_scores;
-        scores.push((index, if is_logit { 1.0 / (1.0 + (-score).exp()) } else { score }, score));
+        // Two may be so sure that their shares are the same; they are still put in order.
+        scores.push((index, if are_logits { 1.0 / (1.0 + (-score).exp()) } else { score }, score));
     }
     scores.sort_by(|(_, _, a), (_, _, b)| b.total_cmp(a));
     let found = |(index, relevance_score, _): (usize, f64, f64)| {
@@ -197,16 +225,30 @@ mod tests {
     #[test]
     fn the_best_come_first_and_scores_are_shares() {
         let values = vec![vec![0.0], vec![40.0], vec![-3.0], vec![0.0]];
-        let all = results(&values, None, false, 9).unwrap();
+        let all = results(&values, None, true, 9).unwrap();
         assert_eq!(order(&all), [1, 0, 3, 2]);
         assert_eq!(all[1].relevance_score, 0.5);
         assert!(all.iter().all(|found| (0.0..=1.0).contains(&found.relevance_score) && found.document.is_none()));
-        let raw = results(&values, None, true, 2).unwrap();
+        let raw = results(&values, None, false, 2).unwrap();
         assert_eq!(raw.iter().map(|found| found.relevance_score).collect::<Vec<_>>(), [40.0, 0.0]);
     }
 
     #[test]
-    fn of_several_classes_the_first_counts_as_it_is() {
+    fn of_several_classes_the_first_ones_share_counts() {
+        // The second document's first class has the lower score, but more of a share.
+        let values = [vec![3.0, 5.0], vec![1.0, 0.0], vec![900.0, -900.0], vec![0.5, 0.5, 0.5], vec![-900.0, 900.0]];
+        let shares = results(&values, None, true, 9).unwrap();
+        assert_eq!(order(&shares), [2, 1, 3, 0, 4]);
+        let expected = [1.0, 0.731_058_578_63, 1.0 / 3.0, 0.119_202_922_02, 0.0];
+        for (found, expected) in shares.iter().zip(expected) {
+            assert!((found.relevance_score - expected).abs() < 1e-9, "{found:?}");
+        }
+        let given = results(&values, None, false, 2).unwrap();
+        assert_eq!(given.iter().map(|found| found.relevance_score).collect::<Vec<_>>(), [900.0, 3.0]);
+    }
+
+    #[test]
+    fn shares_are_taken_as_they_are() {
         let documents = Some(vec!["a".to_owned(), "b".to_owned()]);
         let all = results(&[vec![0.25, 0.75], vec![0.5, 0.5]], documents, false, 2).unwrap();
         assert_eq!(order(&all), [1, 0]);
@@ -216,7 +258,10 @@ mod tests {
 
     #[test]
     fn what_is_no_number_is_no_score() {
-        assert!(results(&[vec![f32::NAN]], None, false, 1).is_err());
-        assert!(results(&[vec![]], None, false, 1).is_err());
+        for are_logits in [true, false] {
+            assert!(results(&[vec![f32::NAN]], None, are_logits, 1).is_err());
+            assert!(results(&[vec![]], None, are_logits, 1).is_err());
+        }
+        assert!(results(&[vec![1.0, f32::NAN]], None, true, 1).is_err());
     }
 }

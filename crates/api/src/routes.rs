@@ -24,6 +24,7 @@ use crate::body::BodyReader;
 use crate::error::ApiError;
 use crate::fields::{Fields, clip, mismatch};
 use crate::gate::Gate;
+use crate::prompts::Prompts;
 use crate::request::tokens;
 use crate::room::Rooms;
 use crate::template::{ChatTemplate, TemplateError};
@@ -43,12 +44,25 @@ pub(crate) struct App {
     pub(crate) batches: Rooms,
     /// What those have on its way.
     pub(crate) turns: Arc<Turns>,
+    prompts: Prompts,
     /// A model whose template is broken still takes plain completions.
     pub(crate) template: Result<ChatTemplate, TemplateError>,
     pub(crate) traffic: Arc<Traffic>,
     pub(crate) gate: Arc<Gate>,
     /// One permit: whoever has all nodes examined.
     examining: Arc<Semaphore>,
+}
+
+impl App {
+    /// Does `work`, which tokenizes up to `n_bytes` of text, where it delays nobody.
+    pub(crate) async fn tokenizing<T: Send + 'static>(
+        self: &Arc<Self>,
+        n_bytes: usize,
+        work: impl FnOnce(&Self) -> Answered<T> + Send + 'static,
+    ) -> Answered<T> {
+        let app = Arc::clone(self);
+        self.prompts.work(n_bytes, move || work(&app)).await
+    }
 }
 
 pub(crate) type Shared = State<Arc<App>>;
@@ -68,8 +82,8 @@ pub(crate) fn router(serving: Arc<dyn Serving>, options: &ApiOptions, gate: Arc<
     let bodies = BodyReader::new(options.body_limit);
     let examining = Arc::new(Semaphore::new(1));
     let (guarding, counting) = (access.clone(), traffic.clone());
-    let (batches, turns) = (texts::rooms(), Arc::default());
-    let app = Arc::new(App { serving, access, bodies, batches, turns, template, traffic, gate, examining });
+    let (batches, turns, prompts) = (texts::rooms(), Arc::default(), Prompts::default());
+    let app = Arc::new(App { serving, access, bodies, batches, turns, prompts, template, traffic, gate, examining });
     Router::new()
         .route("/v1/chat/completions", post(completions::chat))
         .route("/v1/completions", post(completions::plain))
@@ -202,7 +216,8 @@ async fn revoke_ticket(State(app): Shared, id: PathEnd, headers: HeaderMap) -> A
 
 async fn tokenize(State(app): Shared, request: Request) -> Answered {
     let body = app.bodies.read(request).await?;
-    let tokens = blocking(move || {
+    let n_bytes = body.n_bytes();
+    let work = move |app: &App| {
         let (body, _room) = body.json()?;
         let mut fields = Fields::of_body(body)?;
         let Some(text) = fields.string("text")? else {
@@ -212,8 +227,8 @@ async fn tokenize(State(app): Shared, request: Request) -> Answered {
         let parse_special = fields.bool("parse_special")?.unwrap_or(true);
         fields.finish()?;
         Ok(app.serving.tokenize(&text, add_special, parse_special)?)
-    })
-    .await?;
+    };
+    let tokens = app.tokenizing(n_bytes, work).await?;
     Ok(Json(json!({"tokens": tokens, "count": tokens.len()})).into_response())
 }
 

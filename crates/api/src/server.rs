@@ -47,8 +47,9 @@ const GRACE_MARGIN: Duration = Duration::from_millis(500);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Threads that move bytes. Streams cost microseconds per token; the second one keeps them going beside a large body.
 const WORKERS: usize = 2;
-/// Threads for templates and tokenizing, so at most this many large prompts are worked on at once.
-const BLOCKING_THREADS: usize = 4;
+/// Threads for what blocks or computes for long. Most of that are templates and tokenizing, which [`crate::prompts`]
+/// keeps from taking them all.
+pub(crate) const BLOCKING_THREADS: usize = 4;
 
 /// Answers on `listener` until `shutdown` completes, and then for at most two seconds more.
 pub async fn serve(listener: TcpListener, router: Router, shutdown: impl Future<Output = ()>) {

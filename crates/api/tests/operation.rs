@@ -10,7 +10,7 @@ use std::time::Duration;
 use brigade_api::ApiOptions;
 use brigade_base::{NodeId, TenantId};
 use brigade_node::serving::{Event, Examination, Failure, Finding, NodeFindings, Severity, SubmitError};
-use common::{House, Reply, Script, delta};
+use common::{House, LARGE_BYTES, Reply, Script, delta};
 use serde_json::{Value, json};
 
 const CHAT: &str = "/v1/chat/completions";
@@ -105,6 +105,33 @@ fn a_request_carries_its_priority_and_its_time() {
         Some("invalid_value"),
     );
     house.post(PLAIN, &json!({"prompt": "a", "timeout": 0})).check_error(400, Some("timeout"), Some("invalid_value"));
+}
+
+/// Tokenizing cannot be ended, so what nobody waits for any more must not hold up the others.
+#[test]
+fn large_prompts_leave_threads_to_short_ones_and_to_metrics() {
+    let house = House::open();
+    let busy = house.mock.large.lock().unwrap();
+    let large = json!({"prompt": "a".repeat(LARGE_BYTES + 1)}).to_string();
+    let send = || house.send("POST", PLAIN, &[("Content-Type", "application/json")], &large);
+    let check_others = || {
+        for _ in 0..3 {
+            assert_eq!(house.post(PLAIN, &json!({"prompt": "a"})).status, 200);
+            assert_eq!(house.post(CHAT, &json!({"messages": [{"role": "user", "content": "hi"}]})).status, 200);
+            assert_eq!(house.get("/metrics").status, 200);
+            assert_eq!(house.get("/debug/requests/x").status, 404);
+        }
+    };
+    let streams: Vec<_> = (0..6).map(|_| send()).collect();
+    house.wait_until_begun(6);
+    house.wait_until_large(2);
+    check_others();
+    drop(streams);
+    house.wait_until_answering(0);
+    check_others();
+    drop(busy);
+    assert_eq!(Reply::read(send()).status, 200);
+    assert_eq!(house.n_large(), 3, "those that waited when their clients left were not begun");
 }
 
 #[test]

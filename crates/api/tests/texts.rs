@@ -269,6 +269,25 @@ fn documents_are_ranked_best_first() {
 }
 
 #[test]
+fn classes_are_made_shares_unless_they_are() {
+    let body = json!({"query": "q", "documents": ["a", "b"]});
+    let raw = json!({"query": "q", "documents": ["a", "b"], "raw_scores": true});
+    let check = |house: &House, body: &Value, values: [[f32; 2]; 2], expected: [(usize, f64); 2]| {
+        values.iter().for_each(|classes| house.script(pooled(classes)));
+        let reply = house.post(RERANK, body).json();
+        for (found, (index, score)) in reply["results"].as_array().unwrap().iter().zip(expected) {
+            assert_eq!(found["index"], index, "{reply}");
+            assert!((found["relevance_score"].as_f64().unwrap() - score).abs() < 1e-6, "{reply}");
+        }
+    };
+    let (logits, shares) = ([[3.0, 5.0], [1.0, 0.0]], [[0.25, 0.75], [0.5, 0.5]]);
+    let house = House::with_vectors(Purpose::Rank, 2);
+    check(&house, &body, logits, [(1, 0.731_058_6), (0, 0.119_202_9)]);
+    check(&house, &raw, logits, [(0, 3.0), (1, 1.0)]);
+    check(&House::with_class_shares(2), &body, shares, [(1, 0.5), (0, 0.25)]);
+}
+
+#[test]
 fn wrong_rankings_are_refused_by_their_name() {
     let house = House::that(Purpose::Rank);
     let check = |body: Value, param: &str, says: &str| {

@@ -328,7 +328,7 @@ impl Model {
     }
 
     /// A value of the metadata as text, cut off behind 63 bytes.
-    fn metadata(&self, key: &CStr) -> Option<String> {
+    pub(crate) fn metadata(&self, key: &CStr) -> Option<String> {
         let mut text = [0u8; 64];
         // SAFETY: the model is loaded, the key ends in NUL, and at most 64 bytes are written, the last one NUL.
         let n =

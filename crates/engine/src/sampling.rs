@@ -47,9 +47,6 @@ impl Default for Sampling {
 /// Most entries of [`Sampling::logit_bias`]: more than any client sends, and each costs an addition a token.
 const MAX_LOGIT_BIASES: usize = 4096;
 
-/// Longest [`Sampling::penalty_window`], beyond the context of any model; it bounds the sampler's memory.
-const MAX_PENALTY_WINDOW: u32 = 1 << 20;
-
 /// A parameter of sampling is out of its range.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum SamplingError {
@@ -90,6 +87,10 @@ pub enum SamplingError {
 }
 
 impl Sampling {
+    /// Longest [`penalty_window`](Self::penalty_window), as long as the context of nearly any model; it bounds the
+    /// sampler's memory.
+    pub const MAX_PENALTY_WINDOW: u32 = 1 << 20;
+
     /// Checks all ranges, for a vocabulary of `n_vocab` tokens.
     ///
     /// # Errors
@@ -109,8 +110,8 @@ impl Sampling {
         {
             check(name, value, (-100.0..=100.0).contains(&value), "from -100 to 100")?;
         }
-        if self.penalty_window > MAX_PENALTY_WINDOW {
-            return Err(SamplingError::PenaltyWindow { value: self.penalty_window, max: MAX_PENALTY_WINDOW });
+        if self.penalty_window > Self::MAX_PENALTY_WINDOW {
+            return Err(SamplingError::PenaltyWindow { value: self.penalty_window, max: Self::MAX_PENALTY_WINDOW });
         }
         if self.logit_bias.len() > MAX_LOGIT_BIASES {
             return Err(SamplingError::TooManyBiases { found: self.logit_bias.len(), max: MAX_LOGIT_BIASES });

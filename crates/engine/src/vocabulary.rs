@@ -13,8 +13,9 @@ use crate::source::ReadSeek;
 /// Longest text to tokenize: 16 MiB is more than four million tokens, far beyond any context, and fits `i32` lengths.
 const MAX_TEXT_BYTES: usize = 16 << 20;
 
-/// Longest stretch of text without a blank. For some models llama.cpp cuts text into words with `std::regex`, which
-/// takes a stack frame for each character of a word. At [`STACK_BYTES_PER_CHAR`] this makes 256 MiB of stack.
+/// Longest stretch of text that a model may take as one word; [`Words`] says what that can be. For some models
+/// llama.cpp cuts text into words with `std::regex`, which takes a stack frame for each character of a word. At
+/// [`STACK_BYTES_PER_CHAR`] this makes 256 MiB of stack.
 const MAX_WORD_CHARS: usize = 1 << 18;
 
 /// Stack for each character of a word: 300 to 400 bytes were measured over all pre-tokenizers of llama.cpp.
@@ -23,6 +24,23 @@ const STACK_BYTES_PER_CHAR: usize = 1 << 10;
 /// Stack for all else, and the longest word that is left to the caller's stack, of which 2 MiB are usual.
 const BASE_STACK_BYTES: usize = 1 << 20;
 const MAX_INLINE_WORD_CHARS: usize = 1 << 9;
+
+/// Most steps for the digits of a text where a number takes so many as the square of its length; see
+/// [`Words::Numbers`]. That is one number of 5792 digits, or 335 thousand of ten, more than a context of a million
+/// tokens holds. A step takes some 20 ns, so all of them less than a second.
+const MAX_DIGIT_STEPS: usize = 1 << 25;
+
+/// The pre-tokenizers of llama.cpp of which no pattern goes on behind a blank that follows a word. One that is not here
+/// is taken for one that does, which costs little: a larger stack, and a limit on letters without any punctuation.
+const WORD_BY_WORD: &str = "\
+    a.x-4.0 afmoe bailingmoe bailingmoe2 bloom chameleon chatglm-bpe codeshell cohere2moe command-r dbrx \
+    deepseek-coder deepseek-llm deepseek-r1-qwen deepseek-v3 default exaone exaone4 f2llmv2 falcon falcon-h1 \
+    falcon3 gemma4 gigachat glm4 glm5 gpt-2 gpt-4o gpt3-finnish granite-docling granite-embed-multi-311m \
+    granite-embed-multi-97m grok-2 hunyuan hunyuan-dense hy_v4 jais jais-2 jina-de jina-es jina-v1-en \
+    jina-v2-code jina-v2-de jina-v2-es jina-v5-nano joyai-llm kanana2 kimi-k2 kormo laguna lfm2 llada-moe llama-bpe \
+    llama-v3 llama3 llama4 megrez mellum mellum2 midm-2.0 minerva-7b minicpm5 minimax-m2 mmbert modern-bert \
+    mpt olmo phi-2 pixtral poro-chat qwen2 qwen35 refact roberta-bpe sarvam-moe seed-coder smaug-bpe smollm \
+    solar-open spark2_5 stablelm2 starcoder talkie tekken tiny_aya trillion ufakzeka viking whitespace youtu";
 
 /// Text was not tokenized.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -35,13 +53,22 @@ pub enum TokenizeError {
         /// Most bytes.
         max: usize,
     },
-    /// The text has a stretch without blanks that is too long.
-    #[error("the text has {n_chars} characters without a blank between them; at most {max} can be tokenized")]
+    /// The text has a stretch that is too long for a word, by what the model takes as one.
+    #[error("the text has {n_chars} characters that may be one word to the tokenizer; at most {max} can be tokenized")]
     LongWord {
         /// Characters of the stretch.
         n_chars: usize,
         /// Most characters.
         max: usize,
+    },
+    /// The text has numbers that are too long for the tokenizer of this model.
+    #[error(
+        "the text has numbers of up to {n_digits} digits, which the tokenizer of this model would take too long for; \
+         break them with blanks, or send fewer"
+    )]
+    LongNumbers {
+        /// Digits of the longest one.
+        n_digits: usize,
     },
     /// The text has more tokens than asked for.
     #[error("the text has at least {at_least} tokens; at most {max} were asked for")]
@@ -70,6 +97,29 @@ pub struct Vocabulary {
     longest: usize,
     /// The texts that are one token wherever they stand: control and user-defined tokens.
     specials: AhoCorasick,
+    words: Words,
+}
+
+/// What llama.cpp may take as one word of a text, and so does in one go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Words {
+    /// A stretch of blanks, or of anything else.
+    Plain,
+    /// Letters with blanks between them too.
+    Phrases,
+    /// As [`Plain`](Self::Plain), but at each digit it looks ahead to the last one of the number.
+    Numbers,
+}
+
+impl Words {
+    /// By the name of the pre-tokenizer; without one llama.cpp takes its default.
+    fn of(pre_tokenizer: Option<&str>) -> Self {
+        match pre_tokenizer {
+            Some("superbpe") => Self::Numbers,
+            Some(name) if !WORD_BY_WORD.split(' ').any(|known| known == name) => Self::Phrases,
+            _ => Self::Plain,
+        }
+    }
 }
 
 /// Attributes of tokens that llama.cpp looks for before it cuts a text into words.
@@ -97,7 +147,8 @@ impl Vocabulary {
         let n_tokens = model.n_vocab();
         let none = || AhoCorasick::new([] as [&str; 0]);
         let failed = |error: aho_corasick::BuildError| LoadError::Refused(error.to_string());
-        let mut vocabulary = Self { model, n_tokens, longest: 1, specials: none().map_err(failed)? };
+        let words = Words::of(model.metadata(c"tokenizer.ggml.pre").as_deref());
+        let mut vocabulary = Self { model, n_tokens, longest: 1, specials: none().map_err(failed)?, words };
         let mut specials = Vec::new();
         for token in 0..n_tokens as Token {
             let text = vocabulary.text_of(token).unwrap_or_default();
@@ -142,15 +193,18 @@ impl Vocabulary {
     /// them; `parse_special` lets the text of a control token stand for that token.
     ///
     /// # Errors
-    /// If the text, or a stretch of it without blanks, is too long.
+    /// If the text, or what may be one word of it, is too long.
     pub fn tokenize(&self, text: &str, add_special: bool, parse_special: bool) -> Result<Vec<Token>, TokenizeError> {
         let n_bytes = text.len();
         if n_bytes > MAX_TEXT_BYTES {
             return Err(TokenizeError::TooLong { n_bytes, max: MAX_TEXT_BYTES });
         }
-        let n_chars = longest_word(text);
+        let n_chars = longest_word(text, self.words);
         if n_chars > MAX_WORD_CHARS {
             return Err(TokenizeError::LongWord { n_chars, max: MAX_WORD_CHARS });
+        }
+        if self.words == Words::Numbers {
+            check_digits(text)?;
         }
         let failed = TokenizeError::Failed { n_bytes };
         if n_chars <= MAX_INLINE_WORD_CHARS {
@@ -288,9 +342,10 @@ impl Vocabulary {
     }
 }
 
-/// Most characters that a word pattern can match at once: a stretch of blanks or of anything else. Which characters
-/// beyond ASCII are blanks is for the pattern to say, so they belong to either.
-fn longest_word(text: &str) -> usize {
+/// Most characters that a word pattern can match at once: a stretch of blanks or of anything else, or a phrase where
+/// `words` are those. Which characters beyond ASCII are blanks or letters is for the pattern to say, so they belong to
+/// either.
+fn longest_word(text: &str, words: Words) -> usize {
     let (mut longest, mut len, mut blank) = (0, 0, false);
     for char in text.chars() {
         let is_blank = if char.is_ascii() { char.is_ascii_whitespace() || char == '\u{b}' } else { blank };
@@ -298,7 +353,21 @@ fn longest_word(text: &str) -> usize {
         blank = is_blank;
         longest = longest.max(len);
     }
+    if words == Words::Phrases {
+        let ends_phrase = |char: char| char.is_ascii() && char != ' ' && !char.is_ascii_alphabetic();
+        let phrases = text.split(ends_phrase).map(|phrase| phrase.chars().count());
+        longest = longest.max(phrases.max().unwrap_or(0));
+    }
     longest
+}
+
+/// Whether the numbers of a text take no longer than they may where each takes the square of its length.
+fn check_digits(text: &str) -> Result<(), TokenizeError> {
+    let numbers = || text.split(|char: char| !char.is_ascii_digit()).map(str::len);
+    if numbers().map(|n_digits| n_digits * n_digits).sum::<usize>() > MAX_DIGIT_STEPS {
+        return Err(TokenizeError::LongNumbers { n_digits: numbers().max().unwrap_or(0) });
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -310,7 +379,45 @@ mod tests {
         for (text, n) in
             [("", 0), ("a", 1), ("ab1! c", 4), ("a  \n\t b", 5), ("\u{3000}ab\u{3000}", 4), ("a \u{3000} b", 3)]
         {
-            assert_eq!(longest_word(text), n, "{text:?}");
+            assert_eq!(longest_word(text, Words::Plain), n, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn phrases_are_letters_and_the_blanks_between_them() {
+        for (text, n) in
+            [("", 0), ("ab cd", 5), ("ab, cd ef", 6), ("a\nb c", 3), ("\u{e9} \u{3000}b", 4), ("1234 a", 4)]
+        {
+            assert_eq!(longest_word(text, Words::Phrases), n, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn a_pre_tokenizer_that_is_unknown_may_take_phrases() {
+        for (name, words) in [
+            (None, Words::Plain),
+            (Some("qwen2"), Words::Plain),
+            (Some("llama-bpe"), Words::Plain),
+            (Some("youtu"), Words::Plain),
+            (Some("exaone-moe"), Words::Phrases),
+            (Some("exaone-next"), Words::Phrases),
+            (Some(""), Words::Phrases),
+            (Some("superbpe"), Words::Numbers),
+        ] {
+            assert_eq!(Words::of(name), words, "{name:?}");
+        }
+    }
+
+    #[test]
+    fn numbers_are_counted_by_the_square_of_their_length() {
+        let longest = "7".repeat(5792);
+        for (text, n_digits) in
+            [(longest.clone() + "8", 5793), (longest.clone() + &" 12".repeat(2000), 5792), ("12 ".repeat(9 << 20), 2)]
+        {
+            assert_eq!(check_digits(&text), Err(TokenizeError::LongNumbers { n_digits }));
+        }
+        for text in [longest, "1234567890 ".repeat(300_000), "\u{b2}".repeat(9000)] {
+            assert_eq!(check_digits(&text), Ok(()));
         }
     }
 }

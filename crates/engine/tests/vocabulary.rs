@@ -58,25 +58,51 @@ fn unknown_tokens_and_long_texts_are_harmless() {
     assert_eq!(error, TokenizeError::LongWord { n_chars: (1 << 18) + 1, max: 1 << 18 });
 }
 
-/// Some pre-tokenizers recurse for each character of a word; the caller's stack must not be what they use up.
-#[test]
-fn long_words_do_not_overflow_the_stack() {
+/// The vocabulary with another pre-tokenizer.
+fn vocabulary_cut_by(pre: &str) -> Vocabulary {
     let bytes = std::fs::read(abacus()).unwrap();
     let key = b"tokenizer.ggml.pre";
     let value = bytes.windows(key.len()).position(|window| window == key).unwrap() + key.len() + 4;
     let rest = &bytes[value + 8 + "qwen2".len()..];
-    for pre in ["default", "gpt-4o", "deepseek-llm", "bloom"] {
-        let n_bytes = (pre.len() as u64).to_le_bytes();
-        // Zeros behind, as the tensors have moved by up to an alignment.
-        let file = [&bytes[..value], &n_bytes, pre.as_bytes(), rest, &[0; 64]].concat();
-        let n_bytes = file.len() as u64;
-        let vocabulary = Vocabulary::load(Box::new(Cursor::new(file)), n_bytes).unwrap();
-        for word in ["a", "1", "!", " ", "e\u{301}"] {
-            let word = word.repeat(1 << 16);
+    let n_bytes = (pre.len() as u64).to_le_bytes();
+    // Zeros behind, as the tensors have moved by up to an alignment.
+    let file = [&bytes[..value], &n_bytes, pre.as_bytes(), rest, &[0; 64]].concat();
+    let n_bytes = file.len() as u64;
+    Vocabulary::load(Box::new(Cursor::new(file)), n_bytes).unwrap()
+}
+
+/// Some pre-tokenizers recurse for each character of a word; the caller's stack must not be what they use up.
+#[test]
+fn long_words_do_not_overflow_the_stack() {
+    for pre in ["default", "gpt-4o", "deepseek-llm", "bloom", "exaone-moe"] {
+        let vocabulary = vocabulary_cut_by(pre);
+        for word in ["a", "1", "!", " ", "e\u{301}", "ab cd ", "\u{e9} a"] {
+            let word = word.repeat((1 << 17) / word.len());
             let tokens = vocabulary.tokenize(&word, false, false).unwrap();
             assert_eq!(text(&vocabulary, &tokens, false), word, "{pre}");
         }
     }
+}
+
+#[test]
+fn letters_without_punctuation_are_bounded_where_they_may_be_one_word() {
+    let prose = "ab cd ".repeat(1 << 16);
+    assert!(vocabulary_cut_by("gpt-4o").tokenize(&prose, false, false).is_ok());
+    let phrases = vocabulary_cut_by("exaone-moe");
+    let error = phrases.tokenize(&prose, false, false).unwrap_err();
+    assert_eq!(error, TokenizeError::LongWord { n_chars: prose.len(), max: 1 << 18 });
+    assert!(phrases.tokenize(&prose.replace("d ab", "d. Ab"), false, false).is_ok());
+}
+
+/// `superbpe` looks ahead at each digit, so this would take half an hour.
+#[test]
+fn long_numbers_are_refused_where_they_take_their_square() {
+    let number = "7".repeat(1 << 18);
+    let error = vocabulary_cut_by("superbpe").tokenize(&number, false, false).unwrap_err();
+    assert_eq!(error, TokenizeError::LongNumbers { n_digits: 1 << 18 });
+    let short = vocabulary_cut_by("superbpe").tokenize(&number[..1000], false, false).unwrap();
+    assert_eq!(text(&vocabulary(), &short, false), number[..1000]);
+    assert!(vocabulary_cut_by("gpt-4o").tokenize(&number, false, false).is_ok());
 }
 
 #[test]

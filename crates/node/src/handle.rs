@@ -59,6 +59,7 @@ impl Shared {
             purpose: work.purpose(),
             rank_template: model.file().catalog().metadata().str("tokenizer.chat_template.rerank").map(str::to_owned),
             n_values: model.n_values(work.pooling),
+            has_class_shares: model.has_class_shares(),
         };
         let starting = "the model is about to be placed".to_owned();
         let status = ClusterStatus {

@@ -211,6 +211,11 @@ impl LocalModel {
         pooling.map_or(0, |pooling| n_values(self.file.catalog().metadata(), self.architecture.n_embd, pooling))
     }
 
+    /// Whether the scores of its classifier's labels are probabilities as the last stage gives them.
+    pub fn has_class_shares(&self) -> bool {
+        HAVE_CLASS_SHARES.contains(&self.architecture.name)
+    }
+
     /// Looks up the embeddings of `tokens` as the file has them; `out` becomes `[n_tokens, n_embd]`. For a model whose
     /// layers need the tokens, rows carry these instead.
     ///
@@ -243,6 +248,9 @@ impl LocalModel {
         Ok(())
     }
 }
+
+/// Architectures behind whose classifier libllama puts a softmax. All others give what the classifier does.
+const HAVE_CLASS_SHARES: [&str; 2] = ["qwen3", "qwen3vl"];
 
 /// Values that libllama makes of a text, by the header of a model whose hidden states have `n_embd`.
 fn n_values(metadata: &Metadata, n_embd: u32, pooling: Pooling) -> u32 {

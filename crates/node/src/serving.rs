@@ -104,6 +104,9 @@ pub struct ModelCard {
     pub rank_template: Option<String>,
     /// Values of the vector of a text, scores of its classes from a model that ranks; 0 from one that generates text.
     pub n_values: u32,
+    /// Whether the scores of a text's classes are probabilities as the model gives them, which are 1 together. Those of
+    /// most models may be any numbers.
+    pub has_class_shares: bool,
 }
 
 /// What a model does with a text.

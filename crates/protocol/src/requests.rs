@@ -259,6 +259,8 @@ pub struct Card {
     pub rank_template: Option<String>,
     /// Values of the vector of a text, at most [`MAX_POOLED`]; 0 from a model that generates text.
     pub n_values: u32,
+    /// Whether the scores of a text's classes are probabilities as the model gives them.
+    pub has_class_shares: bool,
     /// BLAKE3 of the vocabulary that [`FromGateway::FetchVocabulary`] brings.
     pub vocabulary: Hash,
 }
@@ -488,6 +490,7 @@ mod tests {
             purpose: Purpose::Rank,
             rank_template: Some("{query} {document}".into()),
             n_values,
+            has_class_shares: true,
             vocabulary: Hash::from_bytes([2; 32]),
         }
     }

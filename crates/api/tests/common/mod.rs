@@ -36,7 +36,12 @@ pub struct Mock {
     pub examination: Mutex<Result<Examination, String>>,
     /// How often nodes were to be examined.
     pub n_examined: AtomicUsize,
+    /// While this is locked, large texts are not done with.
+    pub large: Mutex<()>,
 }
+
+/// What the endpoint takes for a large text is longer.
+pub const LARGE_BYTES: usize = 64 << 10;
 
 /// What the node tells of itself.
 pub const METRICS: &str = "# TYPE brigade_num_requests_running gauge\nbrigade_num_requests_running 2\n# EOF\n";
@@ -69,6 +74,9 @@ impl Serving for Mock {
 
     fn tokenize(&self, text: &str, add_special: bool, parse_special: bool) -> Result<Vec<Token>, SubmitError> {
         self.tokenized.lock().unwrap().push((text.to_owned(), add_special, parse_special));
+        if text.len() > LARGE_BYTES {
+            drop(self.large.lock().unwrap());
+        }
         if text.len() > 100_000 {
             return Err(SubmitError::PromptTooLong { tokens: text.len(), is_bound: false, context: self.card.context });
         }
@@ -205,7 +213,7 @@ impl House {
     }
 
     pub fn with_template(options: ApiOptions, template: Option<&str>) -> Self {
-        Self::of(Purpose::Generate, 0, options, template)
+        Self::of(card(Purpose::Generate, 0, template), &options)
     }
 
     /// With a model that embeds or ranks texts.
@@ -215,24 +223,16 @@ impl House {
 
     /// With one that makes vectors of so many values of them.
     pub fn with_vectors(purpose: Purpose, n_values: u32) -> Self {
-        Self::of(purpose, n_values, ApiOptions::default(), None)
+        Self::of(card(purpose, n_values, None), &ApiOptions::default())
     }
 
-    fn of(purpose: Purpose, n_values: u32, options: ApiOptions, template: Option<&str>) -> Self {
-        let n_values = if purpose == Purpose::Generate { 0 } else { n_values };
-        let card = ModelCard {
-            name: "team/abacus".to_owned(),
-            id: ModelId::from_bytes([0xab; 32]),
-            created: 1_700_000_000,
-            context: 4096,
-            n_vocab: 256,
-            chat_template: template.map(str::to_owned),
-            bos_text: "<s>".to_owned(),
-            eos_text: "</s>".to_owned(),
-            purpose,
-            rank_template: None,
-            n_values,
-        };
+    /// With one that gives the classes of a text their shares.
+    pub fn with_class_shares(n_classes: u32) -> Self {
+        let card = ModelCard { has_class_shares: true, ..card(Purpose::Rank, n_classes, None) };
+        Self::of(card, &ApiOptions::default())
+    }
+
+    fn of(card: ModelCard, options: &ApiOptions) -> Self {
         let mock = Arc::new(Mock {
             card,
             readiness: Mutex::new(Readiness::Ready),
@@ -243,9 +243,10 @@ impl House {
             tickets: Mutex::default(),
             examination: Mutex::new(Err("nobody was asked".to_owned())),
             n_examined: AtomicUsize::new(0),
+            large: Mutex::new(()),
         });
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let server = Server::start(listener, mock.clone(), &options).unwrap();
+        let server = Server::start(listener, mock.clone(), options).unwrap();
         Self { mock, server }
     }
 
@@ -307,6 +308,29 @@ impl House {
         }
     }
 
+    /// Waits until `n` requests are under way.
+    pub fn wait_until_begun(&self, n: usize) {
+        let deadline = std::time::Instant::now() + DEADLINE;
+        while self.server.n_answering() < n {
+            assert!(std::time::Instant::now() < deadline, "{} requests began", self.server.n_answering());
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Large texts that a thread has begun with.
+    pub fn n_large(&self) -> usize {
+        self.mock.tokenized.lock().unwrap().iter().filter(|(text, ..)| text.len() > LARGE_BYTES).count()
+    }
+
+    /// Waits until a thread has begun with `n` large texts.
+    pub fn wait_until_large(&self, n: usize) {
+        let deadline = std::time::Instant::now() + DEADLINE;
+        while self.n_large() < n {
+            assert!(std::time::Instant::now() < deadline, "{} large texts began", self.n_large());
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
     /// Waits until nodes were to be examined `n` times.
     pub fn wait_until_examined(&self, n: usize) {
         let deadline = std::time::Instant::now() + DEADLINE;
@@ -323,6 +347,23 @@ impl House {
             assert!(std::time::Instant::now() < deadline, "no session began");
             std::thread::sleep(Duration::from_millis(2));
         }
+    }
+}
+
+fn card(purpose: Purpose, n_values: u32, template: Option<&str>) -> ModelCard {
+    ModelCard {
+        name: "team/abacus".to_owned(),
+        id: ModelId::from_bytes([0xab; 32]),
+        created: 1_700_000_000,
+        context: 4096,
+        n_vocab: 256,
+        chat_template: template.map(str::to_owned),
+        bos_text: "<s>".to_owned(),
+        eos_text: "</s>".to_owned(),
+        purpose,
+        rank_template: None,
+        n_values: if purpose == Purpose::Generate { 0 } else { n_values },
+        has_class_shares: false,
     }
 }
 

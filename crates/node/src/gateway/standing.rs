@@ -330,5 +330,6 @@ pub(super) fn no_card() -> ModelCard {
         purpose: Purpose::Generate,
         rank_template: None,
         n_values: 0,
+        has_class_shares: false,
     }
 }

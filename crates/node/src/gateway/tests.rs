@@ -613,6 +613,7 @@ async fn a_silent_coordinator_is_left() {
         purpose: brigade_protocol::requests::Purpose::Generate,
         rank_template: None,
         n_values: 0,
+        has_class_shares: false,
         vocabulary: Hash::from_bytes(*blake3::hash(&vocabulary()).as_bytes()),
     };
     let host = Host::of(move |link| {

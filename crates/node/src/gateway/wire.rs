@@ -193,6 +193,7 @@ pub(super) fn card(card: &ModelCard, vocabulary: Hash) -> Card {
         },
         rank_template: card.rank_template.clone(),
         n_values: card.n_values,
+        has_class_shares: card.has_class_shares,
         vocabulary,
     }
 }
@@ -214,6 +215,7 @@ pub(super) fn model_card(card: Card) -> ModelCard {
         },
         rank_template: card.rank_template,
         n_values: card.n_values,
+        has_class_shares: card.has_class_shares,
     }
 }
 
@@ -318,6 +320,7 @@ mod tests {
             purpose: Purpose::Embed,
             rank_template: Some("r".into()),
             n_values: 5,
+            has_class_shares: true,
         };
         let after = model_card(card(&before, Hash::from_bytes([2; 32])));
         assert_eq!(format!("{after:?}"), format!("{before:?}"));
