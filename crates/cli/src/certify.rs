@@ -135,10 +135,12 @@ fn name_of(path: &Path) -> String {
 }
 
 fn refused(path: &Path, file: &ModelFile, reason: &str) -> Answer {
+    let metadata = file.catalog().metadata();
+    let architecture = metadata.str("general.architecture").unwrap_or("unknown");
     Answer {
         model: name_of(path),
-        architecture: file.catalog().metadata().str("general.architecture").unwrap_or("unknown").to_owned(),
-        layers: 0,
+        architecture: architecture.to_owned(),
+        layers: metadata.u32(&format!("{architecture}.block_count")).unwrap_or(0),
         verdict: "refused",
         reason: Some(reason.to_owned()),
         cut_points: Vec::new(),

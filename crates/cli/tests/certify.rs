@@ -15,7 +15,7 @@ fn as_architecture(name: &str, dir: &Path) -> PathBuf {
     as_architecture_with(name, dir, &[], &[])
 }
 
-/// The same with more metadata, and more tensors of 64 ones in each layer.
+/// The same with more metadata, and more tensors of 32 ones in each layer.
 fn as_architecture_with(name: &str, dir: &Path, keys: &[(&str, Metadatum)], tensors: &[&str]) -> PathBuf {
     let file = ModelFile::open(abacus()).unwrap();
     let mut metadata = Metadata::new();
@@ -33,15 +33,18 @@ fn as_architecture_with(name: &str, dir: &Path, keys: &[(&str, Metadatum)], tens
         builder.tensor(&tensor.name, &tensor.dims, tensor.ty).unwrap();
     }
     for (layer, tensor) in (0..8).flat_map(|layer| tensors.iter().map(move |tensor| (layer, tensor))) {
-        builder.tensor(format!("blk.{layer}.{tensor}"), &[64], GgmlType::F32).unwrap();
+        builder.tensor(format!("blk.{layer}.{tensor}"), &[32], GgmlType::F32).unwrap();
     }
     let n_tensors = file.catalog().tensors().len();
-    let ones = |bytes: &mut [u8]| bytes.as_chunks_mut::<4>().0.iter_mut().for_each(|one| *one = 1f32.to_le_bytes());
+    let ones = |bytes: &mut [u8]| {
+        bytes.as_chunks_mut::<4>().0.iter_mut().for_each(|one| *one = 1f32.to_le_bytes());
+        Ok(())
+    };
     let path = dir.join(format!("{name}.gguf"));
     let mut out = File::create(&path).unwrap();
     let read = |idx: usize, offset: u64, bytes: &mut [u8]| match idx < n_tensors {
         true => file.read_at(idx, offset, bytes),
-        false => Ok(ones(bytes)),
+        false => ones(bytes),
     };
     builder.write(&mut out, read).unwrap();
     path
@@ -83,6 +86,7 @@ fn what_is_not_cut_or_not_run_has_an_exit_code_of_its_own() {
     assert_eq!(refused.code, Some(4), "{refused:?}");
     let report: Value = serde_json::from_str(&refused.stdout).unwrap();
     assert_eq!((&report["verdict"], &report["architecture"]), (&"refused".into(), &"gptj".into()));
+    assert_eq!(report["layers"], 8);
     assert!(report["reason"].as_str().unwrap().contains("gptj"));
 }
 
@@ -92,7 +96,7 @@ fn a_header_that_would_end_the_process_is_an_error() {
     let dir = tempfile::tempdir().unwrap();
     let norms = ["attn_q_norm.weight", "attn_k_norm.weight"];
     let model = |n_deepstack: u32| {
-        let sections = Array::of_u32(&[12, 10, 10, 0]);
+        let sections = Array::of_u32(&[6, 5, 5, 0]);
         let keys = [("rope.dimension_sections", sections.into()), ("n_deepstack_layers", n_deepstack.into())];
         as_architecture_with("qwen3vl", dir.path(), &keys, &norms)
     };

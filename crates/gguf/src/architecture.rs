@@ -147,6 +147,10 @@ impl Architecture {
         let n_experts_used = used.iter().copied().max().unwrap_or(0);
         let sliding_window = keys.sliding_window(rules, n_layers)?;
         let n_ff = n_ff.unwrap_or_else(|| vec![0; n_blocks as usize]);
+        if rules.has_bare_layers && n_ff.get(n_layers as usize - 1).is_some_and(|n_ff| *n_ff == 0) {
+            // libllama then chooses no rows for the head, and ends the process.
+            return Err(keys.wrong("feed_forward_length", "0 in the last layer", "more there"));
+        }
         let recurrent = keys.recurrent(rules, &heads.n_head_kv, &n_ff, n_layers)?;
         let state = RecurrentState::of(&keys, recurrent, n_embd, &heads)?;
 

@@ -65,8 +65,8 @@ pub(crate) enum Recurrent {
     NoKvHeads,
     /// Those with neither KV heads nor a feed-forward part; a layer with the latter has no state at all.
     NoKvHeadsNoFeedForward,
-    /// `attention.recurrent_layers` tells, else all but the last of each `full_attention_interval`; of each so many where
-    /// that is missing.
+    /// `attention.recurrent_layers` tells, else all but the last of each `full_attention_interval`, or of each so many
+    /// where that is missing.
     Interval(u32),
 }
 

@@ -249,7 +249,7 @@ pub const ALL: &[Recipe] = &[
     of("llama4", 16, &[MOE, SHARED]).keys(&[("interleave_moe_layer_step", U(2))]),
     of("deci", 4, &[]),
     // A layer that attends, one that only multiplies, one without either, and one that does nothing at all.
-    of("deci", 8, &[]).variant("bare").keys(&[
+    of("deci", 10, &[]).variant("bare").keys(&[
         ("attention.head_count", Cycle(&[4, 4, 0, 0])),
         ("attention.head_count_kv", Cycle(&[2, 0, 0, 0])),
         ("feed_forward_length", Cycle(&[512, 256, 512, 0])),
