@@ -266,7 +266,11 @@ mod tests {
             let kv = |(start, end)| stage_memory(model, &demand, LayerRange::new(start, end).unwrap(), false).kv.0;
             assert_eq!([(0, 2), (0, 4), (2, 3)].map(kv), expected.map(|bytes| bytes * u64::from(context)), "{context}");
         };
-        check(&model, 1024, [2 + 4 + 4 + 4, 2 + 4 + 6 + 3 * 6, 0]);
+        // The third layer has no heads for values, and room for them.
+        check(&model, 1024, [2 + 4 + 4 + 4, 2 + 4 + 6 + 4 * 6, 0]);
+        // Where it keeps a state instead, it has none.
+        let hybrid = ModelProfile { state_bytes: vec![0, 0, 1, 0], ..model.clone() };
+        assert_eq!(hybrid.kv_bytes_per_token_of(LayerRange::new(0, 4).unwrap(), true), 2 + 4 + 6 + 3 * 6);
         let all_alike = ModelProfile { value_bytes_per_token: Vec::new(), ..model.clone() };
         check(&all_alike, 1024, [12, 24, 0]);
         // Flash attention stores each layer as it is.
