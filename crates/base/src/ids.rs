@@ -22,6 +22,14 @@ pub enum IdError {
     },
 }
 
+/// Longest name of a node, in characters: a line of a table holds it beside numbers.
+pub const MAX_NODE_NAME_CHARS: usize = 64;
+
+/// Whether people can read a text as the name of a node: neither empty nor too long, and nothing in it moves a cursor.
+pub fn is_node_name(text: &str) -> bool {
+    (1..=MAX_NODE_NAME_CHARS).contains(&text.chars().count()) && !text.chars().any(char::is_control)
+}
+
 fn parse_hex(text: &str) -> Result<[u8; 32], IdError> {
     let n = text.chars().count();
     if n != 64 {
@@ -207,6 +215,13 @@ number_id!(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn names_can_be_read() {
+        let longest = "ä".repeat(MAX_NODE_NAME_CHARS);
+        assert!(is_node_name("old server 2") && is_node_name(&longest));
+        assert!(!["", "a\nb", "\u{1b}[31m"].into_iter().any(is_node_name) && !is_node_name(&format!("{longest}a")));
+    }
 
     #[test]
     fn an_id_survives_its_text() {

@@ -10,7 +10,10 @@ mod pooling;
 mod units;
 
 pub use hooks::{Hooks, LayerScale};
-pub use ids::{DeploymentId, Epoch, Hash, IdError, ImageId, ModelId, NodeId, PassId, SessionId, TenantId};
+pub use ids::{
+    DeploymentId, Epoch, Hash, IdError, ImageId, MAX_NODE_NAME_CHARS, ModelId, NodeId, PassId, SessionId, TenantId,
+    is_node_name,
+};
 pub use kv::{KvType, KvTypes, UnknownKvType};
 pub use layers::{LayerRange, LayerRangeError};
 pub use pooling::{Pooling, UnknownPooling};

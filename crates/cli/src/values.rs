@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use brigade_base::ByteSize;
+use brigade_base::{ByteSize, MAX_NODE_NAME_CHARS, is_node_name};
 use brigade_gguf::MAX_SCALE;
 use brigade_node::{AdapterFile, DirectFetch, PrefixCache};
 use brigade_plan::Optimize;
@@ -108,9 +108,8 @@ pub fn may_fetch(text: &str) -> Result<DirectFetch, String> {
 
 /// A name for people.
 pub fn node_name(text: &str) -> Result<String, String> {
-    let n = text.chars().count();
-    if n == 0 || n > 64 || text.chars().any(char::is_control) {
-        return Err("a name has 1 to 64 printable characters".to_owned());
+    if !is_node_name(text) {
+        return Err(format!("a name has 1 to {MAX_NODE_NAME_CHARS} printable characters"));
     }
     Ok(text.to_owned())
 }

@@ -80,7 +80,7 @@ fn without_recognised(cuts: Vec<u32>, architecture: &Architecture) -> Vec<u32> {
     let (rules, n_layers) = (architecture.rules, architecture.n_layers);
     let is_bad = |n: u32| rules.recognised.contains(&n);
     // Only the final stage has all tokens.
-    let is_bad_end = |n: u32| is_bad(n) || rules.recognised_with_tokens == Some((n, architecture.n_vocab));
+    let is_bad_end = |n: u32| rules.recognises(n, architecture.n_vocab);
     if rules.recognised.is_empty() || is_bad_end(n_layers) {
         return cuts;
     }

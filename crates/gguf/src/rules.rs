@@ -489,6 +489,11 @@ impl Rules {
         matches!(self.name, "deepseek32" | "glm-dsa" | "hy_v4" | "minimax-m3" | "qwen4exp")
     }
 
+    /// Whether libllama knows a model of this architecture by how many layers, and how many tokens, it has.
+    pub(crate) fn recognises(&self, n_layers: u32, n_vocab: u32) -> bool {
+        self.recognised.contains(&n_layers) || self.recognised_with_tokens == Some((n_layers, n_vocab))
+    }
+
     /// Which part of a model needs the tensor `name`.
     pub(crate) fn role_of(&self, name: &str) -> TensorRole {
         match TensorRole::of(name) {

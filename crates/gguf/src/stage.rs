@@ -443,8 +443,8 @@ fn told_by_layers(source: &Metadata, architecture: &Architecture, layers: LayerR
         }
         _ => return told,
     }
-    let is_lite = matches!(n_layers, 26 | 27) || (n_layers == 48 && n_vocab == 128_256);
-    if is_lite {
+    // The small ones have no such rank.
+    if architecture.rules.recognises(n_layers, n_vocab) {
         told.push(("attention.q_lora_rank", Value::U32(0)));
     }
     let gating = format!("{}.expert_gating_func", architecture.name);

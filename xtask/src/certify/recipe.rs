@@ -176,6 +176,16 @@ const MLA: &[Key] = &[
     ("rope.dimension_count", U(32)),
 ];
 
+/// The same, as narrow as [`NARROW`].
+const NARROW_MLA: &[Key] = &[
+    ("attention.kv_lora_rank", U(64)),
+    ("attention.key_length", U(80)),
+    ("attention.value_length", U(64)),
+    ("attention.key_length_mla", U(48)),
+    ("attention.value_length_mla", U(32)),
+    ("rope.dimension_count", U(16)),
+];
+
 /// Chooses the past tokens that attention sees.
 const INDEXER: &[Key] = &[
     ("attention.indexer.head_count", U(2)),
@@ -370,28 +380,12 @@ pub const ALL: &[Recipe] = &[
     of("deepseek", 5, &[MOE, SHARED, LEAD, MHA]).keys(&[("expert_weights_scale", F(1.0))]),
     of("deepseek2", 5, &[MOE, SHARED, LEAD, SIGMOID, MLA])
         .keys(&[("expert_group_count", U(2)), ("expert_group_used_count", U(1))]),
-    of("deepseek2", 61, &[MOE, SHARED, LEAD, SIGMOID, MLA, NARROW]).variant("61").fixed().keys(&[
+    of("deepseek2", 61, &[MOE, SHARED, LEAD, SIGMOID, MLA, NARROW, NARROW_MLA]).variant("61").fixed().keys(&[
         ("attention.q_lora_rank", U(64)),
-        ("attention.kv_lora_rank", U(64)),
-        ("attention.key_length", U(80)),
-        ("attention.value_length", U(64)),
-        ("attention.key_length_mla", U(48)),
-        ("attention.value_length_mla", U(32)),
-        ("rope.dimension_count", U(16)),
         ("expert_group_count", U(2)),
         ("expert_group_used_count", U(1)),
     ]),
-    of("deepseek2", 27, &[MOE, SHARED, LEAD, SOFTMAX, MLA]).variant("lite").fixed().keys(&[
-        ("embedding_length", U(64)),
-        ("feed_forward_length", U(96)),
-        ("expert_feed_forward_length", U(32)),
-        ("attention.kv_lora_rank", U(64)),
-        ("attention.key_length", U(80)),
-        ("attention.value_length", U(64)),
-        ("attention.key_length_mla", U(48)),
-        ("attention.value_length_mla", U(32)),
-        ("rope.dimension_count", U(16)),
-    ]),
+    of("deepseek2", 27, &[MOE, SHARED, LEAD, SOFTMAX, MLA, NARROW, NARROW_MLA]).variant("lite").fixed(),
     of("deepseek2-ocr", 5, &[MOE, SHARED, LEAD, MHA]),
     of("deepseek32", 5, &[MOE, SHARED, LEAD, SIGMOID, MLA, INDEXER]),
     of("deepseek4", 8, &[MOE, SHARED, WINDOW, HYPER, INDEXER])

@@ -51,14 +51,12 @@ impl Model {
     /// The model that the arguments name: a place on the network, a file, or a name.
     pub fn find(args: &PlanArgs) -> Result<Self, Failure> {
         let (text, wish) = (args.model.to_str().unwrap_or_default(), (args.pooling, args.kv.types()));
-        let is_remote = !matches!(sources::parse(&args.model)?, ModelSource::Local(_));
-        let looks_like_a_path = args.model.components().count() != 1 || text.is_empty() || text.ends_with(".gguf");
-        let is_file = looks_like_a_path || args.model.exists();
-        if is_remote {
+        if !matches!(sources::parse(&args.model)?, ModelSource::Local(_)) {
             let (name, catalog) = sources::look(&args.model, &args.sources, &args.state)?;
             return Self::of(&name, catalog.clone(), Origin::Header(catalog), wish);
         }
-        if is_file {
+        let looks_like_a_path = args.model.components().count() != 1 || text.is_empty() || text.ends_with(".gguf");
+        if looks_like_a_path || args.model.exists() {
             let file = Arc::new(ModelFile::open(&args.model).map_err(Failure::run)?);
             let name = args.model.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
             return Self::of(&name, file.catalog().clone(), Origin::File(file), wish);

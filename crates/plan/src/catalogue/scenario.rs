@@ -42,7 +42,7 @@ pub use error::ScenarioError;
 
 use std::collections::BTreeMap;
 
-use brigade_base::{ByteSize, NodeId};
+use brigade_base::{ByteSize, MAX_NODE_NAME_CHARS, NodeId, is_node_name};
 use serde::Deserialize;
 
 use super::{Catalogue, Device, Kind};
@@ -56,9 +56,6 @@ pub const MAX_PAIRS: usize = 80_000;
 
 /// Largest file: 10,000 nodes of 100 bytes each.
 pub const MAX_FILE_BYTES: usize = 1 << 20;
-
-/// Longest name of a node, in characters: as long as those of nodes that are there.
-pub const MAX_NAME_CHARS: usize = 64;
 
 /// Most that a kilowatt hour or a million tokens may cost, in dollars: nobody pays more.
 const MAX_USD: f64 = 1e6;
@@ -277,8 +274,8 @@ impl Reader {
         let start = self.nodes.len();
         for k in 1..=count {
             let name = if row.count.is_some() { format!("{}-{k}", row.name) } else { row.name.clone() };
-            if row.name.is_empty() || name.chars().count() > MAX_NAME_CHARS || name.chars().any(char::is_control) {
-                return Err(ScenarioError::Name { name: name.chars().take(2 * MAX_NAME_CHARS).collect() });
+            if row.name.is_empty() || !is_node_name(&name) {
+                return Err(ScenarioError::Name { name: name.chars().take(2 * MAX_NODE_NAME_CHARS).collect() });
             }
             if row.coordinator
                 && let Some(first) = self.coordinator.replace(self.nodes.len())

@@ -1,7 +1,9 @@
 //! Why a cluster file cannot be used, and what to write instead.
 
+use brigade_base::MAX_NODE_NAME_CHARS;
+
 use super::super::UnknownName;
-use super::{MAX_FILE_BYTES, MAX_NAME_CHARS, MAX_NODES, MAX_PAIRS};
+use super::{MAX_FILE_BYTES, MAX_NODES, MAX_PAIRS};
 
 /// A scenario cannot be used.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -32,7 +34,7 @@ pub enum ScenarioError {
     TooManyPairs,
     /// A node has no name that can be shown.
     #[error(
-        "a node is called {name:?}, but a name has 1 to {MAX_NAME_CHARS} printable characters, its number included"
+        "a node is called {name:?}, but a name has 1 to {MAX_NODE_NAME_CHARS} printable characters, its number included"
     )]
     Name {
         /// The beginning of it.
